@@ -1,0 +1,45 @@
+"""Prefix tuning for PEFT, from training to production.
+
+`import peft_prefix_ext` is all it takes for PEFT to know the type `PREFIX_EXT`. Exports load lazily, so that a serving
+process that only reads checkpoints imports neither peft nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix
+    from peft_prefix_ext.config import PrefixExtConfig
+    from peft_prefix_ext.model import PrefixExtModel
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "PrefixCheckpoint": "checkpoint",
+    "PrefixCheckpointError": "checkpoint",
+    "PrefixExtConfig": "config",
+    "PrefixExtModel": "model",
+    "read_prefix": "checkpoint",
+}
+
+__all__ = ["PrefixCheckpoint", "PrefixCheckpointError", "PrefixExtConfig", "PrefixExtModel", "read_prefix"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+@wrapt.when_imported("peft")
+def _register(peft: Any) -> None:
+    # PEFT has no entry points for methods: without this, `PeftModel.from_pretrained` of our adapters is a KeyError.
+    import_module(f"{__name__}.register").register()

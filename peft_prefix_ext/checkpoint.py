@@ -1,0 +1,204 @@
+"""The on-disk contract between training and serving: reads and checks a prefix, whoever wrote it.
+
+An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. In a `PREFIX_EXT` adapter every layer
+that owns a KV cache has two float tensors, `[num_kv_heads, num_virtual_tokens, head_dim]` each (keys after rotary
+embedding at positions 0..p-1; K and V widths may differ, layers may differ):
+
+    base_model.model.<attention module>.prefix_ext.prefix_ext_key
+    base_model.model.<attention module>.prefix_ext.prefix_ext_value
+
+and the config lists them in `prefix_layers` by layer index. Other tensors in the file (the reparameterization, kept to
+go on training) do not concern a reader. Stock PEFT `PREFIX_TUNING` and `CARTRIDGE` adapters, one flat
+`prompt_embeddings` of `[num_virtual_tokens, num_layers * 2 * num_kv_heads * head_dim]`, are read as well.
+
+Needs torch and safetensors only: never imports peft, transformers or vllm, and never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from peft_prefix_ext.fingerprint import differences
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+STOCK_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class PrefixCheckpointError(ValueError):
+    """An adapter folder that is missing, malformed or made for another base model."""
+
+
+class LayerKV(NamedTuple):
+    """The prefix K/V of one layer: `[num_kv_heads, num_virtual_tokens, head_dim]` each."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PrefixCheckpoint:
+    """One prefix, read and checked.
+
+    Args:
+        path: The folder it was read from.
+        peft_type: `PREFIX_EXT`, `PREFIX_TUNING` or `CARTRIDGE`.
+        num_virtual_tokens: p, at least 1.
+        layers: K/V by layer index, on the CPU, in the dtype on disk.
+        base_model_name_or_path: What the adapter was trained on, as PEFT records it.
+        base_fingerprint: See `fingerprint.py`; empty in a stock adapter.
+        digest: SHA-256 of the weights file, in hex: another content is another prefix.
+    """
+
+    path: Path
+    peft_type: str
+    num_virtual_tokens: int
+    layers: dict[int, LayerKV]
+    base_model_name_or_path: str | None
+    base_fingerprint: dict[str, Any]
+    digest: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
+
+    def check_base(self, base_fingerprint: dict[str, Any]) -> None:
+        """Raises `PrefixCheckpointError` if the base at hand is not of the architecture the prefix was trained on."""
+        if found := differences(self.base_fingerprint, base_fingerprint):
+            raise PrefixCheckpointError(
+                f"The prefix adapter in {self.path} was trained on another base model "
+                f"({self.base_model_name_or_path}): {'; '.join(found)}."
+            )
+
+
+def layer_key(module: str, kind: str) -> str:
+    """Returns the name on disk of a layer's `kind` ("key" or "value"), for the attention module's name."""
+    return f"base_model.model.{module}.prefix_ext.prefix_ext_{kind}"
+
+
+def read_prefix(path: str | Path) -> PrefixCheckpoint:
+    """Reads and checks the adapter in the folder `path`.
+
+    Raises:
+        PrefixCheckpointError: In one sentence, what is wrong with it and what to do.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    peft_type = config.get("peft_type")
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        other = " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
+        raise PrefixCheckpointError(f"No {WEIGHTS_NAME} in {folder}{other}; save the adapter with safetensors.")
+    p = config.get("num_virtual_tokens")
+    if not isinstance(p, int) or isinstance(p, bool) or p < 1:
+        raise PrefixCheckpointError(f"`num_virtual_tokens` in {folder / CONFIG_NAME} must be >= 1, got {p!r}.")
+    digest = hashlib.sha256()
+    try:
+        with weights.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        with safe_open(weights, framework="pt") as tensors:
+            read = _read_stock if peft_type in STOCK_TYPES else _read_prefix_ext
+            layers = read(tensors, config, p, folder)
+    except (SafetensorError, OSError) as error:
+        raise PrefixCheckpointError(f"{weights} cannot be read as safetensors ({error}); copy it again.") from error
+    for index, layer in layers.items():
+        for kind, tensor in zip(layer._fields, layer, strict=True):
+            if not torch.isfinite(tensor).all():
+                raise PrefixCheckpointError(f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again.")
+    return PrefixCheckpoint(
+        path=folder,
+        peft_type=peft_type,
+        num_virtual_tokens=p,
+        layers=layers,
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        base_fingerprint=config.get("base_fingerprint") or {},
+        digest=digest.hexdigest(),
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise PrefixCheckpointError(f"No prefix adapter at {folder}: there is no such folder.")
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PrefixCheckpointError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
+    except (OSError, ValueError) as error:
+        raise PrefixCheckpointError(f"{folder / CONFIG_NAME} cannot be read as JSON ({error}); copy it again.") from error
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if peft_type != "PREFIX_EXT" and peft_type not in STOCK_TYPES:
+        raise PrefixCheckpointError(
+            f"The adapter in {folder} is of type {peft_type!r}, not a prefix: expected PREFIX_EXT, PREFIX_TUNING or "
+            "CARTRIDGE."
+        )
+    version = config.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise PrefixCheckpointError(
+            f"The adapter in {folder} has format version {version!r}, this release reads {FORMAT_VERSION}: upgrade "
+            "peft-prefix-ext."
+        )
+    return config
+
+
+def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
+    table = config.get("prefix_layers")
+    if not isinstance(table, list) or not table:
+        raise PrefixCheckpointError(f"`prefix_layers` is missing from {folder / CONFIG_NAME}; save the adapter again.")
+    layers: dict[int, LayerKV] = {}
+    for row in table:
+        try:
+            index, module = row["index"], row["module"]
+            shapes = {kind: list(row[f"{kind}_shape"]) for kind in ("key", "value")}
+            well_formed = isinstance(index, int) and index >= 0 and isinstance(module, str) and index not in layers
+        except (KeyError, TypeError):
+            well_formed = False
+        if not well_formed:
+            raise PrefixCheckpointError(f"`prefix_layers` in {folder / CONFIG_NAME} has a malformed row: {row!r}.")
+        pair = [_checked(tensors, layer_key(module, kind), shapes[kind], folder) for kind in ("key", "value")]
+        (key_heads, key_tokens, _), (value_heads, value_tokens, _) = (tensor.shape for tensor in pair)
+        if (key_heads, key_tokens) != (value_heads, value_tokens) or key_tokens != p:
+            raise PrefixCheckpointError(
+                f"Layer {index} of the adapter in {folder} has keys {shapes['key']} and values {shapes['value']}, which "
+                f"do not fit together as [num_kv_heads, {p}, head_dim]."
+            )
+        layers[index] = LayerKV(*pair)
+    return layers
+
+
+def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
+    """Splits PEFT's flat layout as `PeftModel.get_prompt` does (peft 0.21, peft_model.py)."""
+    sizes = [config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[2] % sizes[1]:
+        raise PrefixCheckpointError(
+            f"`num_layers`, `num_attention_heads` and `token_dim` in {folder / CONFIG_NAME} must say the shape of the "
+            f"prefix, got {sizes}."
+        )
+    if config.get("num_transformer_submodules", 1) not in (None, 1):
+        raise PrefixCheckpointError(f"The adapter in {folder} is of an encoder-decoder model, which is not supported.")
+    num_layers, num_heads, token_dim = sizes
+    flat = _checked(tensors, "prompt_embeddings", [p, num_layers * 2 * token_dim], folder)
+    kv = flat.view(p, num_layers, 2, num_heads, token_dim // num_heads).permute(1, 2, 3, 0, 4)
+    return {index: LayerKV(kv[index, 0].contiguous(), kv[index, 1].contiguous()) for index in range(num_layers)}
+
+
+def _checked(tensors: Any, name: str, shape: list[int], folder: Path) -> torch.Tensor:
+    """Reads one tensor after its header agreed with the config, so that a lying file never decides an allocation."""
+    if name not in tensors.keys():
+        raise PrefixCheckpointError(f"{folder / WEIGHTS_NAME} has no tensor {name!r}; save the adapter again.")
+    header = tensors.get_slice(name)
+    if header.get_shape() != shape or header.get_dtype() not in FLOAT_DTYPES:
+        raise PrefixCheckpointError(
+            f"{name!r} in {folder / WEIGHTS_NAME} is {header.get_dtype()} {header.get_shape()}, expected floats of shape "
+            f"{shape}."
+        )
+    return tensors.get_tensor(name)
