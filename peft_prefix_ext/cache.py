@@ -1,0 +1,39 @@
+"""A view of the model's cache, for one attention layer, in which the prefix stands before the real tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from peft_prefix_ext.checkpoint import LayerKV
+
+
+class PrefixCacheView:
+    """Takes the cache's place inside one attention module's forward.
+
+    Only real tokens are written into the real cache, which therefore never knows of the prefix: its length, its masks and
+    whatever `generate` does with it (static shapes, beams, cropping) stay the base model's own. Without a cache, as under
+    gradient checkpointing, it stands before the current tokens alone.
+    """
+
+    def __init__(self, cache: Cache | None, prefix: LayerKV) -> None:
+        self.cache = cache
+        self.prefix = prefix
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Caches the new states, `[batch, num_kv_heads, num_new, head_dim]`, and returns prefix + cached + new."""
+        if self.cache is not None:
+            key_states, value_states = self.cache.update(key_states, value_states, *args, **kwargs)
+        return _prepend(self.prefix.key, key_states), _prepend(self.prefix.value, value_states)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def _prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    expanded = prefix.to(device=states.device, dtype=states.dtype).expand(states.shape[0], -1, -1, -1)
+    return torch.cat([expanded, states], dim=-2)

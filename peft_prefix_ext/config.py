@@ -1,0 +1,135 @@
+"""`PrefixExtConfig`: every choice of a prefix, in PEFT's config format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from transformers.activations import ACT2FN
+
+from peft_prefix_ext.checkpoint import FORMAT_VERSION
+from peft_prefix_ext.register import NAME
+
+INITS = ("random", "text")
+REPARAMS = ("none", "mlp")
+
+
+@dataclass
+class PrefixExtConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of a [`PrefixExtModel`].
+
+    Args:
+        num_virtual_tokens (`int`):
+            The length p of the prefix. Real tokens start at position p.
+        init (`str`):
+            Where the prefix starts: `"random"` (normal with `init_std`) or `"text"` (the K/V of the words of `init_text`,
+            by a prefill of the frozen base model).
+        init_text (`str`, *optional*):
+            The words of the task, for `init="text"`. Repeated up to the length of the prefix when shorter, cut when
+            longer.
+        init_std (`float`):
+            The standard deviation for `init="random"`.
+        tokenizer_name_or_path (`str`, *optional*):
+            The tokenizer of `init_text`; the base model's when not given.
+        reparam (`str`):
+            `"none"` trains the K/V themselves, `"mlp"` trains an MLP whose output is added to the initial K/V. The MLP's
+            last layer starts at zero, so that any initialisation is exact at step 0.
+        reparam_latent_size (`int`):
+            The size of the MLP's trainable input, one row per virtual token.
+        reparam_hidden_size (`int`):
+            The width of the MLP.
+        reparam_num_layers (`int`):
+            The depth of the MLP: its number of hidden layers.
+        reparam_activation (`str`):
+            The activation of the MLP, any name that transformers knows.
+        reparam_dropout (`float`):
+            The dropout after each hidden layer of the MLP.
+        num_frozen_tokens (`int`):
+            How many virtual tokens, from the first, stay at their initial K/V (an attention sink).
+        save_reparam (`bool`):
+            Whether `save_pretrained` keeps the MLP beside the K/V, so that training can go on from the checkpoint.
+            Serving never needs it.
+        prefix_layers (`list[dict]`, *optional*):
+            Recorded when saved, not to be set: the index, attention module and K/V shapes of each layer.
+        base_fingerprint (`dict`, *optional*):
+            Recorded when saved, not to be set: the architecture of the base model.
+        format_version (`int`):
+            Recorded when saved, not to be set: the version of the checkpoint format.
+    """
+
+    num_virtual_tokens: int = field(default=16, metadata={"help": "The length of the prefix."})
+    init: str = field(default="random", metadata={"help": f"Where the prefix starts, one of {INITS}."})
+    init_text: str | None = field(default=None, metadata={"help": "The words of the task, for `init='text'`."})
+    init_std: float = field(default=0.02, metadata={"help": "The standard deviation for `init='random'`."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "The tokenizer of `init_text`; the base model's when not given."}
+    )
+    reparam: str = field(default="none", metadata={"help": f"How the K/V are parameterized, one of {REPARAMS}."})
+    reparam_latent_size: int = field(default=64, metadata={"help": "The size of the MLP's trainable input."})
+    reparam_hidden_size: int = field(default=256, metadata={"help": "The width of the MLP."})
+    reparam_num_layers: int = field(default=1, metadata={"help": "The number of hidden layers of the MLP."})
+    reparam_activation: str = field(default="tanh", metadata={"help": "The activation of the MLP."})
+    reparam_dropout: float = field(default=0.0, metadata={"help": "The dropout after each hidden layer of the MLP."})
+    num_frozen_tokens: int = field(
+        default=0, metadata={"help": "How many virtual tokens, from the first, stay at their initial K/V."}
+    )
+    save_reparam: bool = field(default=True, metadata={"help": "Whether to save the MLP, to go on training."})
+    prefix_layers: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Recorded when saved: index, module and K/V shapes of each layer."}
+    )
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Recorded when saved: the architecture of the base model."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "The version of the checkpoint format."})
+
+    # PEFT's injection reads it from every config; the attention layers are found by a probe instead.
+    target_modules = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = getattr(PeftType, NAME)
+        # What the tuner learns about the base model. It becomes part of the dict that is saved, not of the live config,
+        # so that one config object can be used for several models.
+        self._recorded: dict[str, Any] = {}
+        _check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
+        _check_one_of("init", self.init, INITS)
+        if self.init == "text" and not self.init_text:
+            raise ValueError("`init_text` must be given when `init='text'`.")
+        if self.init != "text" and self.init_text:
+            raise ValueError(f"`init_text` is only used with `init='text'`, got `init={self.init!r}`.")
+        if not self.init_std >= 0:
+            raise ValueError(f"`init_std` must be >= 0, got {self.init_std}.")
+        _check_at_least("num_frozen_tokens", self.num_frozen_tokens, 0)
+        if self.num_frozen_tokens >= self.num_virtual_tokens:
+            raise ValueError(
+                "`num_frozen_tokens` must be < `num_virtual_tokens`, got "
+                f"{self.num_frozen_tokens} and {self.num_virtual_tokens}."
+            )
+        _check_one_of("reparam", self.reparam, REPARAMS)
+        for name in ("reparam_latent_size", "reparam_hidden_size", "reparam_num_layers"):
+            _check_at_least(name, getattr(self, name), 1)
+        if self.reparam_activation not in ACT2FN:
+            raise ValueError(f"`reparam_activation` must be one of {sorted(ACT2FN)}, got {self.reparam_activation!r}.")
+        if not 0 <= self.reparam_dropout < 1:
+            raise ValueError(f"`reparam_dropout` must be in [0, 1), got {self.reparam_dropout}.")
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether this config was read from a saved adapter, whose weights are about to be loaded."""
+        return self.prefix_layers is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **self._recorded}
+
+
+def _check_at_least(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}.")
+
+
+def _check_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")

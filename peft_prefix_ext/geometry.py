@@ -1,0 +1,114 @@
+"""What the attention layers of a model look like, found by looking at what they write into its cache.
+
+One forward pass with a cache that records gives, for every layer that owns a KV cache, its module, its index and the
+K/V themselves: of one token it is a probe of the shapes, of a text it is the K/V of that text. Configs lie about this
+for a fair share of architectures (see PEFT's failures on MLA, multi-query and hybrid models); the cache does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from peft_prefix_ext.checkpoint import LayerKV
+
+
+@dataclass(frozen=True)
+class RecordedLayer:
+    """One attention layer as it wrote into the cache.
+
+    Args:
+        module: The name of the attention module within the model.
+        index: Its layer index in the cache.
+        kv: The K/V of the recorded tokens, `[num_kv_heads, num_tokens, head_dim]` each, without positions cut off by a
+            sliding window.
+        sliding_window: How many positions a query of this layer sees, itself included; `None` for all.
+    """
+
+    module: str
+    index: int
+    kv: LayerKV
+    sliding_window: int | None
+
+    def shapes(self, num_virtual_tokens: int) -> tuple[list[int], list[int]]:
+        """Returns the K and V shapes of a prefix for this layer."""
+        key, value = ([tensor.shape[0], num_virtual_tokens, tensor.shape[2]] for tensor in self.kv)
+        return key, value
+
+
+class _RecordingCache(DynamicCache):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.running: list[str] = []
+        self.recorded: dict[int, tuple[str, LayerKV]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if key_states.dim() != 4:
+            raise ValueError(f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which is not supported.")
+        # A layer that shares the K/V of another one does not write; the first writer owns the cache.
+        self.recorded.setdefault(layer_idx, (self.running[-1], LayerKV(key_states[0], value_states[0])))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+@torch.no_grad()
+def record_layers(model: PreTrainedModel, token_ids: list[int]) -> list[RecordedLayer]:
+    """Runs the frozen `model` on `token_ids` at positions 0.. and returns its layers, in order of their index.
+
+    Raises:
+        ValueError: If the model has no attention layer that a prefix can be given to.
+    """
+    refuse_unsupported(model)
+    cache = _RecordingCache(model.config)
+
+    def enter(name: str) -> Any:
+        return lambda module, args: cache.running.append(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        cache.running.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    was_training = model.training
+    model.eval()
+    try:
+        model(input_ids=torch.tensor([token_ids], device=model.device), past_key_values=cache, use_cache=True)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not cache.recorded:
+        raise ValueError(f"{type(model).__name__} has no attention layer with a KV cache to give a prefix to.")
+    return [
+        RecordedLayer(module, index, kv, getattr(cache.layers[index], "sliding_window", None))
+        for index, (module, kv) in sorted(cache.recorded.items())
+    ]
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raises `ValueError` for a model whose output a prefix would silently get wrong."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"A prefix needs a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    config = model.config.get_text_config(decoder=True)
+    name = f"{type(model).__name__} (model type {config.model_type!r})"
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model, which PREFIX_EXT does not support yet.")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(f"{name} shares K/V between layers, which PREFIX_EXT does not support yet.")
+    layer_types = getattr(config, "layer_types", None) or []
+    if "chunked_attention" in layer_types:
+        raise ValueError(f"{name} has chunked attention, which PREFIX_EXT does not support yet.")
+    implementation = config._attn_implementation
+    is_flash = "flash" in implementation
+    if implementation not in ("eager", "sdpa") and not is_flash:
+        raise ValueError(
+            f"PREFIX_EXT needs attn_implementation 'sdpa', 'eager' or flash attention, got {implementation!r}."
+        )
+    if is_flash and (getattr(config, "sliding_window", None) or "sliding_attention" in layer_types):
+        raise ValueError(f"{name} has sliding windows: load it with attn_implementation='sdpa' for PREFIX_EXT.")

@@ -1,0 +1,50 @@
+"""Where a prefix starts."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.geometry import RecordedLayer, record_layers
+
+
+def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> list[LayerKV]:
+    """Returns the initial K/V of each layer, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
+
+    Raises:
+        ValueError: If the text has no tokens or its tokenizer cannot be loaded.
+    """
+    if config.init == "text":
+        return [layer.kv for layer in record_layers(model, text_token_ids(config, model))]
+    return [
+        LayerKV(*(config.init_std * torch.randn_like(state[:, :1].expand(shape)) for state, shape in _pairs(layer, config)))
+        for layer in layers
+    ]
+
+
+def text_token_ids(config: PrefixExtConfig, model: PreTrainedModel) -> list[int]:
+    """Returns the `num_virtual_tokens` token ids of `init_text`.
+
+    The tokenizer's own beginning-of-sequence tokens come first, once (they are the attention sink); a text that is too
+    short is repeated, one that is too long is cut.
+    """
+    source = config.tokenizer_name_or_path or model.name_or_path
+    if not source:
+        raise ValueError("`tokenizer_name_or_path` must be given: the base model does not say where it came from.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No tokenizer for `init_text` at {source!r}; give `tokenizer_name_or_path`.") from error
+    words = tokenizer(config.init_text, add_special_tokens=False).input_ids
+    if not words:
+        raise ValueError(f"`init_text` must have at least one token, got {config.init_text!r}.")
+    start = tokenizer.build_inputs_with_special_tokens([])
+    begin = start[:1] if tokenizer.bos_token_id is not None and start[:1] == [tokenizer.bos_token_id] else []
+    repeats = -(-config.num_virtual_tokens // len(words))
+    return (begin + words * repeats)[: config.num_virtual_tokens]
+
+
+def _pairs(layer: RecordedLayer, config: PrefixExtConfig) -> zip:
+    return zip(layer.kv, layer.shapes(config.num_virtual_tokens), strict=True)

@@ -1,0 +1,112 @@
+"""The prefix of one attention layer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_prefix_ext.cache import PrefixCacheView
+from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.geometry import RecordedLayer
+from peft_prefix_ext.runtime import PrefixRuntime, no_base_layer
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+
+
+class PrefixExtLayer(nn.Module, BaseTunerLayer):
+    """A child of an attention module, at work in a hook before its forward, so that base parameters keep their names.
+
+    The hook runs inside a checkpointed region, where the model's cache does not reach.
+
+    Args:
+        attention: The attention module.
+        recorded: What is known of it.
+        runtime: What it shares with the other layers.
+    """
+
+    adapter_layer_names = ("prefix_ext_key", "prefix_ext_value")
+    other_param_names = ("prefix_ext_frozen_key", "prefix_ext_frozen_value")
+    get_base_layer = no_base_layer
+
+    def __init__(self, attention: nn.Module, recorded: RecordedLayer, runtime: PrefixRuntime) -> None:
+        super().__init__()
+        self.prefix_ext_key = nn.ParameterDict()
+        self.prefix_ext_value = nn.ParameterDict()
+        self.prefix_ext_frozen_key = BufferDict(persistent=True)
+        self.prefix_ext_frozen_value = BufferDict(persistent=True)
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.module_name = recorded.module
+        self.index = recorded.index
+        self.sliding_window = recorded.sliding_window
+        self._runtime = (runtime,)  # in a tuple, so as not to become a submodule of every layer
+        self._arguments = list(inspect.signature(attention.forward).parameters)
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in self._arguments), None)
+        if self._cache_argument is None or "attention_mask" not in self._arguments:
+            raise ValueError(
+                f"{type(attention).__name__} takes no cache or no attention mask, so that PREFIX_EXT cannot reach it."
+            )
+        self._handle = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    @property
+    def runtime(self) -> PrefixRuntime:
+        return self._runtime[0]
+
+    def update_layer(self, adapter_name: str, initial: LayerKV, num_frozen_tokens: int, has_reparam: bool) -> None:
+        """Adds an adapter that starts at `initial`, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
+
+        With a reparameterization the initial K/V are what it adds to, and do not train.
+        """
+        for kind, state in zip(initial._fields, initial, strict=True):
+            parameter = nn.Parameter(state[:, num_frozen_tokens:].clone())
+            getattr(self, f"prefix_ext_{kind}")[adapter_name] = parameter
+            if num_frozen_tokens:
+                getattr(self, f"prefix_ext_frozen_{kind}")[adapter_name] = state[:, :num_frozen_tokens].clone()
+        if has_reparam:
+            self.frozen_peft_weight_names[adapter_name] = self.adapter_layer_names
+
+    def materialize(self, adapter_name: str, residual: LayerKV | None) -> LayerKV:
+        """Returns the K/V of the adapter, `[num_kv_heads, num_virtual_tokens, head_dim]` each."""
+        states = []
+        for number, kind in enumerate(LayerKV._fields):
+            state = getattr(self, f"prefix_ext_{kind}")[adapter_name]
+            all_frozen = getattr(self, f"prefix_ext_frozen_{kind}")
+            frozen = all_frozen[adapter_name] if adapter_name in all_frozen else None
+            states.append(assemble(frozen, state, None if residual is None else residual[number]))
+        return LayerKV(*states)
+
+    def detach(self) -> None:
+        """Takes the hook off the attention module."""
+        self._handle.remove()
+
+    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if self.runtime.current_adapter is None:
+            return None
+        step = self.runtime.current_step()
+        kwargs = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        cache = kwargs.get(self._cache_argument)
+        num_new = step.positions.shape[-1]
+        kv_length = num_new if cache is None else cache.get_mask_sizes(num_new, self.index)[0]
+        prefix = self.materialize(step.adapter, step.residuals.get(self.index))
+        kwargs[self._cache_argument] = PrefixCacheView(cache, prefix)
+        kwargs["attention_mask"] = step.mask(kwargs.get("attention_mask"), kv_length, self.sliding_window)
+        return (), kwargs
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT looks for the weight of a wrapped layer; there is none here.
+        device = device or next(self.runtime.parameters()).device
+        for kind in self.adapter_layer_names + self.other_param_names:
+            states = getattr(self, kind)
+            if adapter_name in states and states[adapter_name].device.type != "meta":
+                states[adapter_name] = states[adapter_name].to(device)
+
+
+def assemble(frozen: torch.Tensor | None, state: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """Returns `[num_kv_heads, num_virtual_tokens, head_dim]` from its frozen and its trained tokens."""
+    if residual is not None:
+        state = state + residual
+    return state if frozen is None else torch.cat([frozen, state], dim=1)

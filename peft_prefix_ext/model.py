@@ -1,0 +1,227 @@
+"""`PrefixExtModel`: gives every attention layer of a frozen model a trainable prefix."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_prefix_ext.checkpoint import FORMAT_VERSION, LayerKV
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.fingerprint import differences, fingerprint
+from peft_prefix_ext.geometry import RecordedLayer, record_layers
+from peft_prefix_ext.initialization import initial_kv
+from peft_prefix_ext.layer import PrefixExtLayer
+from peft_prefix_ext.reparam import PrefixMLP
+from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
+
+
+class PrefixExtModel(BaseTuner):
+    """
+    Trains key/value prefixes (Li & Liang 2021, https://arxiv.org/abs/2101.00190) by injection into attention layers.
+
+    Not one of PEFT's prompt-learning types: the model's inputs, masks and caches stay its own, and so gradient
+    checkpointing, static caches, padding and every way to generate work as without an adapter.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted.
+        config ([`PrefixExtConfig`]): The configuration of the prefix.
+        adapter_name (`str`): The name of the adapter, `"default"` by default.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_prefix_ext import PrefixExtConfig
+
+        >>> config = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=16, init="text", init_text="Summarize:")
+        >>> model = get_peft_model(model, config)
+        ```
+    """
+
+    prefix: str = "prefix_ext_"
+    tuner_layer_cls = (PrefixExtLayer, PrefixRuntime)
+
+    # Set while an adapter is being injected, the dicts by module name.
+    _decoder: nn.Module
+    _recorded: dict[str, RecordedLayer]
+    _initial: dict[str, LayerKV]
+
+    def _prepare_adapter_config(self, peft_config: PrefixExtConfig, model_config: dict) -> PrefixExtConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PrefixExtConfig, model: PreTrainedModel) -> None:
+        """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
+        runtime = next((module for module in model.modules() if isinstance(module, PrefixRuntime)), None)
+        with _base_alone(runtime):
+            recorded = record_layers(model, [0])
+            _check_saved_for(peft_config, model, recorded)
+            if peft_config.is_saved:
+                empty = [layer.shapes(peft_config.num_virtual_tokens) for layer in recorded]
+                initial = [
+                    LayerKV(*(state.new_zeros(shape) for state, shape in zip(layer.kv, pair, strict=True)))
+                    for layer, pair in zip(recorded, empty, strict=True)
+                ]
+            else:
+                initial = initial_kv(peft_config, model, recorded)
+        object.__setattr__(self, "_decoder", _decoder_of(model, recorded))  # not as a submodule
+        self._recorded = {layer.module: layer for layer in recorded}
+        self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
+        peft_config._recorded = _record(peft_config, model, recorded)
+
+    def _check_target_module_exists(self, peft_config: PrefixExtConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._recorded
+
+    def _create_and_replace(
+        self,
+        peft_config: PrefixExtConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        runtime = self._shared_by(adapter_name, peft_config)
+        layer = getattr(target, "prefix_ext", None)
+        if layer is None:
+            layer = target.prefix_ext = PrefixExtLayer(target, self._recorded[current_key], runtime)
+        has_reparam = adapter_name in runtime.prefix_ext_reparam
+        frozen = 0 if peft_config.inference_mode else peft_config.num_frozen_tokens
+        layer.update_layer(adapter_name, self._initial[current_key], frozen, has_reparam)
+
+    def _shared_by(self, adapter_name: str, config: PrefixExtConfig) -> PrefixRuntime:
+        """Returns the model's runtime, with the adapter in it."""
+        runtime = getattr(self._decoder, "prefix_ext", None)
+        if runtime is None:
+            # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
+            runtime = PrefixRuntime(self._decoder, [layer.index for layer in self._recorded.values()])
+            self._decoder.prefix_ext = runtime
+        if adapter_name in runtime.num_virtual_tokens:
+            return runtime
+        runtime.num_virtual_tokens[adapter_name] = config.num_virtual_tokens
+        if config.is_saved:
+            runtime.awaiting_weights.add(adapter_name)
+        if config.reparam == "mlp" and not config.inference_mode:
+            trained = config.num_virtual_tokens - config.num_frozen_tokens
+            key = next(iter(self._initial.values())).key
+            mlp = PrefixMLP(config, [layer.shapes(trained) for layer in self._recorded.values()])
+            runtime.prefix_ext_reparam[adapter_name] = mlp.to(key.device, key.dtype)
+        return runtime
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Sets the active adapter; a model has one prefix at a time."""
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(f"PREFIX_EXT has one active adapter at a time, got {list(adapter_name)}.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        runtime = find_live(self.model).runtime
+        runtime.num_virtual_tokens.pop(adapter_name, None)
+        runtime.awaiting_weights.discard(adapter_name)
+
+    def unload(self) -> torch.nn.Module:
+        """Returns the base model, free of all prefixes."""
+        for module in list(self.model.modules()):
+            if isinstance(getattr(module, "prefix_ext", None), self.tuner_layer_cls):
+                module.prefix_ext.detach()
+                del module.prefix_ext
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        raise ValueError("A prefix changes no weight, so there is nothing to merge; use `unload` to get the base model.")
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("A prefix changes no weight, so there is nothing to merge.")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("`adapter_names` is not supported by PREFIX_EXT yet; use `set_adapter` for the whole batch.")
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PrefixExtConfig,
+        adapter_name: str,
+        state_dict: State,
+        unwanted_adapter_names: list[str],
+    ) -> State:
+        return to_checkpoint(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # What `to_checkpoint` returns has no adapter name in it; a module could be called like the adapter.
+        return key if ".prefix_ext." in key else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PrefixExtConfig, adapter_name: str, state_dict: State
+    ) -> State:
+        return from_checkpoint(model, config, adapter_name, state_dict)
+
+
+@contextmanager
+def _base_alone(runtime: PrefixRuntime | None) -> Iterator[None]:
+    if runtime is None:
+        yield
+    else:
+        with runtime.bypassed():
+            yield
+
+
+def _decoder_of(model: PreTrainedModel, layers: list[RecordedLayer]) -> nn.Module:
+    """Returns the innermost module around all attention layers that is given positions and the cache."""
+    name = layers[0].module
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        parameters = inspect.signature(module.forward).parameters
+        holds_all = all(layer.module.startswith(f"{name}." if name else "") for layer in layers)
+        if holds_all and {"position_ids", "past_key_values"} <= parameters.keys() and "input_ids" in parameters:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
+        "its input; PREFIX_EXT does not support it."
+    )
+
+
+def _record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> dict[str, Any]:
+    rows = []
+    for layer in layers:
+        key, value = layer.shapes(config.num_virtual_tokens)
+        rows.append({"index": layer.index, "module": layer.module, "key_shape": key, "value_shape": value})
+    return {
+        "prefix_layers": rows,
+        "base_fingerprint": fingerprint(model.config),
+        "format_version": FORMAT_VERSION,
+    }
+
+
+def _check_saved_for(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> None:
+    if config.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"The adapter has format version {config.format_version}, this release reads {FORMAT_VERSION}; upgrade "
+            "peft-prefix-ext."
+        )
+    if not config.is_saved:
+        return
+    found = differences(config.base_fingerprint or {}, fingerprint(model.config))
+    if not found and _record(config, model, layers)["prefix_layers"] != config.prefix_layers:
+        found = ["its attention layers have other names or shapes"]
+    if found:
+        raise ValueError(
+            f"The adapter was trained on another base model ({config.base_model_name_or_path}): {'; '.join(found)}."
+        )

@@ -1,0 +1,42 @@
+"""Lets one evaluation of the reparameterization serve all layers under reentrant gradient checkpointing.
+
+There every layer runs a backward pass of its own, on through the K/V it captured and into the MLP, whose graph is gone
+after the first layer. So the layers are given a leaf instead, and its gradient, complete once the backward pass has
+come down to the embeddings, is handed on to the MLP from there. As the embeddings' output then requires a gradient,
+`enable_input_require_grads` is not needed either.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
+    """Whether `gradient_checkpointing_enable` was called with `use_reentrant=True` and the model is training."""
+    for module in decoder.modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, functools.partial):
+                return bool(function.keywords.get("use_reentrant", False))
+    return False
+
+
+def gather_gradient(hidden_states: torch.Tensor, leaf: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Returns `hidden_states` unchanged; in the backward pass `source` receives the gradient that `leaf` gathered."""
+    return _GatherGradient.apply(hidden_states, source, leaf)
+
+
+class _GatherGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, source: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        ctx.leaf = leaf
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        gathered, ctx.leaf.grad = ctx.leaf.grad, None
+        return gradient, gathered, None
