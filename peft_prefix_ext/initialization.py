@@ -40,8 +40,8 @@ def text_token_ids(config: PrefixExtConfig, model: PreTrainedModel) -> list[int]
     words = tokenizer(config.init_text, add_special_tokens=False).input_ids
     if not words:
         raise ValueError(f"`init_text` must have at least one token, got {config.init_text!r}.")
-    start = tokenizer.build_inputs_with_special_tokens([])
-    begin = start[:1] if tokenizer.bos_token_id is not None and start[:1] == [tokenizer.bos_token_id] else []
+    start = tokenizer(config.init_text).input_ids[0]
+    begin = [start] if start == tokenizer.bos_token_id and start != words[0] else []
     repeats = -(-config.num_virtual_tokens // len(words))
     return (begin + words * repeats)[: config.num_virtual_tokens]
 

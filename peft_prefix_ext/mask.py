@@ -35,11 +35,10 @@ def prepend_prefix(
     if mask is None:
         if q == 1 and sliding_window is None:
             return None
-        # A fused kernel with `is_causal` would align a longer key sequence to the wrong corner: spell the mask out.
+        # transformers leaves the mask out of a prefill only when the cache is empty: query i sees columns 0..i, and what
+        # a static cache has behind them is not seen. `is_causal` of a fused kernel knows no prefix: spell it out.
         mask = torch.ones(q, kv_length, dtype=torch.bool, device=positions.device)
-        if q > 1:
-            mask = mask.tril(kv_length - q)
-        mask = mask[None, None]
+        mask = (mask.tril() if q > 1 else mask)[None, None]
     visible = torch.ones(1, 1, q, p, dtype=torch.bool, device=mask.device)
     if sliding_window is not None:
         columns = torch.arange(p, device=mask.device)

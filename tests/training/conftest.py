@@ -1,0 +1,46 @@
+"""What the tests of the training half share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import VOCABULARY, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from peft_prefix_ext import PrefixExtConfig
+
+
+def with_prefix(model: PreTrainedModel, seed: int = 1, **config: object) -> PeftModel:
+    """Gives `model` a prefix that is large enough to change its output."""
+    torch.manual_seed(seed)
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 7, **config}
+    if settings.get("init", "random") == "random":
+        settings.setdefault("init_std", 1.0)
+    return get_peft_model(model, PrefixExtConfig(**settings)).eval()
+
+
+def perturb(model: torch.nn.Module, std: float = 0.3) -> None:
+    """Moves every trainable parameter, as training would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(std * torch.randn_like(parameter))
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tokenizer that knows the words w2, w3, ... and starts every text with its <s>."""
+    vocabulary = {"<pad>": 0, "<s>": 1, **{f"w{number}": number for number in range(2, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")

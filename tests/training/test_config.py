@@ -1,0 +1,39 @@
+"""Every wrong argument is refused with one sentence that names it and what it got."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_prefix_ext import PrefixExtConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_virtual_tokens": 0}, "`num_virtual_tokens` must be an integer >= 1, got 0"),
+        ({"num_virtual_tokens": 2.5}, "`num_virtual_tokens` must be an integer >= 1, got 2.5"),
+        ({"num_virtual_tokens": None}, "`num_virtual_tokens` must be an integer >= 1, got None"),
+        ({"init": "zero"}, r"`init` must be one of \('random', 'text'\), got 'zero'"),
+        ({"init": "text"}, "`init_text` must be given when `init='text'`"),
+        ({"init_text": "x"}, "`init_text` is only used with `init='text'`, got `init='random'`"),
+        ({"init_std": -1.0}, "`init_std` must be >= 0, got -1.0"),
+        ({"num_virtual_tokens": 4, "num_frozen_tokens": 4}, "must be < `num_virtual_tokens`, got 4 and 4"),
+        ({"num_frozen_tokens": -1}, "`num_frozen_tokens` must be an integer >= 0, got -1"),
+        ({"reparam": "lstm"}, r"`reparam` must be one of \('none', 'mlp'\), got 'lstm'"),
+        ({"reparam_hidden_size": 0}, "`reparam_hidden_size` must be an integer >= 1, got 0"),
+        ({"reparam_num_layers": 0}, "`reparam_num_layers` must be an integer >= 1, got 0"),
+        ({"reparam_latent_size": True}, "`reparam_latent_size` must be an integer >= 1, got True"),
+        ({"reparam_activation": "wild"}, "`reparam_activation` must be one of .*, got 'wild'"),
+        ({"reparam_dropout": 1.0}, r"`reparam_dropout` must be in \[0, 1\), got 1.0"),
+        ({"task_type": "POETRY"}, "POETRY"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixExtConfig(**arguments)
+
+
+def test_round_trip(tmp_path):
+    config = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=9, reparam="mlp", reparam_activation="gelu")
+    config.save_pretrained(tmp_path)
+    assert PrefixExtConfig.from_pretrained(tmp_path) == config

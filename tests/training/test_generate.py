@@ -1,0 +1,109 @@
+"""Every way to generate gives what a forward pass over the whole sequence says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import with_prefix
+from tiny import CONFIGS, random_ids, tiny_model
+
+PROMPT = 40  # longer than the sliding windows of the tiny models
+
+
+def greedy(model, ids, mask=None, **kwargs):
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **kwargs)
+    return out[:, ids.shape[1] :]
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def model(request):
+    return with_prefix(tiny_model(request.param, attention="eager"))
+
+
+@torch.no_grad()
+def test_greedy_decoding_equals_full_forward(model):
+    ids = random_ids(2, PROMPT)
+    new = greedy(model, ids)
+    whole = torch.cat([ids, new], dim=1)
+    logits = model(input_ids=whole, use_cache=False).logits
+    assert torch.equal(logits[:, PROMPT - 1 : -1].argmax(-1), new)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(model):
+    long, short = random_ids(1, PROMPT), random_ids(1, 28, seed=5)
+    padding = torch.zeros(1, PROMPT - 28, dtype=torch.long)
+    ids = torch.cat([long, torch.cat([padding, short], dim=1)])
+    mask = torch.ones_like(ids)
+    mask[1, : PROMPT - 28] = 0
+    together = greedy(model, ids, mask)
+    assert torch.equal(together[:1], greedy(model, long))
+    assert torch.equal(together[1:], greedy(model, short))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}], ids=str
+)
+def test_caches_and_chunks_change_nothing(options):
+    for name in ("llama", "gemma3"):
+        model = with_prefix(tiny_model(name))
+        ids = random_ids(2, PROMPT)
+        assert torch.equal(greedy(model, ids, **options), greedy(model, ids))
+
+
+@torch.no_grad()
+def test_beam_search_equals_beam_search_over_the_text(word_tokenizer):
+    """A prefix of text must search as the text does, beams and all."""
+    text = [1, 5, 17, 40, 23, 99]
+    base = tiny_model("llama")
+    ids = random_ids(2, 10)
+    context = torch.cat([torch.tensor([text]).expand(2, -1), ids], dim=1)
+    options = {"num_beams": 4, "max_new_tokens": 10, "do_sample": False, "num_return_sequences": 2}
+    mask = torch.ones_like(context)
+    expected = base.generate(input_ids=context, attention_mask=mask, **options)[:, context.shape[1] :]
+    model = with_prefix(
+        base, init="text", init_text="w5 w17 w40 w23 w99", tokenizer_name_or_path=word_tokenizer, num_virtual_tokens=6
+    )
+    actual = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+    assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def test_sampling_follows_the_seed(llama):
+    model = with_prefix(llama)
+    ids = random_ids(2, 8)
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=True)
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_leak_and_each_sees_the_prefix(llama):
+    model = with_prefix(llama)
+    first, second = random_ids(1, 9), random_ids(1, 6, seed=3)
+    positions = torch.cat([torch.arange(9), torch.arange(6)])[None]
+    packed = model(input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(input_ids=first).logits, model(input_ids=second).logits], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_called_alone_says_so(llama):
+    model = with_prefix(llama)
+    model(input_ids=random_ids(1, 4))
+    layer = model.get_base_model().model.layers[0]
+    with pytest.raises(RuntimeError, match="call the whole model"):
+        layer(torch.zeros(1, 2, 64), position_embeddings=(torch.zeros(1, 2, 16), torch.zeros(1, 2, 16)))
+
+
+@torch.no_grad()
+def test_the_bare_decoder_has_the_prefix_too(llama):
+    model = with_prefix(llama)
+    ids = random_ids(1, 5)
+    base = model.get_base_model()
+    assert torch.equal(base.lm_head(base.model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)

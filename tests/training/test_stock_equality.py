@@ -1,0 +1,37 @@
+"""Where stock PEFT prefix tuning works, ours gives the very same logits for the same K/V."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import with_prefix
+from peft import PrefixTuningConfig, get_peft_model
+from tiny import CONFIGS, random_ids, tiny_model
+
+from peft_prefix_ext.layer import PrefixExtLayer
+
+NO_SDPA = ("gptj", "gpt_oss")
+CASES = [(name, "eager") for name in CONFIGS] + [(name, "sdpa") for name in CONFIGS if name not in NO_SDPA]
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_logits_equal_stock_prefix_tuning(name, attention):
+    base = tiny_model(name, attention=attention)
+    ours = with_prefix(copy.deepcopy(base))
+    stock = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)).eval()
+    layers = [module for module in ours.modules() if isinstance(module, PrefixExtLayer)]
+    kv = torch.stack([torch.stack([*layer.materialize("default", None)]) for layer in layers])
+    with torch.no_grad():
+        stock.prompt_encoder["default"].embedding.weight.copy_(kv.permute(3, 0, 1, 2, 4).reshape(7, -1))
+    short, long = random_ids(2, 9), random_ids(2, 60)
+    padded = torch.ones_like(long)
+    padded[0, -20:] = 0
+    with torch.no_grad():
+        for ids, mask in [(short, torch.ones_like(short)), (long, torch.ones_like(long)), (long, padded)]:
+            kept = mask.bool()
+            expected = stock(input_ids=ids, attention_mask=mask).logits[kept]
+            assert torch.equal(ours(input_ids=ids, attention_mask=mask).logits[kept], expected)
+        with ours.disable_adapter():
+            assert not torch.allclose(ours(input_ids=long).logits[padded.bool()], expected, atol=1e-2)
