@@ -93,7 +93,7 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
     """
     folder = Path(path)
     config = _read_config(folder)
-    peft_type = config.get("peft_type")
+    peft_type = config["peft_type"]
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         other = " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
@@ -114,7 +114,9 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
     for index, layer in layers.items():
         for kind, tensor in zip(layer._fields, layer, strict=True):
             if not torch.isfinite(tensor).all():
-                raise PrefixCheckpointError(f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again.")
+                raise PrefixCheckpointError(
+                    f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again."
+                )
     return PrefixCheckpoint(
         path=folder,
         peft_type=peft_type,
@@ -134,7 +136,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise PrefixCheckpointError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
     except (OSError, ValueError) as error:
-        raise PrefixCheckpointError(f"{folder / CONFIG_NAME} cannot be read as JSON ({error}); copy it again.") from error
+        raise PrefixCheckpointError(
+            f"{folder / CONFIG_NAME} cannot be read as JSON ({error}); copy it again."
+        ) from error
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type != "PREFIX_EXT" and peft_type not in STOCK_TYPES:
         raise PrefixCheckpointError(
@@ -177,7 +181,7 @@ def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path)
 
 def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
     """Splits PEFT's flat layout as `PeftModel.get_prompt` does (peft 0.21, peft_model.py)."""
-    sizes = [config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
+    sizes: list[Any] = [config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
     if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[2] % sizes[1]:
         raise PrefixCheckpointError(
             f"`num_layers`, `num_attention_heads` and `token_dim` in {folder / CONFIG_NAME} must say the shape of the "

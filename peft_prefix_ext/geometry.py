@@ -50,7 +50,9 @@ class _RecordingCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if key_states.dim() != 4:
-            raise ValueError(f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which is not supported.")
+            raise ValueError(
+                f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which is not supported."
+            )
         # A layer that shares the K/V of another one does not write; the first writer owns the cache.
         self.recorded.setdefault(layer_idx, (self.running[-1], LayerKV(key_states[0], value_states[0])))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

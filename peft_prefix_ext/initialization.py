@@ -19,7 +19,9 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Rec
     if config.init == "text":
         return [layer.kv for layer in record_layers(model, text_token_ids(config, model))]
     return [
-        LayerKV(*(config.init_std * torch.randn_like(state[:, :1].expand(shape)) for state, shape in _pairs(layer, config)))
+        LayerKV(
+            *(config.init_std * torch.randn_like(state[:, :1].expand(shape)) for state, shape in _pairs(layer, config))
+        )
         for layer in layers
     ]
 

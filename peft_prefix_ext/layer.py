@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_prefix_ext.cache import PrefixCacheView
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.geometry import RecordedLayer
-from peft_prefix_ext.runtime import PrefixRuntime, no_base_layer
+from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
-class PrefixExtLayer(nn.Module, BaseTunerLayer):
+class PrefixExtLayer(PrefixTunerLayer):
     """A child of an attention module, at work in a hook before its forward, so that base parameters keep their names.
 
     The hook runs inside a checkpointed region, where the model's cache does not reach.
@@ -31,10 +31,9 @@ class PrefixExtLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("prefix_ext_key", "prefix_ext_value")
     other_param_names = ("prefix_ext_frozen_key", "prefix_ext_frozen_value")
-    get_base_layer = no_base_layer
 
     def __init__(self, attention: nn.Module, recorded: RecordedLayer, runtime: PrefixRuntime) -> None:
-        super().__init__()
+        super().__init__(recorded.kv.key.device)
         self.prefix_ext_key = nn.ParameterDict()
         self.prefix_ext_value = nn.ParameterDict()
         self.prefix_ext_frozen_key = BufferDict(persistent=True)
@@ -45,8 +44,8 @@ class PrefixExtLayer(nn.Module, BaseTunerLayer):
         self.sliding_window = recorded.sliding_window
         self._runtime = (runtime,)  # in a tuple, so as not to become a submodule of every layer
         self._arguments = list(inspect.signature(attention.forward).parameters)
-        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in self._arguments), None)
-        if self._cache_argument is None or "attention_mask" not in self._arguments:
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in self._arguments), "")
+        if not self._cache_argument or "attention_mask" not in self._arguments:
             raise ValueError(
                 f"{type(attention).__name__} takes no cache or no attention mask, so that PREFIX_EXT cannot reach it."
             )
@@ -95,14 +94,6 @@ class PrefixExtLayer(nn.Module, BaseTunerLayer):
         kwargs[self._cache_argument] = PrefixCacheView(cache, prefix)
         kwargs["attention_mask"] = step.mask(kwargs.get("attention_mask"), kv_length, self.sliding_window)
         return (), kwargs
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT looks for the weight of a wrapped layer; there is none here.
-        device = device or next(self.runtime.parameters()).device
-        for kind in self.adapter_layer_names + self.other_param_names:
-            states = getattr(self, kind)
-            if adapter_name in states and states[adapter_name].device.type != "meta":
-                states[adapter_name] = states[adapter_name].to(device)
 
 
 def assemble(frozen: torch.Tensor | None, state: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

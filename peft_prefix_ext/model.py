@@ -21,6 +21,7 @@ from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
+from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
 class PrefixExtModel(BaseTuner):
@@ -47,17 +48,17 @@ class PrefixExtModel(BaseTuner):
     """
 
     prefix: str = "prefix_ext_"
-    tuner_layer_cls = (PrefixExtLayer, PrefixRuntime)
+    tuner_layer_cls = PrefixTunerLayer
 
     # Set while an adapter is being injected, the dicts by module name.
     _decoder: nn.Module
     _recorded: dict[str, RecordedLayer]
     _initial: dict[str, LayerKV]
 
-    def _prepare_adapter_config(self, peft_config: PrefixExtConfig, model_config: dict) -> PrefixExtConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
-    def _prepare_model(self, peft_config: PrefixExtConfig, model: PreTrainedModel) -> None:
+    def _prepare_model(self, peft_config: Any, model: Any) -> None:
         """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
         runtime = next((module for module in model.modules() if isinstance(module, PrefixRuntime)), None)
         with _base_alone(runtime):
@@ -76,12 +77,12 @@ class PrefixExtModel(BaseTuner):
         self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
         peft_config._recorded = _record(peft_config, model, recorded)
 
-    def _check_target_module_exists(self, peft_config: PrefixExtConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._recorded
 
     def _create_and_replace(
         self,
-        peft_config: PrefixExtConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -113,7 +114,9 @@ class PrefixExtModel(BaseTuner):
             trained = config.num_virtual_tokens - config.num_frozen_tokens
             key = next(iter(self._initial.values())).key
             mlp = PrefixMLP(config, [layer.shapes(trained) for layer in self._recorded.values()])
-            runtime.prefix_ext_reparam[adapter_name] = mlp.to(key.device, key.dtype)
+            # On the meta device, under `low_cpu_mem_usage`, PEFT moves it once it is loaded.
+            on_meta = mlp.latent.device.type == "meta"
+            runtime.prefix_ext_reparam[adapter_name] = mlp if on_meta else mlp.to(key.device, key.dtype)
         return runtime
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -139,7 +142,9 @@ class PrefixExtModel(BaseTuner):
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        raise ValueError("A prefix changes no weight, so there is nothing to merge; use `unload` to get the base model.")
+        raise ValueError(
+            "A prefix changes no weight, so there is nothing to merge; use `unload` to get the base model."
+        )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("A prefix changes no weight, so there is nothing to merge.")
@@ -147,14 +152,16 @@ class PrefixExtModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("`adapter_names` is not supported by PREFIX_EXT yet; use `set_adapter` for the whole batch.")
+            raise ValueError(
+                "`adapter_names` is not supported by PREFIX_EXT yet; use `set_adapter` for the whole batch."
+            )
         yield
 
     @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: PrefixExtConfig,
+        config: Any,
         adapter_name: str,
         state_dict: State,
         unwanted_adapter_names: list[str],
@@ -168,7 +175,7 @@ class PrefixExtModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PrefixExtConfig, adapter_name: str, state_dict: State
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
     ) -> State:
         return from_checkpoint(model, config, adapter_name, state_dict)
 

@@ -28,7 +28,6 @@ def _add_member() -> None:
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
-    member._sort_order_ = len(PeftType.__members__)
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member

@@ -9,17 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.mask import prepend_prefix
 from peft_prefix_ext.reentrant import gather_gradient, uses_reentrant_checkpointing
-
-
-def no_base_layer(self: BaseTunerLayer) -> nn.Module:
-    # Without this, PEFT's `weight` property looks for the weight of the wrapped layer in this layer, without end.
-    raise AttributeError("A prefix wraps no layer.")
+from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
 @dataclass
@@ -54,7 +49,7 @@ class Step:
         return self._masks[sliding_window][1]
 
 
-class PrefixRuntime(nn.Module, BaseTunerLayer):
+class PrefixRuntime(PrefixTunerLayer):
     """A child of the decoder that shifts its positions by p and evaluates the reparameterization once per forward pass.
 
     The decoder is the innermost module that is given positions and the cache: hooked there, calls to the task model and
@@ -62,10 +57,9 @@ class PrefixRuntime(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("prefix_ext_reparam",)
-    get_base_layer = no_base_layer
 
     def __init__(self, decoder: nn.Module, layer_indices: list[int]) -> None:
-        super().__init__()
+        super().__init__(decoder.get_input_embeddings().weight.device)
         self.prefix_ext_reparam = nn.ModuleDict()
         self.layer_indices = layer_indices
         self.num_virtual_tokens: dict[str, int] = {}
@@ -105,7 +99,9 @@ class PrefixRuntime(nn.Module, BaseTunerLayer):
         """Returns the step under way, which in a backward pass with checkpointing is the last one."""
         in_backward = torch._C._current_graph_task_id() != -1
         if self.step is None or not (self.step.running or in_backward):
-            raise RuntimeError("A layer with a prefix was called outside of its decoder's forward; call the whole model.")
+            raise RuntimeError(
+                "A layer with a prefix was called outside of its decoder's forward; call the whole model."
+            )
         return self.step
 
     def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -157,7 +153,7 @@ class PrefixRuntime(nn.Module, BaseTunerLayer):
     ) -> tuple[dict[int, LayerKV], tuple[torch.Tensor, torch.Tensor] | None]:
         if adapter not in self.prefix_ext_reparam:
             return {}, None
-        mlp = self.prefix_ext_reparam[adapter]
+        mlp: Any = self.prefix_ext_reparam[adapter]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in mlp.parameters()):
             projected = mlp.project()
             if not is_reentrant:

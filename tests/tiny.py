@@ -29,10 +29,16 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 4}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 32, "sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 4},
+    ),
     "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 16}),
     "mixtral": ("MixtralConfig", {"sliding_window": None, "num_local_experts": 4}),
-    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
     "gemma": ("GemmaConfig", {"head_dim": 32}),
     "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 24}),
     "phi": ("PhiConfig", {}),
@@ -41,7 +47,10 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("GPTNeoXConfig", _MULTI_HEAD),
     "gptj": ("GPTJConfig", {**_GPT2_LIKE, "rotary_dim": 8}),
     "opt": ("OPTConfig", {**_MULTI_HEAD, "ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "falcon": ("FalconConfig", {**_MULTI_HEAD, "multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "falcon": (
+        "FalconConfig",
+        {**_MULTI_HEAD, "multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    ),
     "olmo2": ("Olmo2Config", {}),
     "cohere2": ("Cohere2Config", {"sliding_window": 24}),
     "granite": ("GraniteConfig", {}),
@@ -56,7 +65,9 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 def tiny_config(name: str, **overrides: object) -> transformers.PreTrainedConfig:
     config_class, own = CONFIGS[name]
     values = {**_COMMON, **own, **overrides}
-    return getattr(transformers, config_class)(**{key: value for key, value in values.items() if (key, value) not in _ABSENT})
+    return getattr(transformers, config_class)(
+        **{key: value for key, value in values.items() if (key, value) not in _ABSENT}
+    )
 
 
 def tiny_model(name: str, seed: int = 0, attention: str = "sdpa", **overrides: object) -> PreTrainedModel:

@@ -16,7 +16,9 @@ from peft_prefix_ext import PrefixExtConfig
 @pytest.fixture
 def model(llama):
     model = with_prefix(llama, num_virtual_tokens=5)
-    model.add_adapter("long", PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=11, init_std=1.0, reparam="mlp"))
+    model.add_adapter(
+        "long", PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=11, init_std=1.0, reparam="mlp")
+    )
     return model
 
 
@@ -39,7 +41,12 @@ def test_switching_and_disabling(model):
 
 
 def test_second_adapter_of_text_is_read_off_the_base_alone(word_tokenizer):
-    config = {"init": "text", "init_text": "w5 w17 w40", "tokenizer_name_or_path": word_tokenizer, "num_virtual_tokens": 4}
+    config = {
+        "init": "text",
+        "init_text": "w5 w17 w40",
+        "tokenizer_name_or_path": word_tokenizer,
+        "num_virtual_tokens": 4,
+    }
     alone = logits(with_prefix(tiny_model("llama"), **config))
     model = with_prefix(tiny_model("llama"))
     model.add_adapter("text", PrefixExtConfig(task_type="CAUSAL_LM", **config))
@@ -51,9 +58,11 @@ def test_only_the_active_adapter_trains(model):
     def trainable():
         return {name for name, p in model.named_parameters() if p.requires_grad}
 
-    assert trainable() and all(name.endswith(".default") for name in trainable())
+    assert trainable()
+    assert all(name.endswith(".default") for name in trainable())
     model.set_adapter("long")
-    assert trainable() and all(".prefix_ext_reparam.long." in name for name in trainable())
+    assert trainable()
+    assert all(".prefix_ext_reparam.long." in name for name in trainable())
     with model.disable_adapter():
         assert not trainable()
     assert trainable()
@@ -118,8 +127,16 @@ def test_unsupported_models_are_refused_in_one_sentence(name):
         ),
         "llama4_text": lambda: transformers.Llama4ForCausalLM(
             transformers.Llama4TextConfig(
-                vocab_size=32, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=4,
-                num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2, pad_token_id=0,
+                vocab_size=32,
+                hidden_size=32,
+                intermediate_size=32,
+                intermediate_size_mlp=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                num_local_experts=2,
+                pad_token_id=0,
             )
         ),
     }

@@ -1,0 +1,29 @@
+"""What PEFT expects of a tuner layer and a layer that wraps none has to say itself."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+class PrefixTunerLayer(nn.Module, BaseTunerLayer):
+    """A tuner layer that stands beside base layers instead of around one.
+
+    Args:
+        device: Where the part of the model is that it belongs to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def get_base_layer(self) -> nn.Module:
+        # Without this, PEFT's `weight` property looks for the weight of the wrapped layer in this layer, without end.
+        raise AttributeError("A prefix wraps no layer.")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for name in self.adapter_layer_names + self.other_param_names:
+            states = getattr(self, name)
+            if adapter_name in states:
+                states[adapter_name] = states[adapter_name].to(device or self.device)
