@@ -58,7 +58,7 @@ class PrefixRuntime(PrefixTunerLayer):
 
     adapter_layer_names = ("prefix_ext_reparam",)
 
-    def __init__(self, decoder: nn.Module, layer_indices: list[int]) -> None:
+    def __init__(self, decoder: Any, layer_indices: list[int]) -> None:
         super().__init__(decoder.get_input_embeddings().weight.device)
         self.prefix_ext_reparam = nn.ModuleDict()
         self.layer_indices = layer_indices

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import with_prefix
 from peft import get_peft_model
+from prefixed import with_prefix
 from tiny import random_ids, tiny_model
 
 from peft_prefix_ext import PrefixExtConfig

@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import perturb, with_prefix
 from peft import AutoPeftModelForCausalLM, CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from prefixed import perturb, with_prefix
 from safetensors.torch import load_file, save_file
 from tiny import random_ids, tiny_model
 

@@ -6,9 +6,9 @@ import json
 import shutil
 
 import pytest
-from conftest import with_prefix
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prefixed import with_prefix
 from tiny import tiny_model
 
 from peft_prefix_ext import PrefixCheckpoint, PrefixCheckpointError, read_prefix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import with_prefix
+from prefixed import with_prefix
 from tiny import CONFIGS, random_ids, tiny_model
 
 PROMPT = 40  # longer than the sliding windows of the tiny models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import perturb, with_prefix
+from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 
 from peft_prefix_ext.reparam import PrefixMLP

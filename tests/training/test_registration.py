@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from conftest import with_prefix
+from prefixed import with_prefix
 from tiny import tiny_model
 
 

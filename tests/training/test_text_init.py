@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import with_prefix
+from prefixed import with_prefix
 from tiny import CONFIGS, random_ids, tiny_model
 
 WORDS = "w5 w17 w40 w23 w99 w64 w3 w77"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import with_prefix
 from peft import PeftModel
+from prefixed import with_prefix
 from tiny import random_ids, tiny_model
 from transformers import Trainer, TrainingArguments
 

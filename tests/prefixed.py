@@ -1,0 +1,26 @@
+"""Models with a prefix, for tests."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peft_prefix_ext import PrefixExtConfig
+
+
+def with_prefix(model: PreTrainedModel, seed: int = 1, **config: object) -> PeftModel:
+    """Gives `model` a prefix that is large enough to change its output."""
+    torch.manual_seed(seed)
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 7, **config}
+    if settings.get("init", "random") == "random":
+        settings.setdefault("init_std", 1.0)
+    return get_peft_model(model, PrefixExtConfig(**settings)).eval()
+
+
+def perturb(model: torch.nn.Module, std: float = 0.3) -> None:
+    """Moves every trainable parameter, as training would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(std * torch.randn_like(parameter))
