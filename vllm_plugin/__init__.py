@@ -1,0 +1,37 @@
+"""Serves trained key/value prefixes on vLLM, one per request, beside the base model.
+
+`register` is vLLM's plugin entry point (`vllm.general_plugins`): vLLM calls it once in each of its processes, so this
+module imports nothing heavy. Offline use:
+
+    llm = LLM(model=BASE, **prefix_adapters(name="path-or-repo"))
+    llm.generate(prompts, params, lora_request=PrefixAdapterRequest("name"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_plugin.config import prefix_adapters
+    from vllm_plugin.request import PrefixAdapterRequest
+
+__all__ = ["PrefixAdapterRequest", "prefix_adapters", "register"]
+
+
+def register() -> None:
+    """Attaches the plugin to vLLM; calling it again changes nothing."""
+    from vllm_plugin.compat import install
+
+    install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "prefix_adapters":
+        from vllm_plugin.config import prefix_adapters
+
+        return prefix_adapters
+    if name == "PrefixAdapterRequest":
+        from vllm_plugin.request import PrefixAdapterRequest
+
+        return PrefixAdapterRequest
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,146 @@
+"""How adapters travel inside a vLLM config: as the extra config of a KV connector, the one part every process sees.
+
+The front end first writes `{name: source}` there; before the engine starts, `store.py` replaces each source with what
+the scheduler and the workers need (`PrefixSpec`). vLLM is imported on use only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_plugin.cli import check_name
+from vllm_plugin.errors import PrefixServeError
+
+CONNECTOR = "PrefixConnector"
+CONNECTOR_MODULE = "vllm_plugin.connector"
+ADAPTERS = "prefix_adapters"
+# The namespace of our cache salts; a client's own salt may not start with it.
+SALT_PREFIX = "prefix-adapter:"
+# Connectors that key what they store by vLLM's salted block hashes. Others key by token ids, where the placeholders of
+# two adapters look alike, so that one adapter could be answered with the K/V of another.
+COMPOSABLE = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixSpec:
+    """What the engine knows of one prefix, tensors apart.
+
+    Args:
+        name: What requests call it.
+        source: Folder or Hub repository, as the operator wrote it.
+        path: The local folder it was read from.
+        num_virtual_tokens: p.
+        digest: SHA-256 of its weights, in hex.
+    """
+
+    name: str
+    source: str
+    path: str
+    num_virtual_tokens: int
+    digest: str
+
+    def salt(self, client_salt: str | None) -> str:
+        """Returns the salt of the block hashes: other content, another name or another client salt shares no block."""
+        return f"{SALT_PREFIX}{self.name}:{self.digest}:{client_salt or ''}"
+
+
+def prefix_adapters(
+    adapters: Mapping[str, str] | None = None, kv_transfer_config: Any = None, /, **more: str
+) -> dict[str, Any]:
+    """Returns the keyword arguments that make `LLM(...)` or `EngineArgs(...)` serve prefix adapters.
+
+    Args:
+        adapters: Folder or Hub repository of each adapter, by name, for names that are no Python identifiers.
+        kv_transfer_config: A KV connector of your own to run beside the prefixes, if any.
+        more: Further adapters, by name.
+
+    Raises:
+        PrefixServeError: If there is no adapter, a name is not usable, or the connector cannot be combined.
+    """
+    from vllm_plugin import register
+
+    register()
+    sources = {**(adapters or {}), **more}
+    if not sources:
+        raise PrefixServeError("`prefix_adapters` needs at least one name=path.")
+    for name in sources:
+        check_name(name)
+    return {"kv_transfer_config": merge(kv_transfer_config, {name: str(source) for name, source in sources.items()})}
+
+
+def merge(theirs: Any, adapters: Mapping[str, Any]) -> Any:
+    """Returns a `KVTransferConfig` with our connector, in front of the operator's own if there is one.
+
+    Ours comes first since vLLM takes the first connector that has a hit, and no other can hold a prefix.
+    """
+    from vllm.config import KVTransferConfig
+
+    ours: dict[str, Any] = {
+        "kv_connector": CONNECTOR,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_consumer",
+        "kv_connector_extra_config": {ADAPTERS: dict(adapters)},
+    }
+    if isinstance(theirs, Mapping):
+        theirs = KVTransferConfig(**theirs)
+    if theirs is None or theirs.kv_connector is None:
+        return KVTransferConfig(**ours)
+    if theirs.kv_connector == "MultiConnector":
+        children = list(theirs.kv_connector_extra_config.get("connectors", []))
+    else:
+        fields = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
+        children = [{name: value for name, value in fields.items() if name != "engine_id"}]
+    for child in children:
+        if child.get("kv_connector") not in COMPOSABLE or child.get("kv_connector_module_path"):
+            raise PrefixServeError(
+                f"Prefix adapters cannot run beside the KV connector {child.get('kv_connector')!r}: only connectors "
+                f"that key by vLLM's block hashes can ({', '.join(COMPOSABLE)})."
+            )
+    return dataclasses.replace(
+        theirs,
+        kv_connector="MultiConnector",
+        kv_connector_module_path=None,
+        kv_role="kv_consumer" if theirs.kv_role == "kv_consumer" else "kv_both",
+        kv_connector_extra_config={"connectors": [ours, *children]},
+        # "recompute" would run the placeholders of a prefix as text.
+        kv_load_failure_policy="fail",
+    )
+
+
+def adapters_in(kv_transfer_config: Any) -> dict[str, Any]:
+    """Returns our adapters in a `KVTransferConfig` (name -> source, or name -> fields of a `PrefixSpec`), or {}."""
+    for connector, extra in _connectors(kv_transfer_config):
+        if connector == CONNECTOR and ADAPTERS in extra:
+            return dict(extra[ADAPTERS])
+    return {}
+
+
+def replace_adapters(kv_transfer_config: Any, adapters: Mapping[str, Any]) -> Any:
+    """Returns a copy of a `KVTransferConfig` of ours with other adapters in it."""
+    if kv_transfer_config.kv_connector == CONNECTOR:
+        return merge(None, adapters)
+    children = kv_transfer_config.kv_connector_extra_config["connectors"]
+    others = [child for child in children if child.get("kv_connector") != CONNECTOR]
+    extra = {"connectors": others}
+    return merge(dataclasses.replace(kv_transfer_config, kv_connector_extra_config=extra), adapters)
+
+
+def specs_in(kv_transfer_config: Any) -> dict[str, PrefixSpec]:
+    """Returns the adapters of a started engine by name; {} for one without prefixes."""
+    return {
+        name: PrefixSpec(**fields)
+        for name, fields in adapters_in(kv_transfer_config).items()
+        if isinstance(fields, Mapping)
+    }
+
+
+def _connectors(kv_transfer_config: Any) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
+    if kv_transfer_config is None:
+        return
+    extra = kv_transfer_config.kv_connector_extra_config
+    yield kv_transfer_config.kv_connector, extra
+    if kv_transfer_config.kv_connector == "MultiConnector":
+        for child in extra.get("connectors", []):
+            yield child.get("kv_connector"), child.get("kv_connector_extra_config", {})

@@ -1,0 +1,20 @@
+"""What can go wrong, in two kinds: the server cannot start, or one request cannot be served."""
+
+from __future__ import annotations
+
+from functools import cache
+
+
+class PrefixServeError(ValueError):
+    """The engine cannot start with these prefix adapters: the message says why and what to do, in one sentence."""
+
+
+@cache
+def request_error_type() -> type[ValueError]:
+    """Returns the exception of a refused request: HTTP 400 on a server, a `ValueError` offline.
+
+    Built on demand: vLLM's server tells client errors by a class of its own, and this module must import without vLLM.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    return type("PrefixRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})

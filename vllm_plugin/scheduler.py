@@ -1,0 +1,139 @@
+"""The scheduler's side of a prefix: which tokens stand for it, and what has to be loaded where. No tensors.
+
+Inside the engine a request's prompt starts with p placeholders. vLLM's own prefix cache finds the blocks they fill, or
+this class says that they can be loaded; either way the model never runs them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_plugin.config import ADAPTERS, PrefixSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLoad:
+    """One copy of virtual tokens `start..stop-1` of a prefix into a request's blocks.
+
+    Args:
+        name: The adapter.
+        start: First virtual token to copy; those before it are cached already.
+        stop: One past the last, p.
+        block_ids: The request's block ids per KV cache group, from position 0; 0 is vLLM's null block.
+    """
+
+    name: str
+    start: int
+    stop: int
+    block_ids: tuple[list[int], ...]
+
+
+@dataclass(slots=True)
+class LoadStats:
+    """How often prefixes were copied into the cache, by adapter name."""
+
+    loads: Counter[str] = field(default_factory=Counter)
+    loaded_tokens: Counter[str] = field(default_factory=Counter)
+
+
+class PrefixScheduler:
+    """Bookkeeping of one engine.
+
+    Args:
+        specs: The adapters, by name.
+    """
+
+    def __init__(self, specs: Mapping[str, PrefixSpec]) -> None:
+        self.specs = dict(specs)
+        self.stats = LoadStats()
+        self._promised: dict[str, int] = {}
+        self._loads: list[PrefixLoad] = []
+
+    def spec_of(self, request: Request) -> PrefixSpec | None:
+        """Returns the prefix a request runs with, or None for the base model."""
+        name = (request.kv_transfer_params or {}).get(ADAPTERS)
+        return None if name is None else self.specs[name]
+
+    def admit(self, request: Request) -> None:
+        """Puts the placeholders in front of a new request's prompt and salts its block hashes."""
+        spec = self.spec_of(request)
+        if spec is None:
+            return
+        p = spec.num_virtual_tokens
+        tokens = request._all_token_ids
+        prompt = list(tokens)
+        request.cache_salt = spec.salt(request.cache_salt)
+        request.skip_reading_prefix_cache = False
+        # The blocks that the prefix fills are hashed over a constant, so that all requests share them.
+        request.block_hashes.clear()
+        tokens[:] = [0] * p
+        request.update_block_hashes()
+        # What samplers see is the request's own first token: the repetition penalty is about the set of prompt tokens,
+        # which stays as it was, and every kernel that reads prompt ids gets a valid one.
+        tokens[:] = [prompt[0]] * p + prompt
+        request.prompt_token_ids = list(tokens)
+        request.num_prompt_tokens = len(tokens)
+        request.update_block_hashes()
+
+    def num_loadable(self, request: Request, num_computed: int) -> int:
+        """Returns how many tokens past the `num_computed` cached ones can be loaded."""
+        spec = self.spec_of(request)
+        if spec is None:
+            return 0
+        missing = max(0, spec.num_virtual_tokens - num_computed)
+        self._promised[request.request_id] = missing
+        return missing
+
+    def allocated(self, request: Request, block_ids: tuple[list[int], ...], num_external: int) -> None:
+        """Records the load of a request that the scheduler just gave blocks to.
+
+        Args:
+            block_ids: Its block ids per KV cache group.
+            num_external: How many tokens the scheduler takes as loaded.
+        """
+        spec = self.spec_of(request)
+        if spec is None:
+            return
+        _count_real_tokens(request, spec.num_virtual_tokens)
+        promised = self._promised.pop(request.request_id, 0)
+        if promised == 0:
+            return
+        if num_external != promised:
+            # Going on would run placeholders as text, and say so to nobody.
+            raise RuntimeError(
+                f"vLLM takes {num_external} tokens of the prefix {spec.name!r} as loaded instead of {promised}."
+            )
+        p = spec.num_virtual_tokens
+        self._loads.append(PrefixLoad(spec.name, p - promised, p, block_ids))
+        self.stats.loads[spec.name] += 1
+        self.stats.loaded_tokens[spec.name] += promised
+
+    def take_loads(self) -> list[PrefixLoad]:
+        """Returns the loads of the step that was just scheduled, and forgets them."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def finished(self, request: Request) -> None:
+        """Forgets a request, whether it ran or not."""
+        self._promised.pop(request.request_id, None)
+
+
+def _count_real_tokens(request: Request, p: int) -> None:
+    """Takes the virtual tokens out of what usage and metrics report of a prefill."""
+    stats = request.prefill_stats
+    # Not set again after a preemption, and already corrected if an asynchronous load makes this the second call.
+    if stats is None or request.num_preemptions or stats.num_prompt_tokens != request.num_prompt_tokens:
+        return
+    local = max(0, stats.num_local_cached_tokens - p)
+    cached = max(0, stats.num_local_cached_tokens + stats.num_external_cached_tokens - p)
+    stats.set(
+        num_prompt_tokens=stats.num_prompt_tokens - p,
+        num_local_cached_tokens=local,
+        num_external_cached_tokens=cached - local,
+    )

@@ -1,0 +1,159 @@
+"""`model=NAME`: publishes the adapters on the server, checks each request, and routes it to the engine.
+
+A client can only name an adapter. What reaches the engine is that name in the request's KV transfer parameters, which a
+client may not set itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, specs_in
+from vllm_plugin.errors import request_error_type
+from vllm_plugin.store import check_served_names
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the checks need to know of a prompt that vLLM has rendered."""
+
+    num_tokens: int | None
+    cache_salt: str | None
+    has_embeds: bool
+    has_media: bool
+
+    @classmethod
+    def of_input(cls, prompt: Any) -> Prompt | None:
+        """Reads an `EngineInput`; None for a prompt that is not rendered yet."""
+        if not (isinstance(prompt, Mapping) and "type" in prompt):
+            return None
+        token_ids = prompt.get("prompt_token_ids")
+        return cls(
+            num_tokens=None if token_ids is None else len(token_ids),
+            cache_salt=prompt.get("cache_salt"),
+            has_embeds=prompt["type"] == "embeds",
+            has_media=prompt["type"] == "multimodal",
+        )
+
+    @classmethod
+    def of_request(cls, request: Any) -> Prompt:
+        """Reads an `EngineCoreRequest`."""
+        return cls(
+            num_tokens=None if request.prompt_token_ids is None else len(request.prompt_token_ids),
+            cache_salt=request.cache_salt,
+            has_embeds=request.prompt_embeds is not None,
+            has_media=bool(request.mm_features),
+        )
+
+
+def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
+    """Returns the prefix that a `lora_request` argument stands for; None for a LoRA or no adapter at all.
+
+    Raises:
+        PrefixRequestError: If it names a prefix that this engine does not have.
+    """
+    from vllm_plugin.request import PrefixAdapterRequest
+
+    if not isinstance(lora_request, PrefixAdapterRequest):
+        return None
+    specs = specs_in(vllm_config.kv_transfer_config)
+    if lora_request.lora_name not in specs:
+        known = ", ".join(specs) if specs else "none"
+        raise request_error_type()(
+            f"The prefix adapter {lora_request.lora_name!r} does not exist; this engine has: {known}."
+        )
+    return specs[lora_request.lora_name]
+
+
+def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model_len: int) -> None:
+    """Raises `PrefixRequestError` if a request cannot be answered correctly.
+
+    Args:
+        spec: Its prefix; None for a request to the base model, which may not pass for one with a prefix.
+        prompt: Its prompt, if rendered.
+        params: vLLM's `SamplingParams`, `PoolingParams` or `BeamSearchParams`.
+        max_model_len: The context, in tokens, virtual ones included.
+    """
+    error = request_error_type()
+    extra_args = getattr(params, "extra_args", None) or {}
+    if ADAPTERS in (extra_args.get("kv_transfer_params") or {}):
+        raise error(f"`kv_transfer_params` may not hold {ADAPTERS!r}; choose a prefix adapter with `model`.")
+    if prompt is not None and prompt.cache_salt is not None and prompt.cache_salt.startswith(SALT_PREFIX):
+        raise error(f"`cache_salt` may not start with {SALT_PREFIX!r}, which is kept for prefix adapters.")
+    if spec is None:
+        return
+    adapter = f"the prefix adapter {spec.name!r}"
+    # Beam search runs requests of its own, which come here again.
+    if type(params).__name__ not in ("SamplingParams", "BeamSearchParams"):
+        raise error(f"Embedding, scoring and other pooling requests cannot use {adapter}; use the base model.")
+    if (
+        getattr(params, "prompt_logprobs", None) is not None
+        or getattr(params, "prompt_logprob_token_ids", None) is not None
+    ):
+        raise error(
+            f"Log-probabilities of the prompt (`prompt_logprobs`, or `echo` with `logprobs`) are not supported with "
+            f"{adapter}; leave them out."
+        )
+    if getattr(params, "skip_reading_prefix_cache", None):
+        raise error(f"`skip_reading_prefix_cache` is not possible with {adapter}, which is read from that cache.")
+    if prompt is None:
+        return
+    if prompt.has_embeds or prompt.num_tokens is None:
+        raise error(f"`prompt_embeds` are not supported with {adapter}; send text or token ids.")
+    if prompt.has_media:
+        raise error(f"Images, audio and video are not supported with {adapter}; send text only.")
+    if prompt.num_tokens == 0:
+        raise error(f"The prompt is empty; {adapter} needs at least one token after it.")
+    if prompt.num_tokens + spec.num_virtual_tokens >= max_model_len:
+        raise error(
+            f"The prompt has {prompt.num_tokens} tokens, which with the {spec.num_virtual_tokens} virtual tokens of "
+            f"{adapter} leave no room for an output token in a context of {max_model_len}; shorten the prompt to at "
+            f"most {max_model_len - spec.num_virtual_tokens - 1} tokens."
+        )
+
+
+def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
+    """Marks a checked `EngineCoreRequest` for its prefix and keeps its output inside the context.
+
+    `max_tokens` is cut to what fits, as vLLM does for the base model, whose own cut does not know of virtual tokens.
+
+    Raises:
+        PrefixRequestError: If it is a streaming session, or asks for more tokens at least than fit.
+    """
+    if getattr(request, "resumable", False):
+        raise request_error_type()(
+            f"Streaming input is not supported with the prefix adapter {spec.name!r}; send the whole prompt at once."
+        )
+    # A copy that vLLM made for this request.
+    params = request.sampling_params
+    room = max_model_len - spec.num_virtual_tokens - len(request.prompt_token_ids)
+    if params.min_tokens > room:
+        raise request_error_type()(
+            f"`min_tokens` must be <= {room}, which is what the prompt and the {spec.num_virtual_tokens} virtual "
+            f"tokens of the prefix adapter {spec.name!r} leave of the context, got {params.min_tokens}."
+        )
+    params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    extra_args = dict(params.extra_args or {})
+    extra_args["kv_transfer_params"] = {**(extra_args.get("kv_transfer_params") or {}), ADAPTERS: spec.name}
+    params.extra_args = extra_args
+
+
+def publish(models: Any, vllm_config: Any) -> None:
+    """Lists the adapters with a server's models: `/v1/models`, the `model` of responses and 404s follow from it.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+
+    Raises:
+        PrefixServeError: If a name is taken.
+    """
+    from vllm_plugin.request import PrefixAdapterRequest
+
+    specs = specs_in(vllm_config.kv_transfer_config)
+    check_served_names(specs, [*(base.name for base in models.base_model_paths), *models.lora_requests])
+    for spec in specs.values():
+        models.lora_requests[spec.name] = PrefixAdapterRequest(
+            lora_name=spec.name, lora_int_id=models.lora_id_counter.inc(1), lora_path=spec.source
+        )

@@ -1,0 +1,168 @@
+"""From an adapter's name on the command line to a checked prefix: where it lies, what it holds, whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_prefix_ext.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    PrefixCheckpoint,
+    PrefixCheckpointError,
+    read_prefix,
+)
+from peft_prefix_ext.fingerprint import fingerprint
+from vllm_plugin.config import PrefixSpec, adapters_in, replace_adapters
+from vllm_plugin.errors import PrefixServeError
+
+# A child of vLLM's logger, which is the one its servers show.
+logger = logging.getLogger("vllm.prefix_adapters")
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def resolve(source: str) -> Path:
+    """Returns the folder of an adapter: `source` itself, or a download of the Hub repository `owner/name[@revision]`.
+
+    Raises:
+        PrefixServeError: If it is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return folder
+    if not _REPO.fullmatch(source):
+        raise PrefixServeError(f"No prefix adapter at {source!r}: it is neither a folder nor a Hub repository.")
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except Exception as error:
+        # The Hub's errors are many, of several packages, and each means the same to the operator.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PrefixServeError(
+            f"No prefix adapter at {source!r}: there is no such folder, and the Hub has no such repository or cannot "
+            f"be reached ({reason})."
+        ) from error
+
+
+def load(name: str, source: str) -> PrefixCheckpoint:
+    """Reads and checks one adapter.
+
+    Raises:
+        PrefixServeError: In one sentence, naming the adapter.
+    """
+    try:
+        return read_prefix(resolve(source))
+    except PrefixCheckpointError as error:
+        raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
+
+
+def open_adapters(kv_transfer_config: Any) -> tuple[Any, dict[str, PrefixCheckpoint]]:
+    """Reads every adapter named in a config.
+
+    Returns:
+        The config with each source replaced by the fields of its `PrefixSpec`, and the checkpoints by name.
+    """
+    specs: dict[str, dict[str, Any]] = {}
+    checkpoints: dict[str, PrefixCheckpoint] = {}
+    for name, entry in adapters_in(kv_transfer_config).items():
+        source = entry["source"] if isinstance(entry, Mapping) else entry
+        checkpoint = checkpoints[name] = load(name, source)
+        specs[name] = dataclasses.asdict(
+            PrefixSpec(
+                name=name,
+                source=source,
+                path=str(checkpoint.path),
+                num_virtual_tokens=checkpoint.num_virtual_tokens,
+                digest=checkpoint.digest,
+            )
+        )
+    return replace_adapters(kv_transfer_config, specs), checkpoints
+
+
+def reload(spec: PrefixSpec) -> PrefixCheckpoint:
+    """Reads the tensors of a prefix again, in a worker.
+
+    Raises:
+        PrefixServeError: If the file is no longer the one the server was started with.
+    """
+    checkpoint = load(spec.name, spec.path)
+    if checkpoint.digest != spec.digest:
+        raise PrefixServeError(
+            f"The weights of prefix adapter {spec.name!r} in {spec.path} changed while the engine was starting; start "
+            "it again."
+        )
+    return checkpoint
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raises `PrefixServeError` if this engine cannot serve any prefix."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    refusals = {
+        "pooling models": model.runner_type != "generate",
+        "encoder-decoder models": bool(model.is_encoder_decoder),
+        "multi-head latent attention (MLA)": bool(model.use_mla),
+        "models with Mamba or linear-attention layers": bool(
+            model.is_hybrid or model.is_attention_free or model.has_inner_state
+        ),
+        "diffusion models": bool(getattr(model, "is_diffusion", False)),
+        "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        # They would see the placeholders of the virtual tokens as text.
+        "custom logits processors": bool(getattr(model, "logits_processors", None)),
+        "--calculate-kv-scales": bool(getattr(vllm_config.cache_config, "calculate_kv_scales", False)),
+    }
+    if found := [what for what, present in refusals.items() if present]:
+        raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
+    if not vllm_config.cache_config.enable_prefix_caching:
+        logger.warning(
+            "Prefix caching is off: every request gets a copy of its prefix of its own; leave it on to share one."
+        )
+
+
+def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> None:
+    """Raises `PrefixServeError` if a prefix was not made for this engine's base model or leaves no room in it.
+
+    What the config of a model tells is checked here, before the engine starts; `geometry.py` checks the real layers.
+    """
+    model = vllm_config.model_config
+    p = checkpoint.num_virtual_tokens
+    try:
+        checkpoint.check_base(fingerprint(model.hf_config))
+    except PrefixCheckpointError as error:
+        raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
+    shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
+    expected = (model.get_total_num_kv_heads(), model.get_head_size())
+    if len(shapes) == 1 and shapes != {expected}:
+        heads, size = shapes.pop()
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} was trained on another base model: it has {heads} KV heads of size {size}, the "
+            f"model has {expected[0]} of size {expected[1]}."
+        )
+    num_layers = model.hf_text_config.num_hidden_layers
+    if max(checkpoint.layers) >= num_layers:
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} was trained on another base model: it has a layer {max(checkpoint.layers)}, the "
+            f"model has {num_layers} layers."
+        )
+    # One prompt token and one output token are the least a request needs.
+    if p + 2 > model.max_model_len:
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} has {p} virtual tokens, which leaves no room in a context of "
+            f"{model.max_model_len}; raise --max-model-len."
+        )
+
+
+def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:
+    """Raises `PrefixServeError` if an adapter has a name that the server already answers to."""
+    if taken := sorted(set(adapters) & set(served)):
+        raise PrefixServeError(
+            f"The prefix adapter name {taken[0]!r} is already the name of a model on this server; choose another name."
+        )
