@@ -38,8 +38,8 @@ class TrainingSettings:
     model: str
     task: Task
     steps: int
-    batch_size: int = 8
-    learning_rate: float = 5e-3
+    batch_size: int = 4
+    learning_rate: float = 1e-2
     num_virtual_tokens: int = 16
     seed: int = 0
 
@@ -79,6 +79,7 @@ def train(settings: TrainingSettings, examples: Sequence[Example], folder: Path)
             weight_decay=0.0,
             train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=1,
             report_to="none",
             save_strategy="no",
