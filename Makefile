@@ -9,7 +9,7 @@
 # Arguments of the demo:
 #   make demo ARGS="--model HuggingFaceTB/SmolLM2-360M-Instruct"
 
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
