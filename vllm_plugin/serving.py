@@ -106,11 +106,17 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
         raise error(f"Images, audio and video are not supported with {adapter}; send text only.")
     if prompt.num_tokens == 0:
         raise error(f"The prompt is empty; {adapter} needs at least one token after it.")
-    if prompt.num_tokens + spec.num_virtual_tokens >= max_model_len:
+    room = max_model_len - spec.num_virtual_tokens - prompt.num_tokens
+    if room < 1:
         raise error(
             f"The prompt has {prompt.num_tokens} tokens, which with the {spec.num_virtual_tokens} virtual tokens of "
             f"{adapter} leave no room for an output token in a context of {max_model_len}; shorten the prompt to at "
             f"most {max_model_len - spec.num_virtual_tokens - 1} tokens."
+        )
+    if getattr(params, "min_tokens", 0) > room:
+        raise error(
+            f"`min_tokens` must be <= {room}, which is what the prompt and the {spec.num_virtual_tokens} virtual tokens "
+            f"of {adapter} leave of the context, got {params.min_tokens}."
         )
 
 
@@ -120,7 +126,7 @@ def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     `max_tokens` is cut to what fits, as vLLM does for the base model, whose own cut does not know of virtual tokens.
 
     Raises:
-        PrefixRequestError: If it is a streaming session, or asks for more tokens at least than fit.
+        PrefixRequestError: If it is a streaming session.
     """
     if getattr(request, "resumable", False):
         raise request_error_type()(
@@ -129,11 +135,6 @@ def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     # A copy that vLLM made for this request.
     params = request.sampling_params
     room = max_model_len - spec.num_virtual_tokens - len(request.prompt_token_ids)
-    if params.min_tokens > room:
-        raise request_error_type()(
-            f"`min_tokens` must be <= {room}, which is what the prompt and the {spec.num_virtual_tokens} virtual "
-            f"tokens of the prefix adapter {spec.name!r} leave of the context, got {params.min_tokens}."
-        )
     params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
     extra_args = dict(params.extra_args or {})
     extra_args["kv_transfer_params"] = {**(extra_args.get("kv_transfer_params") or {}), ADAPTERS: spec.name}

@@ -109,9 +109,7 @@ def write_adapter(folder: Path, config: Any, prefix: Prefix, **overrides: Any) -
     for index, (key, value) in enumerate(prefix):
         module = f"model.layers.{index}.self_attn"
         tensors[layer_key(module, "key")], tensors[layer_key(module, "value")] = key, value
-        rows.append(
-            {"index": index, "module": module, "key_shape": list(key.shape), "value_shape": list(value.shape)}
-        )
+        rows.append({"index": index, "module": module, "key_shape": list(key.shape), "value_shape": list(value.shape)})
     save_file(tensors, folder / WEIGHTS_NAME)
     fields = {
         "peft_type": "PREFIX_EXT",

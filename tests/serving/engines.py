@@ -1,0 +1,86 @@
+"""Offline engines with prefixes, whose scheduler a test can look into, beside a reference by transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import support
+
+LENGTHS = (1, 7, 32, 33, 130)
+
+
+@dataclass
+class Engine:
+    """An offline engine, the model it runs, and its adapters."""
+
+    llm: Any
+    model: Path
+    config: Any
+    prefixes: dict[str, support.Prefix]
+    reference: support.Reference = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reference = support.Reference(self.model)
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def stats(self) -> Any:
+        return self.scheduler.connector.scheduler.stats
+
+    def generate(
+        self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10, **params: Any
+    ) -> list[Any]:
+        """Runs one batch, greedily, and returns vLLM's outputs."""
+        from vllm import SamplingParams
+
+        from vllm_plugin import PrefixAdapterRequest
+
+        sampling = SamplingParams(
+            **{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False, **params}
+        )
+        return self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            sampling,
+            lora_request=[None if name is None else PrefixAdapterRequest(name) for name in names],
+            use_tqdm=False,
+        )
+
+    def check(self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10) -> None:
+        """Runs one batch and compares every token with transformers'."""
+        outputs = self.generate(names, prompts, max_tokens)
+        for name, prompt, output in zip(names, prompts, outputs, strict=True):
+            prefix = None if name is None else self.prefixes[name]
+            assert list(output.outputs[0].token_ids) == self.reference.greedy(prompt, prefix, max_tokens), name
+            assert output.prompt_token_ids == prompt
+
+    def block_ids(self) -> dict[str, list[int]]:
+        """Returns the physical blocks of each running request, of the first KV cache group."""
+        manager = self.scheduler.kv_cache_manager
+        return {request.request_id: manager.get_block_ids(request.request_id)[0] for request in self.scheduler.running}
+
+
+def make_engine(folder: Path, config: Any, lengths: tuple[int, ...] = LENGTHS, **overrides: Any) -> Engine:
+    """Starts an offline engine with one adapter per length, named `p<length>`."""
+    from vllm import LLM
+
+    from vllm_plugin import prefix_adapters
+
+    if not (folder / "model").exists():
+        support.write_model(folder / "model", config)
+    prefixes = {f"p{length}": support.random_prefix(config, length, seed=length) for length in lengths}
+    paths = {name: str(support.write_adapter(folder / name, config, kv)) for name, kv in prefixes.items()}
+    settings: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "block_size": support.BLOCK_SIZE,
+        "max_model_len": 512,
+        "dtype": "float32",
+        **prefix_adapters(paths),
+    }
+    return Engine(LLM(**{**settings, **overrides}), folder / "model", config, prefixes)

@@ -1,0 +1,171 @@
+"""The offline engine: what it says with a prefix, and how often it copies one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import support
+from engines import LENGTHS, Engine
+from support import prompt_ids
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_matches_transformers_cold_warm_and_after_reset(llama: Engine, length: int) -> None:
+    name = f"p{length}"
+    prompts = [prompt_ids(count, seed=count) for count in (1, 20, 32, 70)]
+    for round_number in range(3):
+        if round_number == 2:
+            assert llama.llm.reset_prefix_cache()
+        llama.check([name] * 4, prompts)
+
+
+def test_mixes_the_base_and_two_adapters_in_one_batch(llama: Engine) -> None:
+    names = [None, "p33", "p7", "p33", None, "p7"]
+    same = prompt_ids(40)
+    prompts = [same, same, same, prompt_ids(9, seed=1), prompt_ids(65, seed=2), prompt_ids(1, seed=3)]
+    for _ in range(2):
+        llama.check(names, prompts)
+    outputs = llama.generate([None, "p33", "p7"], [same] * 3)
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 3
+
+
+def test_an_aligned_prefix_is_loaded_once_and_its_blocks_are_shared(llama: Engine) -> None:
+    from vllm import SamplingParams
+
+    from vllm_plugin import PrefixAdapterRequest
+
+    llm_engine = llama.llm.llm_engine
+    for index in range(6):
+        llm_engine.add_request(
+            str(index),
+            {"type": "token", "prompt_token_ids": prompt_ids(10 + index, seed=index)},
+            SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False),
+            lora_request=PrefixAdapterRequest("p32"),
+        )
+    llm_engine.step()
+    llm_engine.step()
+    blocks = list(llama.block_ids().values())
+    assert len(blocks) == 6
+    assert len({ids[0] for ids in blocks}) == 1
+    assert len({ids[1] for ids in blocks}) == 6
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+    assert llama.stats.loads == {"p32": 1}
+    assert llama.stats.loaded_tokens == {"p32": 32}
+
+
+def test_only_the_tail_of_an_unaligned_prefix_is_loaded_again(llama: Engine) -> None:
+    llama.check(["p130"] * 4, [prompt_ids(5, seed=seed) for seed in range(4)])
+    assert llama.stats.loads == {"p130": 4}
+    assert llama.stats.loaded_tokens == {"p130": 130 + 3 * 2}
+
+
+def test_cached_tokens_count_real_tokens_only(llama: Engine) -> None:
+    prompt = prompt_ids(70)
+    cold, warm = (llama.generate(["p33"], [prompt])[0] for _ in range(2))
+    assert cold.num_cached_tokens == 0
+    # 33 + 70 tokens fill three blocks of 32, of which the last two hold 63 real ones.
+    assert warm.num_cached_tokens == 63
+
+
+def test_n_samples_share_the_prefix(llama: Engine) -> None:
+    prompt = prompt_ids(12)
+    (output,) = llama.generate(["p33"], [prompt], n=3, temperature=1.0, seed=1, top_k=1)
+    expected = llama.reference.greedy(prompt, llama.prefixes["p33"], 10)
+    assert [list(sample.token_ids) for sample in output.outputs] == [expected] * 3
+
+
+def test_a_repetition_penalty_ignores_virtual_tokens(llama: Engine) -> None:
+    prompt = prompt_ids(6)
+    (output,) = llama.generate(["p33"], [prompt], max_tokens=8, repetition_penalty=1.8)
+    tokens = list(prompt)
+    for _ in range(8):
+        logits = llama.reference.logits(tokens, llama.prefixes["p33"])[-1].clone()
+        for token in set(tokens):
+            logits[token] = logits[token] / 1.8 if logits[token] > 0 else logits[token] * 1.8
+        tokens.append(int(logits.argmax()))
+    assert list(output.outputs[0].token_ids) == tokens[6:]
+
+
+def test_output_stops_at_the_end_of_the_context(llama: Engine) -> None:
+    prompt = prompt_ids(512 - 130 - 5)
+    (output,) = llama.generate(["p130"], [prompt], max_tokens=400)
+    assert len(output.outputs[0].token_ids) == 5
+    assert output.outputs[0].finish_reason == "length"
+    (shortest,) = llama.generate(["p130"], [prompt_ids(512 - 130 - 1)], max_tokens=None)
+    assert len(shortest.outputs[0].token_ids) == 1
+
+
+def test_an_aborted_request_leaves_nothing_behind(llama: Engine) -> None:
+    from vllm import SamplingParams
+
+    from vllm_plugin import PrefixAdapterRequest
+
+    llm_engine = llama.llm.llm_engine
+    for steps in range(3):
+        request_id = llm_engine.add_request(
+            f"abort-{steps}",
+            {"type": "token", "prompt_token_ids": prompt_ids(10)},
+            SamplingParams(max_tokens=50, ignore_eos=True, detokenize=False),
+            lora_request=PrefixAdapterRequest("p33"),
+        )
+        for _ in range(steps):
+            llm_engine.step()
+        llm_engine.abort_request([request_id], internal=True)
+        while llm_engine.has_unfinished_requests():
+            llm_engine.step()
+    assert llama.scheduler.connector.scheduler._promised == {}
+    llama.check(["p33", None], [prompt_ids(10), prompt_ids(10)])
+
+
+def test_client_salts_do_not_share(llama: Engine) -> None:
+    from vllm import SamplingParams
+
+    from vllm_plugin import PrefixAdapterRequest
+
+    for salt in ("one", "two"):
+        llama.llm.generate(
+            {"prompt_token_ids": prompt_ids(5), "cache_salt": salt},
+            SamplingParams(max_tokens=1, detokenize=False),
+            lora_request=PrefixAdapterRequest("p32"),
+            use_tqdm=False,
+        )
+    assert llama.stats.loads == {"p32": 2}
+
+
+def test_survives_preemption_and_eviction_in_a_small_cache(engine_factory: Callable[..., Engine]) -> None:
+    # 17 blocks of 32 tokens, one of them vLLM's null block: eight requests of 33 + 20 + 60 tokens do not fit at once.
+    engine = engine_factory(support.llama_config(), (33, 64), num_gpu_blocks_override=17, max_model_len=256)
+    preempted = []
+    original = engine.scheduler._preempt_request
+    engine.scheduler._preempt_request = lambda request, *args, **kwargs: (
+        preempted.append(request.request_id),
+        original(request, *args, **kwargs),
+    )[1]
+    names = ["p33", "p64", None, "p33", "p64", "p33", None, "p64"]
+    engine.check(names, [prompt_ids(20, seed=seed) for seed in range(8)], max_tokens=60)
+    assert preempted
+    assert engine.stats.loads["p33"] > 3
+
+
+def test_chunked_prefill_and_no_prefix_caching(engine_factory: Callable[..., Engine]) -> None:
+    engine = engine_factory(
+        support.llama_config(), (33, 64), enable_prefix_caching=False, max_num_batched_tokens=48, max_num_seqs=4
+    )
+    names = ["p33", "p64", None, "p64"]
+    for _ in range(2):
+        engine.check(names, [prompt_ids(100 + seed, seed=seed) for seed in range(4)])
+    assert engine.stats.loads == {"p33": 2, "p64": 4}
+    assert engine.stats.loaded_tokens == {"p33": 66, "p64": 256}
+
+
+def test_sliding_window_layers_let_the_prefix_slide_out(engine_factory: Callable[..., Engine]) -> None:
+    engine = engine_factory(support.gemma3_config())
+    assert len(engine.scheduler.kv_cache_config.kv_cache_groups) > 1
+    names = [None, "p1", "p7", "p32", "p33", "p130", "p130"]
+    prompts = [prompt_ids(count, seed=count) for count in (30, 90, 5, 70, 33, 1, 150)]
+    for round_number in range(3):
+        if round_number == 2:
+            assert engine.llm.reset_prefix_cache()
+        engine.check(names, prompts, max_tokens=24)

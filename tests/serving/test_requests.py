@@ -1,0 +1,107 @@
+"""Requests that cannot be answered correctly: refused in one sentence, and the engine goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engines import Engine
+from support import prompt_ids
+
+from vllm_plugin import PrefixAdapterRequest, serving
+
+
+def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any) -> Any:
+    from vllm import SamplingParams
+
+    return engine.llm.generate(
+        prompt,
+        SamplingParams(**{"max_tokens": 2, "detokenize": False, **params}),
+        lora_request=None if name is None else PrefixAdapterRequest(name),
+        use_tqdm=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "params", "message"),
+    [
+        ("nobody", {}, {}, "'nobody' does not exist; this engine has: p1, p7"),
+        ("p130", {"prompt_token_ids": prompt_ids(382)}, {}, "shorten the prompt to at most 381 tokens"),
+        ("p33", {}, {"prompt_logprobs": 0}, "Log-probabilities of the prompt"),
+        ("p33", {}, {"skip_reading_prefix_cache": True}, "`skip_reading_prefix_cache` is not possible"),
+        ("p33", {}, {"min_tokens": 475, "max_tokens": 500}, "`min_tokens` must be <= 474"),
+        ("p33", {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),
+        (None, {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),
+        (None, {}, {"extra_args": {"kv_transfer_params": {"prefix_adapters": "p7"}}}, "may not hold 'prefix_adapters'"),
+        (
+            "p33",
+            {},
+            {"extra_args": {"kv_transfer_params": {"prefix_adapters": "p7"}}},
+            "may not hold 'prefix_adapters'",
+        ),
+    ],
+)
+def test_refused(llama: Engine, name: str | None, prompt: dict[str, Any], params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
+        ask(llama, {"prompt_token_ids": prompt_ids(5), **prompt}, name, **params)
+    assert message in str(caught.value)
+    llama.check(["p33", None], [prompt_ids(5)] * 2, max_tokens=2)
+
+
+def test_the_base_model_keeps_what_adapters_refuse(llama: Engine) -> None:
+    (output,) = ask(llama, {"prompt_token_ids": prompt_ids(5), "cache_salt": "mine"}, None, prompt_logprobs=0)
+    assert len(output.prompt_logprobs) == 5
+    ask(llama, {"prompt_token_ids": prompt_ids(511)}, None)
+
+
+def test_one_refused_prompt_refuses_the_batch_and_frees_it(llama: Engine) -> None:
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        llama.generate(["p33", "p130"], [prompt_ids(5), prompt_ids(400)])
+    assert not llama.llm.llm_engine.has_unfinished_requests()
+
+
+def test_streaming_input_is_refused(llama: Engine) -> None:
+    from vllm import SamplingParams
+
+    engine = llama.llm.llm_engine
+    with pytest.raises(ValueError, match="Streaming input is not supported"):
+        engine.input_processor.process_inputs(
+            "id",
+            {"type": "token", "prompt_token_ids": [5]},
+            SamplingParams(max_tokens=1),
+            supported_tasks=engine.get_supported_tasks(),
+            lora_request=PrefixAdapterRequest("p7"),
+            resumable=True,
+        )
+
+
+def checks() -> list[tuple[Callable[[], serving.Prompt], Callable[[], Any], str]]:
+    from vllm import PoolingParams, SamplingParams
+
+    def prompt(**fields: Any) -> Callable[[], serving.Prompt]:
+        plain = {"num_tokens": 5, "cache_salt": None, "has_embeds": False, "has_media": False}
+        return lambda: serving.Prompt(**{**plain, **fields})
+
+    return [
+        (prompt(), PoolingParams, "pooling requests cannot use the prefix adapter 'p7'"),
+        (prompt(has_embeds=True), SamplingParams, "`prompt_embeds` are not supported"),
+        (prompt(num_tokens=None), SamplingParams, "`prompt_embeds` are not supported"),
+        (prompt(has_media=True), SamplingParams, "Images, audio and video are not supported"),
+        (prompt(num_tokens=0), SamplingParams, "The prompt is empty"),
+    ]
+
+
+@pytest.mark.parametrize(("prompt", "params", "message"), checks())
+def test_checks(llama: Engine, prompt: Any, params: Any, message: str) -> None:
+    spec = llama.scheduler.connector.scheduler.specs["p7"]
+    with pytest.raises(ValueError, match=message):
+        serving.check(spec, prompt(), params(), 512)
+
+
+def test_prefixes_are_unknown_to_an_engine_without_them(llama: Engine) -> None:
+    class Config:
+        kv_transfer_config = None
+
+    with pytest.raises(ValueError, match="this engine has: none"):
+        serving.adapter_named(PrefixAdapterRequest("p7"), Config())

@@ -1,0 +1,190 @@
+"""The OpenAI-compatible server, started by the launcher, asked by the `openai` client."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+from support import prompt_ids, text_of
+
+openai = pytest.importorskip("openai")
+
+CONFIG = support.llama_config()
+PREFIXES = {"pirate": support.random_prefix(CONFIG, 32, seed=1), "poet": support.random_prefix(CONFIG, 7, seed=2)}
+MAX_MODEL_LEN = 256
+ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+
+
+def launch(folder: Path, *options: str, **popen: Any) -> subprocess.Popen[Any]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vllm_plugin", str(folder / "model"), "--served-model-name", "base"),
+            *("--dtype", "float32", "--enforce-eager", "--block-size", str(support.BLOCK_SIZE)),
+            *("--max-model-len", str(MAX_MODEL_LEN), "--host", "127.0.0.1", *options),
+        ],
+        env=ENVIRONMENT,
+        text=True,
+        **popen,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("server")
+    support.write_model(folder / "model", CONFIG, tokenizer=True)
+    for name, prefix in PREFIXES.items():
+        support.write_adapter(folder / name, CONFIG, prefix)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log"
+    adapters = [f"{name}={folder / name}" for name in PREFIXES]
+    with log.open("w") as stream:
+        server = launch(
+            folder,
+            *("--port", str(port), "--enable-prompt-tokens-details", "--prefix-adapter", *adapters),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        try:
+            deadline = time.monotonic() + 300
+            while True:
+                try:
+                    client.models.list()
+                    break
+                except openai.APIConnectionError:
+                    assert server.poll() is None, log.read_text()[-4000:]
+                    assert time.monotonic() < deadline, log.read_text()[-4000:]
+                    time.sleep(0.5)
+            yield client
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def complete(client: Any, model: str, prompt: Any, max_tokens: int | None = 6, **options: Any) -> Any:
+    extra_body = {"ignore_eos": True, **options.pop("extra_body", {})}
+    return client.completions.create(
+        model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra_body, **options
+    )
+
+
+def test_models_are_listed_with_the_base_as_parent(client: Any, folder: Path) -> None:
+    models = {model.id: model for model in client.models.list()}
+    assert list(models) == ["base", "pirate", "poet"]
+    assert models["base"].parent is None
+    assert models["pirate"].parent == "base"
+    assert models["pirate"].root == str(folder / "pirate")
+
+
+def test_each_model_answers_as_transformers_does_in_one_batch(client: Any, folder: Path) -> None:
+    reference = support.Reference(folder / "model")
+    jobs = [(name, prompt_ids(8 + 5 * seed, seed=seed)) for seed in range(4) for name in ("base", "pirate", "poet")]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        responses = list(pool.map(lambda job: complete(client, job[0], job[1]), jobs))
+    for (name, prompt), response in zip(jobs, responses, strict=True):
+        assert response.model == name
+        assert response.usage.prompt_tokens == len(prompt)
+        expected = reference.greedy(prompt, PREFIXES.get(name), 6)
+        assert response.choices[0].text.split() == text_of(expected).split()
+
+
+def test_usage_does_not_count_virtual_tokens(client: Any) -> None:
+    prompt = prompt_ids(70, seed=50)
+    for cached in (None, 64):
+        details = complete(client, "pirate", prompt).usage.prompt_tokens_details
+        assert (details.cached_tokens if details else None) in ({None, 0} if cached is None else {cached})
+
+
+def test_chat_and_streaming(client: Any) -> None:
+    messages = [{"role": "user", "content": "w5 w6 w7"}]
+    options: dict[str, Any] = {
+        **{"messages": messages, "max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    }
+    whole = client.chat.completions.create(model="poet", **options)
+    chunks = list(client.chat.completions.create(model="poet", stream=True, **options))
+    assert {chunk.model for chunk in chunks} == {whole.model} == {"poet"}
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == whole.choices[0].message.content
+    assert (
+        whole.choices[0].message.content
+        != client.chat.completions.create(model="base", **options).choices[0].message.content
+    )
+
+
+def test_the_default_length_fills_the_context(client: Any) -> None:
+    prompt = prompt_ids(MAX_MODEL_LEN - 32 - 9)
+    response = client.chat.completions.create(
+        model="pirate",
+        messages=[{"role": "user", "content": text_of(prompt)}],
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert response.usage.completion_tokens == 9
+    assert response.choices[0].finish_reason == "length"
+    assert complete(client, "pirate", prompt, 200).usage.completion_tokens == 9
+
+
+def test_an_unknown_model_is_404(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError):
+        complete(client, "nobody", "w5")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("model", "prompt", "options", "message"),
+    [
+        ("pirate", prompt_ids(MAX_MODEL_LEN - 32), {}, "shorten the prompt to at most 223 tokens"),
+        ("pirate", "w5", {"echo": True, "logprobs": 1}, "Log-probabilities of the prompt"),
+        ("base", "w5", {"extra_body": {"cache_salt": "prefix-adapter:pirate"}}, "`cache_salt` may not start with"),
+        (
+            "base",
+            "w5",
+            {"extra_body": {"kv_transfer_params": {"prefix_adapters": "pirate"}}},
+            "choose a prefix adapter with `model`",
+        ),
+        ("poet", "w5", {"extra_body": {"min_tokens": 250}, "max_tokens": 255}, "`min_tokens` must be <= 248"),
+    ],
+)
+def test_what_cannot_be_right_is_400(
+    client: Any, model: str, prompt: Any, options: dict[str, Any], message: str, stream: bool
+) -> None:
+    if stream and "logprobs" in options and "echo" in options:
+        pytest.skip("vLLM itself refuses to stream these")
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        complete(client, model, prompt, stream=stream, **options)
+    assert caught.value.status_code == 400
+    assert complete(client, "poet", "w5").model == "poet"
+
+
+def test_a_disconnected_client_leaves_the_server_well(client: Any) -> None:
+    for _ in range(3):
+        stream = complete(client, "pirate", "w5 w6", max_tokens=200, stream=True)
+        next(iter(stream))
+        stream.close()
+    assert complete(client, "pirate", "w5 w6").usage.completion_tokens == 6
+
+
+def test_a_server_that_cannot_start_says_why_in_one_line(folder: Path) -> None:
+    server = launch(folder, "--prefix-adapter", "x=/nowhere", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, errors = server.communicate(timeout=240)
+    assert server.returncode == 1
+    assert errors.strip().splitlines()[-1] == (
+        "prefix-serve: error: No prefix adapter at '/nowhere': it is neither a folder nor a Hub repository."
+    )
+    assert "Traceback" not in errors

@@ -1,0 +1,213 @@
+"""What keeps an engine from starting: one clear sentence, before it takes any memory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+
+from vllm_plugin import cli, compat, config, geometry, prefix_adapters
+from vllm_plugin.errors import PrefixServeError
+
+CONFIG = support.llama_config()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return support.write_model(tmp_path_factory.mktemp("startup") / "model", CONFIG)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return support.write_adapter(tmp_path / "adapter", CONFIG, support.random_prefix(CONFIG, 4))
+
+
+def engine_config(model: Path, sources: Any, **settings: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    if isinstance(sources, (str, Path)):
+        sources = {"one": str(sources)}
+    if isinstance(sources, dict):
+        settings |= prefix_adapters(sources, settings.pop("kv_transfer_config", None))
+    return EngineArgs(
+        **{"model": str(model), "skip_tokenizer_init": True, "max_model_len": 256, "dtype": "float32", **settings}
+    ).create_engine_config()
+
+
+def refused(model: Path, sources: Any, message: str, **settings: Any) -> None:
+    with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
+        engine_config(model, sources, **settings)
+    assert message in str(caught.value)
+
+
+def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
+    spec = config.specs_in(engine_config(model, adapter).kv_transfer_config)["one"]
+    assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
+
+
+def test_without_adapters_nothing_changes(model: Path) -> None:
+    assert engine_config(model, None).kv_transfer_config is None
+
+
+def test_missing_and_corrupt_adapters(model: Path, adapter: Path) -> None:
+    refused(model, "/nowhere/at/all", "neither a folder nor a Hub repository")
+    refused(model, "nobody/nothing", "the Hub has no such repository")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    refused(model, adapter, "cannot be read as safetensors")
+    weights.unlink()
+    refused(model, adapter, "No adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(model, adapter, "is of type 'LORA', not a prefix")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "rope_parameters.rope_theta is 500.0"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3 in the adapter and 2 in the model"),
+        ({"head_dim": 16}, "head_dim is 16 in the adapter and 32 in the model"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4 in the adapter and 2 in the model"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_base_model(model: Path, tmp_path: Path, other: dict[str, Any], message: str, recorded: bool) -> None:
+    trained_on = LlamaConfig(**{**CONFIG.to_dict(), **other})
+    fields = {} if recorded else {"base_fingerprint": {}}
+    adapter = support.write_adapter(tmp_path, trained_on, support.random_prefix(trained_on, 4), **fields)
+    if recorded:
+        refused(model, adapter, message)
+    elif "rope_parameters" not in other:
+        # Without a fingerprint, the shapes still tell.
+        refused(model, adapter, "was trained on another base model")
+
+
+def test_the_real_layers_must_pair_up(model: Path, adapter: Path) -> None:
+    from peft_prefix_ext.checkpoint import read_prefix
+
+    checkpoint = read_prefix(adapter)
+
+    def layer(index: int, heads: int = 2, size: int = 32) -> geometry.CacheLayer:
+        return geometry.CacheLayer(f"model.layers.{index}.self_attn.attn", index, 0, 32, heads, size, size)
+
+    geometry.check_layers("one", checkpoint, [layer(0), layer(1)], True)
+    geometry.check_layers("one", checkpoint, [layer(1)], False)
+    with pytest.raises(PrefixServeError, match=r"without a cache: \[1\]"):
+        geometry.check_layers("one", checkpoint, [layer(0)], True)
+    with pytest.raises(PrefixServeError, match=r"without a prefix: \[2\]"):
+        geometry.check_layers("one", checkpoint, [layer(1), layer(2)], False)
+    kv = checkpoint.layers[0]
+    for heads, tp_size in ((2, 1), (1, 2), (1, 4)):
+        shards = [geometry.shard("one", kv, layer(0, heads), rank, tp_size) for rank in range(tp_size)]
+        keys = torch.cat([part.key for part in shards], dim=1).transpose(0, 1)
+        assert keys.equal(kv.key.repeat_interleave(max(1, tp_size // 2), 0))
+    with pytest.raises(PrefixServeError, match="layer 0 has 2 KV heads of sizes"):
+        geometry.shard("one", kv, layer(0, 2), 0, 2)
+    with pytest.raises(PrefixServeError, match="layer 0 has 2 KV heads of sizes"):
+        geometry.shard("one", kv, layer(0, 2, 64), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 5}, "has 4 virtual tokens, which leaves no room in a context of 5"),
+        ({"served_model_name": ["base", "one"]}, "'one' is already the name of a model"),
+        ({"runner": "pooling"}, "do not support pooling models"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "do not support speculative decoding",
+        ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size replaces the KV connector"),
+        (
+            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+            "cannot run beside the KV connector 'LMCacheConnectorV1'",
+        ),
+    ],
+)
+def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, Any], message: str) -> None:
+    refused(model, adapter, message, **settings)
+
+
+def test_mamba_is_refused(adapter: Path, tmp_path: Path) -> None:
+    mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+    AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
+    refused(tmp_path / "mamba", adapter, "do not support models with Mamba or linear-attention layers")
+
+
+def test_another_connector_is_kept_behind_ours(model: Path, adapter: Path) -> None:
+    theirs = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20},
+    }
+    merged = engine_config(model, adapter, kv_transfer_config=theirs).kv_transfer_config
+    children = merged.kv_connector_extra_config["connectors"]
+    assert [child["kv_connector"] for child in children] == ["PrefixConnector", "OffloadingConnector"]
+    assert merged.kv_load_failure_policy == "fail"
+    assert config.specs_in(merged)["one"].num_virtual_tokens == 4
+
+
+@pytest.mark.parametrize("text", ["one", "one=", "=path", "a b=path", "text=path", "-x=path"])
+def test_malformed_options(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.parse_adapter(text)
+
+
+def test_options_add_up_and_names_are_unique() -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_argument(parser)
+    cli.add_argument(parser)
+    pairs = parser.parse_args(["--prefix-adapter", "a=/x", "b=org/repo", "--prefix-adapter", "c=/y=z"]).prefix_adapter
+    assert cli.as_mapping(pairs) == {"a": "/x", "b": "org/repo", "c": "/y=z"}
+    with pytest.raises(PrefixServeError, match="'a' is given twice"):
+        cli.as_mapping([*pairs, ("a", "/z")])
+    with pytest.raises(PrefixServeError, match="at least one"):
+        prefix_adapters()
+
+
+def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(PrefixServeError, match="unset VLLM_USE_RUST_FRONTEND"):
+        compat.require(server=True)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.setattr("vllm.__version__", "0.99.0"), lambda m: m.setitem(compat._problems, "x", "gone")]
+)
+def test_an_unknown_vllm_is_refused(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    monkeypatch.setattr(compat, "_problems", {})
+    change(monkeypatch)
+    with pytest.raises(PrefixServeError, match="Prefix adapters do not work with vLLM"):
+        compat.require(server=False)
+
+
+def test_a_changed_method_is_noticed() -> None:
+    import types
+
+    class EngineArgs:
+        @staticmethod
+        def add_cli_args(other: Any) -> None: ...
+
+    module = types.SimpleNamespace(EngineArgs=EngineArgs)
+    seam, other = compat.SEAMS[0], compat.SEAMS[1]
+    assert seam.problem(module) == "EngineArgs.add_cli_args has no parameter parser"
+    assert "has no EngineArgs.from_cli_args" in str(other.problem(module))
+
+
+def test_wraps_are_put_on_once() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    import vllm_plugin
+
+    before = EngineArgs.__dict__["create_engine_config"]
+    vllm_plugin.register()
+    compat.install()
+    assert EngineArgs.__dict__["create_engine_config"] is before
