@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 
 import pytest
-import support
-from engines import Engine, make_engine
+from serving import support
+from serving.engines import Engine, make_engine
 
 pytest.importorskip("vllm")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import support
+from serving import support
 
 LENGTHS = (1, 7, 32, 33, 130)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import support
-from engines import LENGTHS, Engine
-from support import prompt_ids
+from serving import support
+from serving.engines import LENGTHS, Engine
+from serving.support import prompt_ids
 
 
 @pytest.mark.parametrize("length", LENGTHS)

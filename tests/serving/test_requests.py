@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import Engine
-from support import prompt_ids
+from serving.engines import Engine
+from serving.support import prompt_ids
 
 from vllm_plugin import PrefixAdapterRequest, serving
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import support
-from support import prompt_ids, text_of
+from serving import support
+from serving.support import prompt_ids, text_of
 
 openai = pytest.importorskip("openai")
 

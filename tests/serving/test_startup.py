@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import support
 import torch
+from serving import support
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from vllm_plugin import cli, compat, config, geometry, prefix_adapters
