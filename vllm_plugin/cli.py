@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from vllm_plugin.errors import PrefixServeError
 
@@ -12,6 +13,27 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]*")
 # vLLM applies an adapter named after a part of a chat message ("text", "image_url", ...) to requests for the base
 # model that hold such a part.
 _RESERVED = frozenset({"audio", "file", "image", "input", "output", "refusal", "text", "thinking", "tool", "video"})
+
+
+class AdapterOption(NamedTuple):
+    """One `NAME=PATH_OR_REPO` of the command line."""
+
+    name: str
+    source: str
+
+    def __reduce__(self) -> tuple[Callable[..., AdapterOption], tuple[str, str]]:
+        return restore_option, (self.name, self.source)
+
+
+def restore_option(name: str, source: str) -> AdapterOption:
+    """Unpickles an option, and attaches the plugin.
+
+    With several API servers vLLM spawns processes that get the parsed options, and reads them before it loads plugins.
+    """
+    from vllm_plugin import register
+
+    register()
+    return AdapterOption(name, source)
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +53,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_adapter(text: str) -> tuple[str, str]:
+def parse_adapter(text: str) -> AdapterOption:
     """Splits `NAME=PATH_OR_REPO`, for argparse.
 
     Raises:
@@ -44,7 +66,7 @@ def parse_adapter(text: str) -> tuple[str, str]:
         check_name(name)
     except PrefixServeError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return name, source
+    return AdapterOption(name, source)
 
 
 def check_name(name: str) -> None:

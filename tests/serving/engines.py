@@ -29,8 +29,14 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def bookkeeping(self) -> Any:
+        """The plugin's own part of the scheduler, alone or under vLLM's `MultiConnector`."""
+        connector = self.scheduler.connector
+        return getattr(connector, "sub_connectors", [connector])[0].scheduler
+
+    @property
     def stats(self) -> Any:
-        return self.scheduler.connector.scheduler.stats
+        return self.bookkeeping.stats
 
     def generate(
         self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10, **params: Any
@@ -64,7 +70,13 @@ class Engine:
         return {request.request_id: manager.get_block_ids(request.request_id)[0] for request in self.scheduler.running}
 
 
-def make_engine(folder: Path, config: Any, lengths: tuple[int, ...] = LENGTHS, **overrides: Any) -> Engine:
+def make_engine(
+    folder: Path,
+    config: Any,
+    lengths: tuple[int, ...] = LENGTHS,
+    kv_transfer_config: Any = None,
+    **overrides: Any,
+) -> Engine:
     """Starts an offline engine with one adapter per length, named `p<length>`."""
     from vllm import LLM
 
@@ -81,6 +93,6 @@ def make_engine(folder: Path, config: Any, lengths: tuple[int, ...] = LENGTHS, *
         "block_size": support.BLOCK_SIZE,
         "max_model_len": 512,
         "dtype": "float32",
-        **prefix_adapters(paths),
+        **prefix_adapters(paths, kv_transfer_config),
     }
     return Engine(LLM(**{**settings, **overrides}), folder / "model", config, prefixes)

@@ -115,7 +115,7 @@ def test_an_aborted_request_leaves_nothing_behind(llama: Engine) -> None:
         llm_engine.abort_request([request_id], internal=True)
         while llm_engine.has_unfinished_requests():
             llm_engine.step()
-    assert llama.scheduler.connector.scheduler._promised == {}
+    assert llama.bookkeeping._promised == {}
     llama.check(["p33", None], [prompt_ids(10), prompt_ids(10)])
 
 
@@ -169,3 +169,12 @@ def test_sliding_window_layers_let_the_prefix_slide_out(engine_factory: Callable
         if round_number == 2:
             assert engine.llm.reset_prefix_cache()
         engine.check(names, prompts, max_tokens=24)
+
+
+def test_runs_under_a_multi_connector(engine_factory: Callable[..., Engine]) -> None:
+    others = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": []}}
+    engine = engine_factory(support.llama_config(), (32, 33), others)
+    assert type(engine.scheduler.connector).__name__ == "MultiConnector"
+    for _ in range(2):
+        engine.check(["p32", None, "p33"], [prompt_ids(40)] * 3)
+    assert engine.stats.loads == {"p32": 1, "p33": 1}

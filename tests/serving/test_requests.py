@@ -94,7 +94,7 @@ def checks() -> list[tuple[Callable[[], serving.Prompt], Callable[[], Any], str]
 
 @pytest.mark.parametrize(("prompt", "params", "message"), checks())
 def test_checks(llama: Engine, prompt: Any, params: Any, message: str) -> None:
-    spec = llama.scheduler.connector.scheduler.specs["p7"]
+    spec = llama.bookkeeping.specs["p7"]
     with pytest.raises(ValueError, match=message):
         serving.check(spec, prompt(), params(), 512)
 

@@ -188,3 +188,10 @@ def test_a_server_that_cannot_start_says_why_in_one_line(folder: Path) -> None:
         "prefix-serve: error: No prefix adapter at '/nowhere': it is neither a folder nor a Hub repository."
     )
     assert "Traceback" not in errors
+
+
+def test_beam_search_and_tokenize_know_the_adapters(client: Any) -> None:
+    response = complete(client, "pirate", "w5 w6", n=2, extra_body={"use_beam_search": True})
+    assert len({choice.text for choice in response.choices}) == 2
+    tokens = client.post("/../tokenize", body={"model": "pirate", "prompt": "w5 w6"}, cast_to=object)
+    assert tokens["count"] == 2

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +172,16 @@ def test_options_add_up_and_names_are_unique() -> None:
         cli.as_mapping([*pairs, ("a", "/z")])
     with pytest.raises(PrefixServeError, match="at least one"):
         prefix_adapters()
+
+
+def test_options_attach_the_plugin_in_spawned_servers() -> None:
+    option = cli.parse_adapter("a=/x")
+    code = (
+        "import pickle, sys; option = pickle.loads(bytes.fromhex(sys.argv[1])); from vllm_plugin import compat; "
+        "print(*option, compat._installed)"
+    )
+    command = [sys.executable, "-c", code, pickle.dumps(option).hex()]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "a /x True\n"
 
 
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
