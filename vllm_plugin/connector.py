@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -19,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_plugin.config import specs_in
+from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.geometry import cache_layers
 from vllm_plugin.scheduler import PrefixLoad, PrefixScheduler
 from vllm_plugin.worker import PrefixWriter
@@ -48,6 +50,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler: PrefixScheduler | None = None
         self.writer: PrefixWriter | None = None
         if role == KVConnectorRole.SCHEDULER:
+            _check_only_engine(vllm_config)
             self.scheduler = PrefixScheduler(specs)
             return
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -111,6 +114,21 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         return
+
+
+def _check_only_engine(vllm_config: VllmConfig) -> None:
+    """Raises `PrefixServeError` if the worker in this process, if any, has the connector of another engine.
+
+    vLLM keeps one per process: a second engine would have its prefixes written into the cache of the first.
+    """
+    if not has_kv_transfer_group():
+        return
+    theirs, ours = get_kv_transfer_group()._vllm_config.kv_transfer_config, vllm_config.kv_transfer_config
+    if theirs is None or ours is None or theirs.engine_id != ours.engine_id:
+        raise PrefixServeError(
+            "Another engine with a KV connector runs in this process, and vLLM has room for one; shut it down, or leave "
+            "VLLM_ENABLE_V1_MULTIPROCESSING on."
+        )
 
 
 def _device(vllm_config: VllmConfig) -> torch.device:

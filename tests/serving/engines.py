@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from serving import support
 
 LENGTHS = (1, 7, 32, 33, 130)
@@ -95,4 +97,39 @@ def make_engine(
         "dtype": "float32",
         **prefix_adapters(paths, kv_transfer_config),
     }
-    return Engine(LLM(**{**settings, **overrides}), folder / "model", config, prefixes)
+    with pytest.MonkeyPatch.context() as environment:
+        # Read when an engine starts: no compiler, a small cache, and the engine in this process.
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        environment.setenv("VLLM_CPU_CI_ENV", "1")
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        environment.setenv("VLLM_NO_USAGE_STATS", "1")
+        llm = LLM(**{**settings, **overrides})
+    return Engine(llm, folder / "model", config, prefixes)
+
+
+class Pool:
+    """Keeps one engine at a time: vLLM has one KV connector per process."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._engine: Engine | None = None
+        self._kind: Any = None
+
+    def start(self, config: Any, *args: Any, **settings: Any) -> Engine:
+        """Stops the engine at hand and starts another."""
+        self.close()
+        self._engine = make_engine(self._folders.mktemp("engine"), config, *args, **settings)
+        return self._engine
+
+    def shared(self, kind: Callable[[], Any]) -> Engine:
+        """Returns the engine at hand if it was started for this kind of config, else starts one."""
+        if self._engine is None or self._kind is not kind:
+            self.start(kind())
+            self._kind = kind
+        assert self._engine is not None
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.llm.llm_engine.engine_core.shutdown()
+        self._engine = self._kind = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from serving import support
-from serving.engines import LENGTHS, Engine
+from serving.engines import LENGTHS, Engine, make_engine
 from serving.support import prompt_ids
 
 
@@ -178,3 +179,11 @@ def test_runs_under_a_multi_connector(engine_factory: Callable[..., Engine]) -> 
     for _ in range(2):
         engine.check(["p32", None, "p33"], [prompt_ids(40)] * 3)
     assert engine.stats.loads == {"p32": 1, "p33": 1}
+
+
+def test_a_second_engine_in_the_process_is_refused(llama: Engine, tmp_path: Path) -> None:
+    from vllm_plugin.errors import PrefixServeError
+
+    with pytest.raises(PrefixServeError, match="Another engine with a KV connector runs in this process"):
+        make_engine(tmp_path, support.llama_config(), (8,))
+    llama.check(["p33", None], [prompt_ids(5)] * 2)

@@ -21,7 +21,14 @@ openai = pytest.importorskip("openai")
 CONFIG = support.llama_config()
 PREFIXES = {"pirate": support.random_prefix(CONFIG, 32, seed=1), "poet": support.random_prefix(CONFIG, 7, seed=2)}
 MAX_MODEL_LEN = 256
-ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+ENVIRONMENT = {
+    **os.environ,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
 
 
 def launch(folder: Path, *options: str, **popen: Any) -> subprocess.Popen[Any]:
