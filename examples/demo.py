@@ -5,13 +5,15 @@
     python examples/demo.py --data my_facts.json                  # other data; e2e.py says in which form
 
 The base model gets the same prompts as the prefixes, the instruction included. The scores are of the server's greedy
-answers about restaurants whose facts were held back from training. Prints one line of JSON last.
+answers about restaurants whose facts were held back from training. Prints one line of JSON last, and fails if the
+server and PEFT disagree.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from e2e import DESCRIBE, EXTRACT, TASKS, Example, examples, get_e2e, load, split
@@ -26,7 +28,7 @@ SHOWN = 3  # rows of each task's table
 PARITY_PROMPTS = 8  # for each of the base and the prefixes
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,7 @@ def main() -> None:
     }
     (output / "results.json").write_text(json.dumps(results) + "\n")
     print(json.dumps(results))
+    return 0 if equal == len(checked) else 1
 
 
 def parse_args() -> argparse.Namespace:
@@ -129,4 +132,4 @@ def section(title: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
