@@ -85,7 +85,7 @@ def client(folder: Path) -> Iterator[Any]:
 
 
 def complete(client: Any, model: str, prompt: Any, max_tokens: int | None = 6, **options: Any) -> Any:
-    extra_body = {"ignore_eos": True, **options.pop("extra_body", {})}
+    extra_body = {"ignore_eos": True, "skip_special_tokens": False, **options.pop("extra_body", {})}
     return client.completions.create(
         model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra_body, **options
     )
