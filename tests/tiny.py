@@ -75,9 +75,10 @@ def tiny_model(name: str, seed: int = 0, attention: str = "sdpa", **overrides: o
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), attn_implementation=attention)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
+                # Gemma multiplies embeddings by the root of its width, which would drown what attention adds.
+                parameter.normal_(std=0.05 if name.startswith("gemma") and "embed" in key else 0.15)
     return model.float().eval()
 
 

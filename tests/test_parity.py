@@ -1,0 +1,126 @@
+"""What the server says is what training saw: token for token in float32, for every architecture, length and cache state.
+
+One engine per architecture serves ten prefixes and the base model; each batch mixes them all. The references are
+`PeftModel.generate`, one request at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import PeftModel
+from prefixed import perturb, with_prefix
+from tiny import random_ids, tiny_model
+from transformers import PreTrainedModel
+from vllm import LLM, SamplingParams
+
+from vllm_plugin import PrefixAdapterRequest, prefix_adapters
+
+LENGTHS = (1, 7, 32, 33, 130)
+NEW_TOKENS = 24
+PROMPT_LENGTHS = (3, 40, 71)  # the windows of the sliding layers are 24
+# The CPU engine has no kernel for heads smaller than 32.
+ARCHITECTURES = {"llama": {"head_dim": 32}, "qwen2": {"hidden_size": 128}, "qwen3": {}, "gemma3": {}}
+
+
+class Line:
+    """One base model with its adapters, in training and in an engine."""
+
+    def __init__(self, architecture: str, folder) -> None:
+        def base() -> PreTrainedModel:
+            return tiny_model(architecture, **ARCHITECTURES[architecture])
+
+        base().save_pretrained(folder / "base")
+        self.adapters: dict[str, str] = {}
+        for p in LENGTHS:
+            for kind, config in {"a": {}, "b": {"reparam": "mlp", "num_frozen_tokens": int(p > 1)}}.items():
+                model = with_prefix(base(), seed=p, num_virtual_tokens=p, **config)
+                perturb(model)
+                self.adapters[f"{kind}{p}"] = str(folder / f"{kind}{p}")
+                model.save_pretrained(self.adapters[f"{kind}{p}"])
+        self.peft: PeftModel | None = None
+        for name, path in self.adapters.items():
+            if self.peft is None:
+                self.peft = PeftModel.from_pretrained(base(), path, adapter_name=name)
+            else:
+                self.peft.load_adapter(path, adapter_name=name)
+        self.requests = [
+            (name, random_ids(length, seed=length + number).tolist())
+            for number, name in enumerate([None, *self.adapters])
+            for length in PROMPT_LENGTHS
+        ]
+        self.expected = [self.reference(name, prompt) for name, prompt in self.requests]
+        self.llm = LLM(
+            model=str(folder / "base"),
+            dtype="float32",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            block_size=32,
+            max_model_len=512,
+            # Far fewer than the 33 requests need together, so that every pass preempts.
+            num_gpu_blocks_override=40,
+            disable_log_stats=False,
+            **prefix_adapters(self.adapters),
+        )
+
+    @torch.no_grad()
+    def reference(self, name: str | None, prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        if name is None:
+            with self.peft.disable_adapter():
+                return self.peft.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
+        self.peft.set_adapter(name, inference_mode=True)
+        return self.peft.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
+
+    def serve(self, requests: list[tuple[str | None, list[int]]]) -> list[list[int]]:
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for _, prompt in requests],
+            SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False),
+            lora_request=[name and PrefixAdapterRequest(name) for name, _ in requests],
+            use_tqdm=False,
+        )
+        assert [list(output.prompt_token_ids) for output in outputs] == [prompt for _, prompt in requests]
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def preemptions(self) -> int:
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def line(request, tmp_path_factory) -> Iterator[Line]:
+    line = Line(request.param, tmp_path_factory.mktemp(request.param))
+    yield line
+    line.llm.llm_engine.engine_core.shutdown()
+    del line.llm
+    gc.collect()
+
+
+def test_adapters_matter(line):
+    """Guards the tests below: outputs depend on the adapter and on the prompt."""
+    answers = {tuple(tokens) for tokens in line.expected}
+    assert len(answers) == len(line.expected)
+    varied = [tokens for tokens in line.expected if len(set(tokens)) > 3]
+    assert len(varied) > 0.8 * len(line.expected)
+
+
+def test_tokens_equal_peft_cold_warm_and_preempted(line):
+    before = line.preemptions()
+    assert line.serve(line.requests) == line.expected  # cold
+    assert line.preemptions() > before
+    assert line.serve(line.requests) == line.expected  # warm, in part
+    backwards = line.requests[::-1]
+    assert line.serve(backwards) == line.expected[::-1]
+
+
+def test_tokens_equal_peft_one_by_one_and_after_reset(line):
+    some = range(0, len(line.requests), 4)
+    for index in some:
+        assert line.serve([line.requests[index]]) == [line.expected[index]]
+        assert line.serve([line.requests[index]]) == [line.expected[index]]  # all in the cache
+    assert line.llm.reset_prefix_cache()
+    for index in some:
+        assert line.serve([line.requests[index]]) == [line.expected[index]]
