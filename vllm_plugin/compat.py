@@ -150,6 +150,8 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from vllm_plugin import serving
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
+    if not serving.concerns(call.arguments.get("lora_request"), instance.vllm_config):
+        return wrapped(*args, **kwargs)
     spec = serving.adapter_named(call.arguments.get("lora_request"), instance.vllm_config)
     params, max_model_len = call.arguments["params"], instance.model_config.max_model_len
     serving.check(spec, serving.Prompt.of_input(call.arguments["prompt"]), params, max_model_len)
@@ -169,6 +171,8 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     arguments = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     config = instance.vllm_config
+    if not serving.concerns(arguments.get("lora_request"), config):
+        return wrapped(*args, **kwargs)
     spec = serving.adapter_named(arguments.get("lora_request"), config)
     prompt = serving.Prompt.of_input(arguments["prompt"])
     serving.check(spec, prompt, arguments["sampling_params"], config.model_config.max_model_len)

@@ -109,11 +109,12 @@ def merge(theirs: Any, adapters: Mapping[str, Any]) -> Any:
     )
 
 
-def adapters_in(kv_transfer_config: Any) -> dict[str, Any]:
+def adapters_in(kv_transfer_config: Any) -> Mapping[str, Any]:
     """Returns our adapters in a `KVTransferConfig` (name -> source, or name -> fields of a `PrefixSpec`), or {}."""
     for connector, extra in _connectors(kv_transfer_config):
         if connector == CONNECTOR and ADAPTERS in extra:
-            return dict(extra[ADAPTERS])
+            adapters: Mapping[str, Any] = extra[ADAPTERS]
+            return adapters
     return {}
 
 

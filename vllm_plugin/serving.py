@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, specs_in
+from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, adapters_in, specs_in
 from vllm_plugin.errors import request_error_type
 from vllm_plugin.store import check_served_names
 
@@ -48,6 +48,13 @@ class Prompt:
         )
 
 
+def concerns(lora_request: Any, vllm_config: Any) -> bool:
+    """Says whether a request needs any of this: an engine without prefixes serves it as vLLM does."""
+    from vllm_plugin.request import PrefixAdapterRequest
+
+    return isinstance(lora_request, PrefixAdapterRequest) or bool(adapters_in(vllm_config.kv_transfer_config))
+
+
 def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
     """Returns the prefix that a `lora_request` argument stands for; None for a LoRA or no adapter at all.
 
@@ -58,13 +65,13 @@ def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
 
     if not isinstance(lora_request, PrefixAdapterRequest):
         return None
-    specs = specs_in(vllm_config.kv_transfer_config)
-    if lora_request.lora_name not in specs:
-        known = ", ".join(specs) if specs else "none"
+    adapters = adapters_in(vllm_config.kv_transfer_config)
+    if lora_request.lora_name not in adapters:
+        known = ", ".join(adapters) if adapters else "none"
         raise request_error_type()(
             f"The prefix adapter {lora_request.lora_name!r} does not exist; this engine has: {known}."
         )
-    return specs[lora_request.lora_name]
+    return PrefixSpec(**adapters[lora_request.lora_name])
 
 
 def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model_len: int) -> None:
@@ -73,20 +80,24 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
     Args:
         spec: Its prefix; None for a request to the base model, which may not pass for one with a prefix.
         prompt: Its prompt, if rendered.
-        params: vLLM's `SamplingParams`, `PoolingParams` or `BeamSearchParams`.
+        params: vLLM's `SamplingParams` or `PoolingParams`.
         max_model_len: The context, in tokens, virtual ones included.
     """
+    from vllm import PoolingParams
+
     error = request_error_type()
-    extra_args = getattr(params, "extra_args", None) or {}
-    if ADAPTERS in (extra_args.get("kv_transfer_params") or {}):
+    transfer = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
+    # vLLM's scheduler reads it as a dict whatever it is, and would not survive anything else.
+    if transfer is not None and not isinstance(transfer, Mapping):
+        raise error(f"`kv_transfer_params` must be an object, got {transfer!r}.")
+    if ADAPTERS in (transfer or {}):
         raise error(f"`kv_transfer_params` may not hold {ADAPTERS!r}; choose a prefix adapter with `model`.")
     if prompt is not None and prompt.cache_salt is not None and prompt.cache_salt.startswith(SALT_PREFIX):
         raise error(f"`cache_salt` may not start with {SALT_PREFIX!r}, which is kept for prefix adapters.")
     if spec is None:
         return
     adapter = f"the prefix adapter {spec.name!r}"
-    # Beam search runs requests of its own, which come here again.
-    if type(params).__name__ not in ("SamplingParams", "BeamSearchParams"):
+    if isinstance(params, PoolingParams):
         raise error(f"Embedding, scoring and other pooling requests cannot use {adapter}; use the base model.")
     if (
         getattr(params, "prompt_logprobs", None) is not None

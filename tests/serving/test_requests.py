@@ -33,6 +33,7 @@ def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any)
         ("p33", {}, {"min_tokens": 475, "max_tokens": 500}, "`min_tokens` must be <= 474"),
         ("p33", {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),
         (None, {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),
+        (None, {}, {"extra_args": {"kv_transfer_params": 5}}, "`kv_transfer_params` must be an object, got 5"),
         (None, {}, {"extra_args": {"kv_transfer_params": {"prefix_adapters": "p7"}}}, "may not hold 'prefix_adapters'"),
         (
             "p33",
