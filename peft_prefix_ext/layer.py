@@ -85,8 +85,8 @@ class PrefixExtLayer(PrefixTunerLayer):
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if self.runtime.current_adapter is None:
             return None
-        step = self.runtime.current_step()
         kwargs = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        step = self.runtime.step_of(kwargs.get("position_ids"))
         cache = kwargs.get(self._cache_argument)
         num_new = step.positions.shape[-1]
         kv_length = num_new if cache is None else cache.get_mask_sizes(num_new, self.index)[0]

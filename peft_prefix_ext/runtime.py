@@ -17,6 +17,10 @@ from peft_prefix_ext.reentrant import gather_gradient, uses_reentrant_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
+# The attribute of a forward pass' positions that holds its `Step`.
+STEP = "_prefix_ext_step"
+
+
 @dataclass
 class Step:
     """One forward pass of the decoder with a prefix.
@@ -95,14 +99,19 @@ class PrefixRuntime(PrefixTunerLayer):
         finally:
             self._bypassed = before
 
-    def current_step(self) -> Step:
-        """Returns the step under way, which in a backward pass with checkpointing is the last one."""
+    def step_of(self, position_ids: torch.Tensor | None) -> Step:
+        """Returns the forward pass that an attention layer with these positions belongs to.
+
+        A checkpointed layer runs again in the backward pass, when other forward passes may have come in between: the
+        positions, which it is given again, tell. Where a model does not hand them down it is the last forward pass.
+        """
+        step = getattr(position_ids, STEP, self.step)
         in_backward = torch._C._current_graph_task_id() != -1
-        if self.step is None or not (self.step.running or in_backward):
+        if step is None or not (step.running or in_backward):
             raise RuntimeError(
                 "A layer with a prefix was called outside of its decoder's forward; call the whole model."
             )
-        return self.step
+        return step
 
     def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         adapter = self.current_adapter
@@ -125,10 +134,11 @@ class PrefixRuntime(PrefixTunerLayer):
             positions = (torch.arange(inputs.shape[1], device=inputs.device) + past)[None]
         kwargs["position_ids"] = positions = positions + p
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
-        text_positions = positions[0] if positions.dim() == 3 else positions
+        text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
         residuals, projected = self._residuals(adapter, is_reentrant)
         self.step = Step(adapter, p, text_positions, residuals, is_reentrant, projected)
+        setattr(positions, STEP, self.step)
         if kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = self._require_gradient(kwargs["inputs_embeds"])
         return (), kwargs

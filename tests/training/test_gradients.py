@@ -36,6 +36,32 @@ def test_gradients_under_checkpointing_equal_those_without(name, reparam, reentr
         assert torch.equal(actual[key], expected[key]), key
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("reparam", ["none", "mlp"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_forward_passes_before_one_backward_pass(name, reparam, reentrant):
+    model = with_prefix(tiny_model(name), reparam=reparam).train()
+    perturb(model)
+    short, long = random_ids(2, 9), random_ids(2, 33)
+    padded = torch.ones_like(long)
+    padded[0, :12] = 0
+    late = {"attention_mask": padded, "position_ids": (padded.cumsum(-1) - 1).clamp(min=0)}
+
+    def joint():
+        model.zero_grad()
+        losses = [model(input_ids=long, labels=long, **late).loss, model(input_ids=long, labels=long).loss]
+        with torch.no_grad():
+            model(input_ids=short)
+        (losses[0] + 2 * losses[1] + model(input_ids=short, labels=short).loss).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected = joint()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    actual = joint()
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], atol=1e-6, rtol=1e-4, msg=key)
+
+
 def test_gradient_equals_finite_difference():
     model = with_prefix(tiny_model("gpt2").double())  # the norms of other architectures go through float32
     ids = random_ids(1, 6)

@@ -1,0 +1,76 @@
+"""The README's code does what it says, on a tiny model: trains, serves, asks, and runs offline."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+
+
+def block(language: str, containing: str) -> str:
+    found = [code for code in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in code]
+    assert len(found) == 1, containing
+    return found[0]
+
+
+def run(code: str, folder: Path) -> str:
+    (folder / "block.py").write_text(code)
+    done = subprocess.run([sys.executable, "block.py"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, subword_tokenizer):
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_model("llama", vocab_size=300, head_dim=32).save_pretrained(folder / "base")
+    subword_tokenizer.save_pretrained(folder / "base")
+    run(block("python", "get_peft_model").replace(BASE, "./base"), folder)
+    return folder
+
+
+def test_training_writes_an_adapter(folder):
+    names = {path.name for path in (folder / "describe").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
+
+
+def test_offline(folder):
+    settings = "".join(f"{name}={value!r}, " for name, value in ENGINE.items())
+    code = block("python", "LLM(model=").replace(f'model="{BASE}", ', f'model="./base", {settings}')
+    assert run(code, folder).strip()
+
+
+def test_server_and_client(folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = shlex.split(block("bash", "vllm serve").replace(BASE, "./base"))
+    assert command[:2] == ["vllm", "serve"]
+    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--port", str(port)]
+    log = (folder / "server.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm_plugin", *command[2:], *options], cwd=folder, stdout=log, stderr=log
+    )
+    client = block("python", "OpenAI(").replace(":8000", f":{port}")
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and server.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        assert run(client, folder).startswith("describe ")
+    finally:
+        server.terminate()
+        server.wait(60)
