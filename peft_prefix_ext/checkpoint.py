@@ -107,6 +107,7 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
         with safe_open(weights, framework="pt") as tensors:
+            _refuse_other_weights(tensors, weights)
             read = _read_stock if peft_type in STOCK_TYPES else _read_prefix_ext
             layers = read(tensors, config, p, folder)
     except (SafetensorError, OSError) as error:
@@ -152,6 +153,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "peft-prefix-ext."
         )
     return config
+
+
+def _refuse_other_weights(tensors: Any, weights: Path) -> None:
+    """A prefix alone is not the whole adapter when modules of the base were trained or resized with it."""
+    others = [name for name in tensors.keys() if ".prefix_ext." not in name and name != "prompt_embeddings"]
+    if others:
+        raise PrefixCheckpointError(
+            f"{weights} holds weights of the base model beside the prefix ({others[0]}), which a prefix cannot bring "
+            "along; train without `modules_to_save` or resized embeddings."
+        )
 
 
 def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:

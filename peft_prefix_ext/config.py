@@ -49,6 +49,9 @@ class PrefixExtConfig(PeftConfig):
             The dropout after each hidden layer of the MLP.
         num_frozen_tokens (`int`):
             How many virtual tokens, from the first, stay at their initial K/V (an attention sink).
+        modules_to_save (`list[str]`, *optional*):
+            Modules of the base model, apart from the prefix, to train and save as a whole, such as the head of a
+            classifier. An adapter with such modules cannot be served.
         save_reparam (`bool`):
             Whether `save_pretrained` keeps the MLP beside the K/V, so that training can go on from the checkpoint.
             Serving never needs it.
@@ -75,6 +78,9 @@ class PrefixExtConfig(PeftConfig):
     reparam_dropout: float = field(default=0.0, metadata={"help": "The dropout after each hidden layer of the MLP."})
     num_frozen_tokens: int = field(
         default=0, metadata={"help": "How many virtual tokens, from the first, stay at their initial K/V."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules of the base model to train and save as a whole, such as a classifier."}
     )
     save_reparam: bool = field(default=True, metadata={"help": "Whether to save the MLP, to go on training."})
     prefix_layers: list[dict[str, Any]] | None = field(

@@ -16,7 +16,6 @@ from peft_prefix_ext.mask import prepend_prefix
 from peft_prefix_ext.reentrant import gather_gradient, uses_reentrant_checkpointing
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
-
 # The attribute of a forward pass' positions that holds its `Step`.
 STEP = "_prefix_ext_step"
 

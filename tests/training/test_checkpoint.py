@@ -11,7 +11,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import perturb, with_prefix
 from safetensors.torch import load_file, save_file
-from tiny import random_ids, tiny_model
+from tiny import random_ids, tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification
 
 from peft_prefix_ext import PrefixCheckpointError, PrefixExtConfig, read_prefix
 from peft_prefix_ext.fingerprint import fingerprint
@@ -200,6 +201,20 @@ def test_the_bytes_on_disk(tmp_path):
             "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         },
     }
+
+
+def test_a_classifier_keeps_its_head_and_is_no_prefix_alone(tmp_path):
+    def classifier():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=3))
+
+    model = get_peft_model(classifier(), PrefixExtConfig(task_type="SEQ_CLS", num_virtual_tokens=4, init_std=1.0))
+    perturb(model)
+    assert any("score" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(classifier(), tmp_path)), logits(model))
+    with pytest.raises(PrefixCheckpointError, match="holds weights of the base model beside the prefix"):
+        read_prefix(tmp_path)
 
 
 @pytest.fixture
