@@ -8,8 +8,6 @@ import pytest
 from serving import support
 from serving.engines import Engine, Pool
 
-pytest.importorskip("vllm")
-
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
