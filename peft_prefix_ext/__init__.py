@@ -6,6 +6,7 @@ process that only reads checkpoints imports neither peft nor transformers.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Where each name is imported from; the model's module registers with PEFT.
 _EXPORTS = {
     "PrefixCheckpoint": "checkpoint",
     "PrefixCheckpointError": "checkpoint",
-    "PrefixExtConfig": "config",
+    "PrefixExtConfig": "model",
     "PrefixExtModel": "model",
     "read_prefix": "checkpoint",
 }
@@ -41,5 +43,11 @@ def __dir__() -> list[str]:
 
 @wrapt.when_imported("peft")
 def _register(peft: Any) -> None:
-    # PEFT has no entry points for methods: without this, `PeftModel.from_pretrained` of our adapters is a KeyError.
-    import_module(f"{__name__}.register").register()
+    """Registers the type as soon as there is a PEFT to register with.
+
+    PEFT has no entry points for methods: without this, `PeftModel.from_pretrained` of our adapters is a KeyError.
+    """
+    ours = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
+    # Where one of our own modules brought PEFT in, the model's is not far behind, and cannot come before it.
+    if not any(getattr(module.__spec__, "_initializing", False) for module in ours):
+        import_module(f"{__name__}.model")

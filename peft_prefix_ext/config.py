@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
 from peft_prefix_ext.checkpoint import FORMAT_VERSION
-from peft_prefix_ext.register import NAME
+from peft_prefix_ext.peft_type import PREFIX_EXT
 
 INITS = ("random", "text")
 REPARAMS = ("none", "mlp")
@@ -96,7 +96,8 @@ class PrefixExtConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = getattr(PeftType, NAME)
+        import_module("peft_prefix_ext.model")  # registers with PEFT, for who imported this module alone
+        self.peft_type = PREFIX_EXT
         # What the tuner learns about the base model. It becomes part of the dict that is saved, not of the live config,
         # so that one config object can be used for several models.
         self._recorded: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -232,3 +233,6 @@ def _check_saved_for(config: PrefixExtConfig, model: PreTrainedModel, layers: li
         raise ValueError(
             f"The adapter was trained on another base model ({config.base_model_name_or_path}): {'; '.join(found)}."
         )
+
+
+register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)

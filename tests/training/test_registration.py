@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from prefixed import with_prefix
 from tiny import tiny_model
 
@@ -19,6 +20,24 @@ def test_reading_checkpoints_imports_neither_peft_nor_transformers_nor_vllm():
         "print(sorted({'peft', 'transformers', 'vllm'} & sys.modules.keys()))"
     )
     assert run(code) == "[]"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from peft_prefix_ext import PrefixExtConfig",
+        "from peft_prefix_ext import PrefixExtModel",
+        "from peft_prefix_ext.config import PrefixExtConfig; PrefixExtConfig()",
+        "import peft_prefix_ext.model",
+        "import peft_prefix_ext.runtime; import peft_prefix_ext; peft_prefix_ext.PrefixExtConfig",
+        "from peft import PeftModel; import peft_prefix_ext",
+        "import peft_prefix_ext; from peft import PeftModel",
+        "import transformers, vllm_plugin, peft_prefix_ext; import peft",
+    ],
+)
+def test_any_first_import_registers(first):
+    code = f"{first}\nimport peft; print(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType('PREFIX_EXT')].__name__)"
+    assert run(code) == "PrefixExtConfig"
 
 
 def test_peft_loads_our_adapters_after_a_bare_import(tmp_path):

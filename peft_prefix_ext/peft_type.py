@@ -1,0 +1,26 @@
+"""The member `PREFIX_EXT` of PEFT's enum `PeftType`.
+
+`register_peft_method` only accepts names that are members, and PEFT has no hook to add one (huggingface/peft#2273), so it
+is added here, in the way that `aenum.extend_enum` does.
+"""
+
+from __future__ import annotations
+
+from peft.utils.peft_types import PeftType
+
+NAME = "PREFIX_EXT"
+
+
+def _add_member() -> PeftType:
+    member = str.__new__(PeftType, NAME)
+    member._name_ = NAME
+    member._value_ = NAME
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    # Python 3.11 finds members through the metaclass' __getattr__, later ones as attributes of the class.
+    type.__setattr__(PeftType, NAME, member)
+    return member
+
+
+PREFIX_EXT = _add_member()
