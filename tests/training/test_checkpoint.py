@@ -96,7 +96,8 @@ def test_auto_class_second_adapter_and_low_memory(tmp_path):
     resumed = PeftModel.from_pretrained(
         tiny_model("llama"), tmp_path / "one", is_trainable=True, low_cpu_mem_usage=True
     )
-    assert torch.equal(logits(resumed), expected)
+    # PEFT leaves these weights where the file was mapped, and matrix products may round by how memory is aligned.
+    torch.testing.assert_close(logits(resumed), expected, atol=1e-5, rtol=1e-5)
     other = with_prefix(tiny_model("llama"), seed=9, num_virtual_tokens=3)
     other.load_adapter(tmp_path / "one", adapter_name="one")
     other.set_adapter("one")
