@@ -1,7 +1,7 @@
 """What the server says is what training saw: token for token in float32, for every architecture, length and cache state.
 
-One engine per architecture serves ten prefixes and the base model; each batch mixes them all. The references are
-`PeftModel.generate`, one request at a time.
+One engine per architecture serves ten prefixes of ours, one of stock PEFT and the base model; each batch mixes them all.
+The references are `PeftModel.generate`, one request at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 from transformers import PreTrainedModel
@@ -47,6 +47,11 @@ class Line:
                 self.peft = PeftModel.from_pretrained(base(), path, adapter_name=name)
             else:
                 self.peft.load_adapter(path, adapter_name=name)
+        # An adapter that stock PEFT trained is served as it is.
+        torch.manual_seed(1)
+        self.stock = get_peft_model(base(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=45)).eval()
+        self.adapters["stock"] = str(folder / "stock")
+        self.stock.save_pretrained(self.adapters["stock"])
         self.requests = [
             (name, random_ids(length, seed=length + number).tolist())
             for number, name in enumerate([None, *self.adapters])
@@ -60,7 +65,7 @@ class Line:
             enforce_eager=True,
             block_size=32,
             max_model_len=512,
-            # Far fewer than the 33 requests need together, so that every pass preempts.
+            # Far fewer than the 36 requests need together, so that every pass preempts.
             num_gpu_blocks_override=40,
             disable_log_stats=False,
             **prefix_adapters(self.adapters),
@@ -70,6 +75,8 @@ class Line:
     def reference(self, name: str | None, prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        if name == "stock":
+            return self.stock.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
         if name is None:
             with self.peft.disable_adapter():
                 return self.peft.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
