@@ -31,6 +31,10 @@ class PrefixCacheView:
         return _prepend(self.prefix.key, key_states), _prepend(self.prefix.value, value_states)
 
     def __getattr__(self, name: str) -> Any:
+        if self.cache is None:
+            raise AttributeError(
+                f"There is no cache to ask for {name!r}; PREFIX_EXT does not support this model without one."
+            )
         return getattr(self.cache, name)
 
 

@@ -58,14 +58,47 @@ class _RecordingCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
+    """Returns the layers of `model`, in order of their index, with the K/V of one token.
+
+    Raises:
+        ValueError: If a prefix cannot stand before this model's input, or would silently change more than that.
+    """
+    refuse_unsupported(model)
+    name = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    # Some models count no position for padding.
+    first, second, third = [token for token in range(4) if token != model.config.get_text_config().pad_token_id][:3]
+    at_zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    short = record_layers(model, [first])
+    placed = record_layers(model, [first], position_ids=at_zero)
+    if len({layer.module for layer in short}) < len(short):
+        raise ValueError(f"{name} runs one attention module as several layers, which PREFIX_EXT does not support.")
+    if not _same_first_token(record_layers(model, [first, second]), record_layers(model, [first, third])):
+        raise ValueError(f"{name} is not causal: its first token sees later ones, which PREFIX_EXT does not support.")
+    if not _same_first_token(short, placed):
+        raise ValueError(f"{name} does not count positions from 0, which PREFIX_EXT does not support.")
+    return short
+
+
+def _same_first_token(some: list[RecordedLayer], others: list[RecordedLayer]) -> bool:
+    """Whether the first token's K/V are the same, but for rounding (experts are given other tokens at a time)."""
+    for one, other in zip(some, others, strict=True):
+        for a, b in zip(one.kv, other.kv, strict=True):
+            tolerance = 1e-5 if a.dtype == torch.float32 else 2e-2
+            if not torch.allclose(a[:, :1], b[:, :1], rtol=0.0, atol=tolerance * float(a.abs().max())):
+                return False
+    return True
+
+
 @torch.no_grad()
-def record_layers(model: PreTrainedModel, token_ids: list[int]) -> list[RecordedLayer]:
+def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: torch.Tensor) -> list[RecordedLayer]:
     """Runs the frozen `model` on `token_ids` at positions 0.. and returns its layers, in order of their index.
+
+    Other inputs are passed on to the model.
 
     Raises:
         ValueError: If the model has no attention layer that a prefix can be given to.
     """
-    refuse_unsupported(model)
     cache = _RecordingCache(model.config)
 
     def enter(name: str) -> Any:
@@ -77,12 +110,13 @@ def record_layers(model: PreTrainedModel, token_ids: list[int]) -> list[Recorded
     handles = []
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        model(input_ids=torch.tensor([token_ids], device=model.device), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([token_ids], device=model.device), past_key_values=cache, use_cache=True, **inputs)
     finally:
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
         for handle in handles:
             handle.remove()
     if not cache.recorded:
@@ -106,6 +140,8 @@ def refuse_unsupported(model: nn.Module) -> None:
     layer_types = getattr(config, "layer_types", None) or []
     if "chunked_attention" in layer_types:
         raise ValueError(f"{name} has chunked attention, which PREFIX_EXT does not support yet.")
+    if getattr(config, "alibi", False):
+        raise ValueError(f"{name} tells distances by ALiBi, which PREFIX_EXT does not support yet.")
     implementation = config._attn_implementation
     is_flash = "flash" in implementation
     if implementation not in ("eager", "sdpa") and not is_flash:

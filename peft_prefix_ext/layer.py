@@ -38,7 +38,6 @@ class PrefixExtLayer(PrefixTunerLayer):
         self.prefix_ext_value = nn.ParameterDict()
         self.prefix_ext_frozen_key = BufferDict(persistent=True)
         self.prefix_ext_frozen_value = BufferDict(persistent=True)
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.module_name = recorded.module
         self.index = recorded.index
         self.sliding_window = recorded.sliding_window
@@ -99,5 +98,5 @@ class PrefixExtLayer(PrefixTunerLayer):
 def assemble(frozen: torch.Tensor | None, state: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """Returns `[num_kv_heads, num_virtual_tokens, head_dim]` from its frozen and its trained tokens."""
     if residual is not None:
-        state = state + residual
+        state = state + residual.to(state.device)
     return state if frozen is None else torch.cat([frozen, state], dim=1)

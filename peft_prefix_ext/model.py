@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.checkpoint import FORMAT_VERSION, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.fingerprint import differences, fingerprint
-from peft_prefix_ext.geometry import RecordedLayer, record_layers
+from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.reparam import PrefixMLP
@@ -56,6 +57,18 @@ class PrefixExtModel(BaseTuner):
     _recorded: dict[str, RecordedLayer]
     _initial: dict[str, LayerKV]
 
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of this name starts anew.
+        for module in list(model.modules()):
+            if isinstance(module, PrefixTunerLayer):
+                module.forget(adapter_name)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            self._recorded, self._initial = {}, {}
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
@@ -63,7 +76,8 @@ class PrefixExtModel(BaseTuner):
         """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
         runtime = next((module for module in model.modules() if isinstance(module, PrefixRuntime)), None)
         with _base_alone(runtime):
-            recorded = record_layers(model, [0])
+            recorded = probe_layers(model)
+            _check_length(peft_config, model)
             _check_saved_for(peft_config, model, recorded)
             if peft_config.is_saved:
                 empty = [layer.shapes(peft_config.num_virtual_tokens) for layer in recorded]
@@ -128,9 +142,7 @@ class PrefixExtModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        runtime = find_live(self.model).runtime
-        runtime.num_virtual_tokens.pop(adapter_name, None)
-        runtime.awaiting_weights.discard(adapter_name)
+        find_live(self.model).runtime.forget(adapter_name)
 
     def unload(self) -> torch.nn.Module:
         """Returns the base model, free of all prefixes."""
@@ -204,6 +216,23 @@ def _decoder_of(model: PreTrainedModel, layers: list[RecordedLayer]) -> nn.Modul
         f"{type(model).__name__} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
         "its input; PREFIX_EXT does not support it."
     )
+
+
+def _check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
+    text_config = model.config.get_text_config(decoder=True)
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if limit and config.num_virtual_tokens >= limit:
+        raise ValueError(
+            f"`num_virtual_tokens` must be < the {limit} positions of {type(model).__name__}, got "
+            f"{config.num_virtual_tokens}."
+        )
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        warnings.warn(
+            f"{type(model).__name__} turns its keys by how long the text is (rope_type={rope['rope_type']!r}): a prefix is "
+            "exact only up to the length that its frequencies were computed for.",
+            stacklevel=2,
+        )
 
 
 def _record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 There every layer runs a backward pass of its own, on through the K/V it captured and into the MLP, whose graph is gone
 after the first layer. So the layers are given a leaf instead, and its gradient, complete once the backward pass has
-come down to the embeddings, is handed on to the MLP from there. As the embeddings' output then requires a gradient,
-`enable_input_require_grads` is not needed either.
+come down to the embeddings, is handed on to the MLP from there.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from torch import nn
 
 
 def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
-    """Whether `gradient_checkpointing_enable` was called with `use_reentrant=True` and the model is training."""
+    """Whether the model is training under reentrant checkpointing, which is torch's default where it is not told."""
     for module in decoder.modules():
         if module.training and getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, functools.partial):
-                return bool(function.keywords.get("use_reentrant", False))
+                return function.keywords.get("use_reentrant") is not False
     return False
 
 

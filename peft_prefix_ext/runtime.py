@@ -1,55 +1,20 @@
-"""What all prefixed layers of a model share: the reparameterization, and the state of one forward pass."""
+"""What all prefixed layers of a model share: the reparameterization, and which forward pass is under way."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_prefix_ext.checkpoint import LayerKV
-from peft_prefix_ext.mask import prepend_prefix
 from peft_prefix_ext.reentrant import gather_gradient, uses_reentrant_checkpointing
+from peft_prefix_ext.step import STEP, Step
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
-
-# The attribute of a forward pass' positions that holds its `Step`.
-STEP = "_prefix_ext_step"
-
-
-@dataclass
-class Step:
-    """One forward pass of the decoder with a prefix.
-
-    Args:
-        adapter: The active adapter.
-        num_virtual_tokens: p.
-        positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
-        residuals: What the reparameterization adds to the K/V of each layer, by layer index; empty without one.
-        is_reentrant: Whether the layers are under reentrant gradient checkpointing.
-        projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
-            under reentrant gradient checkpointing only.
-        running: Whether the forward pass is under way.
-    """
-
-    adapter: str
-    num_virtual_tokens: int
-    positions: torch.Tensor
-    residuals: dict[int, LayerKV]
-    is_reentrant: bool = False
-    projected: tuple[torch.Tensor, torch.Tensor] | None = None
-    running: bool = True
-    _masks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
-
-    def mask(self, mask: torch.Tensor | None, kv_length: int, sliding_window: int | None) -> torch.Tensor | None:
-        """Returns `prepend_prefix(...)`, computed once for all layers that were given the same mask."""
-        if sliding_window not in self._masks or self._masks[sliding_window][0] is not mask:
-            extended = prepend_prefix(mask, self.num_virtual_tokens, self.positions, kv_length, sliding_window)
-            self._masks[sliding_window] = (mask, extended)
-        return self._masks[sliding_window][1]
 
 
 class PrefixRuntime(PrefixTunerLayer):
@@ -68,14 +33,16 @@ class PrefixRuntime(PrefixTunerLayer):
         self.num_virtual_tokens: dict[str, int] = {}
         self.awaiting_weights: set[str] = set()
         self.step: Step | None = None
+        self._last_with_gradient: Step | None = None
+        self._is_ambiguous = self._was_replayed = False
         self._bypassed = False
         self._evaluated: tuple[Any, dict[int, LayerKV]] | None = None
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
-            decoder.get_input_embeddings().register_forward_hook(self._after_embeddings),
         ]
+        self._embeddings_handle: RemovableHandle | None = None
 
     def detach(self) -> None:
         """Takes the hooks off the decoder."""
@@ -98,67 +65,86 @@ class PrefixRuntime(PrefixTunerLayer):
         finally:
             self._bypassed = before
 
+    def forget(self, adapter_name: str) -> None:
+        """Drops what is known of an adapter besides its parameters."""
+        super().forget(adapter_name)
+        self.num_virtual_tokens.pop(adapter_name, None)
+        self.awaiting_weights.discard(adapter_name)
+
     def step_of(self, position_ids: torch.Tensor | None) -> Step:
         """Returns the forward pass that an attention layer with these positions belongs to.
 
         A checkpointed layer runs again in the backward pass, when other forward passes may have come in between: the
-        positions, which it is given again, tell. Where a model does not hand them down it is the last forward pass.
+        positions, which it is given again, tell. Where a model does not hand them down there may be only one.
         """
-        step = getattr(position_ids, STEP, self.step)
+        step: Step | None = getattr(position_ids, STEP, None)
+        if step is not None:
+            return step
         in_backward = torch._C._current_graph_task_id() != -1
-        if step is None or not (step.running or in_backward):
+        if in_backward and self._last_with_gradient is not None:
+            if self._is_ambiguous:
+                raise RuntimeError(
+                    "Under gradient checkpointing this model needs a backward pass after each forward pass with a prefix."
+                )
+            self._was_replayed = True
+            return self._last_with_gradient
+        if self.step is None or not self.step.running:
             raise RuntimeError(
                 "A layer with a prefix was called outside of its decoder's forward; call the whole model."
             )
-        return step
+        return self.step
 
-    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         adapter = self.current_adapter
         if adapter is None:
             return None
         if adapter in self.awaiting_weights:
             raise RuntimeError(
-                f"Adapter {adapter!r} was made from the config of a saved adapter, but its weights were never loaded; use "
-                "`PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
+                f"Adapter {adapter!r} was made from the config of a saved adapter, but its weights were never loaded; "
+                "use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
             )
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
         p = self.num_virtual_tokens[adapter]
         positions = kwargs.get("position_ids")
         if positions is None:
-            inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-            if inputs is None:
-                return None  # the decoder has its own words for it
-            cache = kwargs.get("past_key_values")
-            past = cache.get_seq_length() if cache is not None else 0
-            positions = (torch.arange(inputs.shape[1], device=inputs.device) + past)[None]
+            positions = _default_positions(kwargs)
+        if positions is None:
+            return None  # the decoder has its own words for a call without input
         kwargs["position_ids"] = positions = positions + p
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
-        residuals, projected = self._residuals(adapter, is_reentrant)
+        residuals, projected = self._residuals(adapter, is_reentrant, is_decoding=positions.shape[-1] == 1)
         self.step = Step(adapter, p, text_positions, residuals, is_reentrant, projected)
         setattr(positions, STEP, self.step)
-        if kwargs.get("inputs_embeds") is not None:
-            kwargs["inputs_embeds"] = self._require_gradient(kwargs["inputs_embeds"])
+        if torch.is_grad_enabled() and decoder.training:
+            self._is_ambiguous = self._last_with_gradient is not None and not self._was_replayed
+            self._last_with_gradient, self._was_replayed = self.step, False
+        if is_reentrant:
+            # Not for good: the embeddings of a model can be replaced.
+            embeddings = decoder.get_input_embeddings()
+            self._embeddings_handle = embeddings.register_forward_hook(
+                lambda module, args, output: self._require_gradient(output)
+            )
+            if kwargs.get("inputs_embeds") is not None:
+                kwargs["inputs_embeds"] = self._require_gradient(kwargs["inputs_embeds"])
         return (), kwargs
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         if self.step is not None:
             self.step.running = False
-
-    def _after_embeddings(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return self._require_gradient(output)
+        if self._embeddings_handle is not None:
+            self._embeddings_handle.remove()
+            self._embeddings_handle = None
 
     def _require_gradient(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Reentrant checkpointing drops the gradient of everything behind inputs that do not require one."""
-        if self.current_adapter is None or self.step is None or not (self.step.running and self.step.is_reentrant):
-            return embeddings
-        if self.step.projected is not None:
+        if self.step is not None and self.step.projected is not None:
             return gather_gradient(embeddings, *self.step.projected)
-        return embeddings if embeddings.requires_grad else embeddings.requires_grad_()
+        return embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
 
     def _residuals(
-        self, adapter: str, is_reentrant: bool
+        self, adapter: str, is_reentrant: bool, is_decoding: bool
     ) -> tuple[dict[int, LayerKV], tuple[torch.Tensor, torch.Tensor] | None]:
         if adapter not in self.prefix_ext_reparam:
             return {}, None
@@ -171,13 +157,32 @@ class PrefixRuntime(PrefixTunerLayer):
             return self._by_layer(mlp.split(leaf)), (leaf, projected)
         if mlp.training:
             return self._by_layer(mlp()), None
-        # In evaluation a decoding loop asks for the same K/V at every token. The versions change with every in-place
-        # write, as by an optimizer or by load_state_dict.
-        versions = (adapter, [(id(parameter), parameter._version) for parameter in mlp.parameters()])
-        if self._evaluated is None or self._evaluated[0] != versions:
+        # A decoding loop asks for the same K/V at every token: only there is what the prefill saw good enough. The
+        # versions change with every in-place write, as by an optimizer or by load_state_dict.
+        state = (adapter, torch.is_autocast_enabled(mlp.latent.device.type), [p._version for p in mlp.parameters()])
+        if not is_decoding or self._evaluated is None or self._evaluated[0] != state:
             with torch.no_grad():
-                self._evaluated = (versions, self._by_layer(mlp()))
+                self._evaluated = (state, self._by_layer(mlp()))
         return self._evaluated[1], None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no forward pass under way, and what autograd recorded cannot be copied.
+        return {**self.__dict__, "step": None, "_last_with_gradient": None, "_evaluated": None}
 
     def _by_layer(self, states: list[LayerKV]) -> dict[int, LayerKV]:
         return dict(zip(self.layer_indices, states, strict=True))
+
+
+def _default_positions(inputs: dict[str, Any]) -> torch.Tensor | None:
+    """Returns the positions, `[b or 1, q]`, of a call that gives none.
+
+    Padding does not count, wherever it is: real tokens start right behind the prefix.
+    """
+    new = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if new is None:
+        return None
+    cache, mask, num_new = inputs.get("past_key_values"), inputs.get("attention_mask"), new.shape[1]
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if mask is not None and mask.dim() == 2 and mask.shape[1] == past + num_new:
+        return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
+    return (torch.arange(num_new, device=new.device) + past)[None]

@@ -17,10 +17,19 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
 
     def get_base_layer(self) -> nn.Module:
         # Without this, PEFT's `weight` property looks for the weight of the wrapped layer in this layer, without end.
         raise AttributeError("A prefix wraps no layer.")
+
+    def forget(self, adapter_name: str) -> None:
+        """Drops an adapter that is about to be made anew."""
+        for name in self.adapter_layer_names + self.other_param_names:
+            states = getattr(self, name)
+            if adapter_name in states:
+                del states[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for name in self.adapter_layer_names + self.other_param_names:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
-from prefixed import with_prefix
+from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 
 from peft_prefix_ext import PrefixExtConfig
@@ -114,33 +116,75 @@ def test_one_config_serves_several_models(llama):
     assert logits(other).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["mamba", "t5", "llama4_text"])
-def test_unsupported_models_are_refused_in_one_sentence(name):
-    import transformers
-
-    models = {
-        "mamba": lambda: transformers.MambaForCausalLM(
-            transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+def refused() -> dict[str, tuple]:
+    tiny = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    t = transformers
+    return {
+        "mamba": (t.MambaForCausalLM, t.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)),
+        "t5": (t.T5ForConditionalGeneration, t.T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2)),
+        "llama4": (
+            t.Llama4ForCausalLM,
+            t.Llama4TextConfig(**tiny, **heads, intermediate_size_mlp=32, head_dim=16, num_local_experts=2),
         ),
-        "t5": lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
-        ),
-        "llama4_text": lambda: transformers.Llama4ForCausalLM(
-            transformers.Llama4TextConfig(
-                vocab_size=32,
-                hidden_size=32,
-                intermediate_size=32,
-                intermediate_size_mlp=32,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                num_local_experts=2,
-                pad_token_id=0,
-            )
-        ),
+        "bert": (t.BertForSequenceClassification, t.BertConfig(**tiny, num_attention_heads=2)),
+        "bidirectional llama": (t.LlamaForCausalLM, t.LlamaConfig(**tiny, **heads, is_causal=False)),
+        "roberta": (t.RobertaForCausalLM, t.RobertaConfig(**tiny, num_attention_heads=2, is_decoder=True)),
+        "bloom": (t.BloomForCausalLM, t.BloomConfig(vocab_size=32, hidden_size=32, n_layer=1, n_head=2)),
+        "falcon with alibi": (t.FalconForCausalLM, t.FalconConfig(**tiny, num_attention_heads=2, alibi=True)),
     }
-    model = models[name]()
+
+
+@pytest.mark.parametrize("name", list(refused()))
+def test_unsupported_models_are_refused_in_one_sentence(name):
+    model_class, config = refused()[name]
+    model = model_class(config)
     with pytest.raises(ValueError, match=r"no attention layer|not support"):
-        get_peft_model(model, PrefixExtConfig(task_type="CAUSAL_LM"))
+        get_peft_model(model, PrefixExtConfig(num_virtual_tokens=4))
     assert not any("prefix_ext" in key for key in model.state_dict())
+
+
+def test_a_prefix_must_leave_room(llama):
+    with pytest.raises(ValueError, match="must be < the 512 positions of LlamaForCausalLM, got 512"):
+        with_prefix(llama, num_virtual_tokens=512)
+
+
+@pytest.mark.parametrize("second", [{"reparam": "mlp"}, {"reparam": "none"}, {"num_virtual_tokens": 12}])
+def test_get_peft_model_twice_starts_anew(llama, second):
+    first = with_prefix(llama, reparam="mlp", num_frozen_tokens=2)
+    perturb(first)
+    with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
+        again = with_prefix(llama, **second)
+    fresh = with_prefix(tiny_model("llama"), **second)
+    assert torch.equal(logits(again), logits(fresh))
+    assert again.state_dict().keys() == fresh.state_dict().keys()
+
+
+def test_copies_after_training(llama):
+    model = with_prefix(llama, reparam="mlp").train()
+    model(input_ids=random_ids(2, 6), labels=random_ids(2, 6)).loss.backward()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(logits(twin.eval()), logits(model.eval()))
+
+
+def test_injection_leaves_the_modes_of_modules_alone(llama):
+    llama.train()
+    llama.model.layers[1].eval()
+    before = {name: module.training for name, module in llama.named_modules()}
+    get_peft_model(llama, PrefixExtConfig(task_type="CAUSAL_LM"))
+    assert all(llama.get_submodule(name).training == mode for name, mode in before.items())
+
+
+@torch.no_grad()
+def test_evaluation_follows_the_weights_and_autocast(llama):
+    model = with_prefix(llama, reparam="mlp")
+    perturb(model)
+    exact = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model)
+    assert torch.equal(logits(model), exact)
+    for parameter in model.get_base_model().model.prefix_ext.parameters():
+        parameter.data.copy_(parameter.data * 2)
+    changed = logits(model)
+    assert not torch.allclose(changed, exact, atol=1e-2)
+    assert torch.equal(logits(copy.deepcopy(model)), changed)

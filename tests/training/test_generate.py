@@ -43,6 +43,18 @@ def test_left_padding_changes_nothing(model):
 
 
 @torch.no_grad()
+def test_padding_on_either_side_changes_no_logit(model):
+    """Also without `position_ids`, as in training: padding must not come between the prefix and the text."""
+    ids = random_ids(1, 30)
+    padding = torch.zeros(1, 20, dtype=torch.long)
+    alone = model(input_ids=ids).logits
+    for order, kept in (([padding, ids], slice(20, None)), ([ids, padding], slice(30))):
+        mask = torch.cat([torch.ones_like(part) if part is ids else padding for part in order], dim=1)
+        padded = model(input_ids=torch.cat(order, dim=1), attention_mask=mask).logits[:, kept]
+        torch.testing.assert_close(padded, alone, atol=5e-5, rtol=1e-3)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "options", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}], ids=str
 )

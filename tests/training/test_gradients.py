@@ -18,7 +18,7 @@ def gradients(model, ids):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("reparam", ["none", "mlp"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True, None])
 def test_gradients_under_checkpointing_equal_those_without(name, reparam, reentrant):
     model = with_prefix(tiny_model(name), reparam=reparam, num_frozen_tokens=2)
     perturb(model)
@@ -28,7 +28,8 @@ def test_gradients_under_checkpointing_equal_those_without(name, reparam, reentr
             module.p = 0.0
     ids = random_ids(2, 33)
     expected = gradients(model, ids)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    options = {"preserve_rng_state": True} if reentrant is None else {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     actual = gradients(model, ids)
     assert expected.keys() == actual.keys()
     for key in expected:

@@ -1,0 +1,45 @@
+"""The state of one forward pass with a prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.mask import prepend_prefix
+
+# The attribute of a forward pass' positions that holds its `Step`.
+STEP = "_prefix_ext_step"
+
+
+@dataclass
+class Step:
+    """One forward pass of the decoder with a prefix.
+
+    Args:
+        adapter: The active adapter.
+        num_virtual_tokens: p.
+        positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
+        residuals: What the reparameterization adds to the K/V of each layer, by layer index; empty without one.
+        is_reentrant: Whether the layers are under reentrant gradient checkpointing.
+        projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
+            under reentrant gradient checkpointing only.
+        running: Whether the forward pass is under way.
+    """
+
+    adapter: str
+    num_virtual_tokens: int
+    positions: torch.Tensor
+    residuals: dict[int, LayerKV]
+    is_reentrant: bool = False
+    projected: tuple[torch.Tensor, torch.Tensor] | None = None
+    running: bool = True
+    _masks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
+
+    def mask(self, mask: torch.Tensor | None, kv_length: int, sliding_window: int | None) -> torch.Tensor | None:
+        """Returns `prepend_prefix(...)`, computed once for all layers that were given the same mask."""
+        if sliding_window not in self._masks or self._masks[sliding_window][0] is not mask:
+            extended = prepend_prefix(mask, self.num_virtual_tokens, self.positions, kv_length, sliding_window)
+            self._masks[sliding_window] = (mask, extended)
+        return self._masks[sliding_window][1]
