@@ -174,7 +174,8 @@ def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path)
         try:
             index, module = row["index"], row["module"]
             shapes = {kind: list(row[f"{kind}_shape"]) for kind in ("key", "value")}
-            well_formed = isinstance(index, int) and index >= 0 and isinstance(module, str) and index not in layers
+            well_formed = type(index) is int and index >= 0 and index not in layers and isinstance(module, str)
+            well_formed = well_formed and all(len(shape) == 3 for shape in shapes.values())
         except (KeyError, TypeError):
             well_formed = False
         if not well_formed:

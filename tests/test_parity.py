@@ -23,7 +23,13 @@ LENGTHS = (1, 7, 32, 33, 130)
 NEW_TOKENS = 24
 PROMPT_LENGTHS = (3, 40, 71)  # the windows of the sliding layers are 24
 # The CPU engine has no kernel for heads smaller than 32.
-ARCHITECTURES = {"llama": {"head_dim": 32}, "qwen2": {"hidden_size": 128}, "qwen3": {}, "gemma3": {}}
+ARCHITECTURES = {
+    "llama": {"head_dim": 32},
+    "qwen2": {"hidden_size": 128},
+    "qwen3": {},
+    "gemma3": {},
+    "mistral": {"head_dim": 32},
+}
 
 
 class Line:

@@ -12,7 +12,9 @@ from vllm_plugin.errors import PrefixServeError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]*")
 # vLLM applies an adapter named after a part of a chat message ("text", "image_url", ...) to requests for the base
 # model that hold such a part.
-_RESERVED = frozenset({"audio", "file", "image", "input", "output", "refusal", "text", "thinking", "tool", "video"})
+_RESERVED = frozenset(
+    {"audio", "file", "image", "input", "output", "prompt", "refusal", "text", "thinking", "tool", "video", "vision"}
+)
 
 
 class AdapterOption(NamedTuple):

@@ -6,6 +6,7 @@ remembered: vLLM without prefix adapters goes on as before, and asking for one r
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -74,11 +75,9 @@ def require(*, server: bool) -> None:
     from vllm import envs
 
     install()
-    try:
-        version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    except ValueError:
-        # A development build, which the shapes alone decide on.
-        version = MIN_VERSION
+    is_development_build = "dev" in vllm.__version__
+    # On such a build the shapes alone decide.
+    version = MIN_VERSION if is_development_build else tuple(int(part) for part in vllm.__version__.split(".")[:2])
     if not MIN_VERSION <= version < END_VERSION:
         _problems["version"] = "this release was written for 0.26 to 0.33"
     for seam in SEAMS:
@@ -179,6 +178,22 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
+def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Ends beams where the context ends: vLLM's own limit does not know of virtual tokens."""
+    from vllm_plugin import serving
+
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    config = instance.engine_client.vllm_config
+    spec = serving.adapter_named(call.arguments.get("lora_request"), config)
+    prompt = serving.Prompt.of_input(call.arguments["prompt"])
+    if spec is not None and prompt is not None and prompt.num_tokens is not None:
+        params = call.arguments["params"] = copy.copy(call.arguments["params"])
+        room = config.model_config.max_model_len - spec.num_virtual_tokens - prompt.num_tokens
+        # At least one, so that a prompt which leaves no room is refused where others are.
+        params.max_tokens = min(params.max_tokens, max(room, 1))
+    return wrapped(*call.args, **call.kwargs)
+
+
 async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     from vllm_plugin.serving import publish
 
@@ -202,6 +217,13 @@ SEAMS = (
         "AsyncLLM.generate",
         ("prompt", "sampling_params", "lora_request"),
         _generate,
+        server=True,
+    ),
+    Seam(
+        "vllm.entrypoints.generate.beam_search.online",
+        "BeamSearchOnlineMixin.beam_search",
+        ("prompt", "params", "lora_request"),
+        _beam_search,
         server=True,
     ),
     Seam(

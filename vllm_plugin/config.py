@@ -43,7 +43,7 @@ class PrefixSpec:
 
     def salt(self, client_salt: str | None) -> str:
         """Returns the salt of the block hashes: other content, another name or another client salt shares no block."""
-        return f"{SALT_PREFIX}{self.name}:{self.digest}:{client_salt or ''}"
+        return f"{SALT_PREFIX}{self.digest}:{len(self.name)}:{self.name}:{client_salt or ''}"
 
 
 def prefix_adapters(

@@ -57,6 +57,10 @@ class PrefixScheduler:
 
     def spec_of(self, request: Request) -> PrefixSpec | None:
         """Returns the prefix a request runs with, or None for the base model."""
+        # To release what a connector may hold for a request that the front end refused, vLLM sends it here, aborted and
+        # with the client's own parameters. It never runs.
+        if getattr(request, "abort_immediately", False):
+            return None
         name = (request.kv_transfer_params or {}).get(ADAPTERS)
         return None if name is None else self.specs[name]
 

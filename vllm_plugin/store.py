@@ -104,6 +104,7 @@ def reload(spec: PrefixSpec) -> PrefixCheckpoint:
 def check_engine(vllm_config: Any) -> None:
     """Raises `PrefixServeError` if this engine cannot serve any prefix."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    aux_outputs = getattr(vllm_config, "aux_output_config", None)
     refusals = {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
@@ -111,10 +112,13 @@ def check_engine(vllm_config: Any) -> None:
         "models with Mamba or linear-attention layers": bool(
             model.is_hybrid or model.is_attention_free or model.has_inner_state
         ),
+        # The role of our connector would have the server accept embeddings from clients, which can crash the engine.
+        "multimodal models": bool(model.is_multimodal_model),
         "diffusion models": bool(getattr(model, "is_diffusion", False)),
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
+        "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
         # They would see the placeholders of the virtual tokens as text.
         "custom logits processors": bool(getattr(model, "logits_processors", None)),
         "--calculate-kv-scales": bool(getattr(vllm_config.cache_config, "calculate_kv_scales", False)),
@@ -138,6 +142,15 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
         checkpoint.check_base(fingerprint(model.hf_config))
     except PrefixCheckpointError as error:
         raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
+    trained_on = checkpoint.base_model_name_or_path
+    if trained_on and Path(trained_on).name != Path(model.model).name:
+        logger.warning(
+            "Prefix adapter %r was trained on %s and is served on %s: the architecture fits, but only the same weights "
+            "give the same answers.",
+            name,
+            trained_on,
+            model.model,
+        )
     shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
     expected = (model.get_total_num_kv_heads(), model.get_head_size())
     if len(shapes) == 1 and shapes != {expected}:

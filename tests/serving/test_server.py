@@ -178,6 +178,20 @@ def test_what_cannot_be_right_is_400(
     assert complete(client, "poet", "w5").model == "poet"
 
 
+@pytest.mark.parametrize("forged", ["nobody", "pirate", ["x"], {"x": 1}, 7])
+def test_what_a_client_forges_reaches_no_engine(client: Any, forged: Any) -> None:
+    """vLLM hands the parameters of a refused request on to the connector where they say so."""
+    body = {"kv_transfer_params": {"do_remote_prefill": True, "prefix_adapters": forged}}
+    for model in ("base", "poet"):
+        with pytest.raises(openai.BadRequestError, match="choose a prefix adapter with `model`"):
+            complete(client, model, "w5", extra_body=body)
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "w5"}], stream=True, extra_body=body
+            )
+    assert complete(client, "poet", "w5").model == "poet"
+
+
 def test_a_disconnected_client_leaves_the_server_well(client: Any) -> None:
     for _ in range(3):
         stream = complete(client, "pirate", "w5 w6", max_tokens=200, stream=True)
@@ -199,5 +213,9 @@ def test_a_server_that_cannot_start_says_why_in_one_line(folder: Path) -> None:
 def test_beam_search_and_tokenize_know_the_adapters(client: Any) -> None:
     response = complete(client, "pirate", "w5 w6", n=2, extra_body={"use_beam_search": True})
     assert len({choice.text for choice in response.choices}) == 2
+    # To the end of the context, which the virtual tokens are part of.
+    body = {"use_beam_search": True, "ignore_eos": True}
+    long = complete(client, "pirate", "w5", n=2, max_tokens=MAX_MODEL_LEN - 1, extra_body=body)
+    assert long.usage.completion_tokens == 2 * (MAX_MODEL_LEN - 1 - 32)
     tokens = client.post("/../tokenize", body={"model": "pirate", "prompt": "w5 w6"}, cast_to=object)
     assert tokens["count"] == 2

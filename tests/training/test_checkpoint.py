@@ -127,6 +127,13 @@ def test_another_base_is_refused(change, tmp_path):
         PeftModel.from_pretrained(tiny_model("llama", **change), tmp_path)
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_another_sliding_window_is_refused(window, tmp_path):
+    trained("mistral").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"sliding_window is 24 in the adapter and {window} in the model"):
+        PeftModel.from_pretrained(tiny_model("mistral", sliding_window=window), tmp_path)
+
+
 def test_reader_gives_what_the_model_uses(tmp_path):
     model = trained(reparam="mlp")
     model.save_pretrained(tmp_path)
@@ -229,6 +236,11 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def edit_rows(folder, **changes):
+    rows = json.loads((folder / "adapter_config.json").read_text())["prefix_layers"]
+    edit_config(folder, prefix_layers=[{**row, **changes} for row in rows])
+
+
 def edit_weights(folder, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -252,6 +264,8 @@ def edit_weights(folder, change):
         (lambda f: edit_config(f, num_virtual_tokens=8), "do not fit together"),
         (lambda f: edit_config(f, prefix_layers=[]), "`prefix_layers` is missing"),
         (lambda f: edit_config(f, prefix_layers=[{"index": 0}]), "malformed row"),
+        (lambda f: edit_rows(f, key_shape=[224]), "malformed row"),
+        (lambda f: edit_rows(f, index=True), "malformed row"),
         (lambda f: edit_weights(f, lambda t, k: t.pop(k)), "has no tensor"),
         (lambda f: edit_weights(f, lambda t, k: t.update({k: t[k][:, :3].clone()})), "expected floats of shape"),
         (lambda f: edit_weights(f, lambda t, k: t.update({k: t[k].int()})), "expected floats of shape"),
