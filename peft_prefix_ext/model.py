@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -57,12 +58,6 @@ class PrefixExtModel(BaseTuner):
     _recorded: dict[str, RecordedLayer]
     _initial: dict[str, LayerKV]
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of this name starts anew.
-        for module in list(model.modules()):
-            if isinstance(module, PrefixTunerLayer):
-                module.forget(adapter_name)
-
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().inject_adapter(*args, **kwargs)
@@ -70,7 +65,13 @@ class PrefixExtModel(BaseTuner):
             self._recorded, self._initial = {}, {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        return peft_config
+        # The user's config may serve several models, and what is recorded of a model belongs to one.
+        own = copy.copy(peft_config)
+        self.peft_config[self._name_of(peft_config)] = own
+        return own
+
+    def _name_of(self, peft_config: Any) -> str:
+        return next(name for name, config in self.peft_config.items() if config is peft_config)
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
@@ -91,6 +92,10 @@ class PrefixExtModel(BaseTuner):
         self._recorded = {layer.module: layer for layer in recorded}
         self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
         peft_config._recorded = _record(peft_config, model, recorded)
+        # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of the same name starts anew.
+        for module in list(model.modules()):
+            if isinstance(module, PrefixTunerLayer):
+                module.forget(self._name_of(peft_config))
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._recorded

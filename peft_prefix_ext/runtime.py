@@ -115,7 +115,7 @@ class PrefixRuntime(PrefixTunerLayer):
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
         residuals, projected = self._residuals(adapter, is_reentrant, is_decoding=positions.shape[-1] == 1)
-        self.step = Step(adapter, p, text_positions, residuals, is_reentrant, projected)
+        self.step = Step(adapter, p, text_positions, residuals, projected)
         setattr(positions, STEP, self.step)
         if torch.is_grad_enabled() and decoder.training:
             self._is_ambiguous = self._last_with_gradient is not None and not self._was_replayed

@@ -22,7 +22,6 @@ class Step:
         num_virtual_tokens: p.
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
         residuals: What the reparameterization adds to the K/V of each layer, by layer index; empty without one.
-        is_reentrant: Whether the layers are under reentrant gradient checkpointing.
         projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
             under reentrant gradient checkpointing only.
         running: Whether the forward pass is under way.
@@ -32,7 +31,6 @@ class Step:
     num_virtual_tokens: int
     positions: torch.Tensor
     residuals: dict[int, LayerKV]
-    is_reentrant: bool = False
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     running: bool = True
     _masks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)

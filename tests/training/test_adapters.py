@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 
@@ -109,11 +109,24 @@ def test_what_is_not_supported_says_so(model):
         model.merge_and_unload()
 
 
-def test_one_config_serves_several_models(llama):
-    config = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    get_peft_model(llama, config)
-    other = get_peft_model(tiny_model("qwen3"), config)
-    assert logits(other).isfinite().all()
+def test_one_config_serves_several_models(llama, tmp_path):
+    config = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, init_std=1.0)
+    first = get_peft_model(llama, config).eval()
+    get_peft_model(tiny_model("qwen3"), config).save_pretrained(tmp_path / "qwen3")
+    first.save_pretrained(tmp_path / "llama")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "llama")), logits(first))
+    PeftModel.from_pretrained(tiny_model("qwen3"), tmp_path / "qwen3")
+
+
+def test_a_failed_second_wrap_loses_nothing(llama):
+    model = with_prefix(llama, reparam="mlp")
+    before = logits(model)
+    with (
+        pytest.raises(ValueError, match="does not say where it came from"),
+        pytest.warns(UserWarning, match="second time"),
+    ):
+        with_prefix(llama, init="text", init_text="x")
+    assert torch.equal(logits(model), before)
 
 
 def refused() -> dict[str, tuple]:
