@@ -67,7 +67,9 @@ def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
     refuse_unsupported(model)
     name = f"{type(model).__name__} (model type {model.config.model_type!r})"
     # Some models count no position for padding.
-    first, second, third = [token for token in range(4) if token != model.config.get_text_config().pad_token_id][:3]
+    first, second, third = [
+        token for token in range(4) if token != getattr(model.config.get_text_config(), "pad_token_id", None)
+    ][:3]
     at_zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     short = record_layers(model, [first])
     placed = record_layers(model, [first], position_ids=at_zero)
