@@ -29,9 +29,9 @@ def fingerprint(config: Any) -> dict[str, Any]:
     """Returns the JSON-ready fingerprint of a transformers config (of its text part, for a multimodal one)."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = {name: _plain(_get(text_config, name)) for name in FIELDS}
-    # No window at all is as much a fact as a window.
-    has_none = {"sliding_window"} if hasattr(text_config, "sliding_window") else set()
-    return {name: value for name, value in values.items() if value is not None or name in has_none}
+    known = {name: value for name, value in values.items() if value is not None}
+    # Where there could be a window, none at all is as much a fact as one.
+    return {"sliding_window": None, **known} if hasattr(text_config, "sliding_window") else known
 
 
 def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:

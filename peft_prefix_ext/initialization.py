@@ -16,14 +16,23 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Rec
     Raises:
         ValueError: If the text has no tokens or its tokenizer cannot be loaded.
     """
-    if config.init == "text":
+    if config.init == "text" and not config.is_saved:
         return [layer.kv for layer in record_layers(model, text_token_ids(config, model))]
     return [
         LayerKV(
-            *(config.init_std * torch.randn_like(state[:, :1].expand(shape)) for state, shape in _pairs(layer, config))
+            *(
+                _start(config, state, shape)
+                for state, shape in zip(layer.kv, layer.shapes(config.num_virtual_tokens), strict=True)
+            )
         )
         for layer in layers
     ]
+
+
+def _start(config: PrefixExtConfig, like: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    # The weights of a saved adapter are about to be loaded, which must not move the random state.
+    start = like.new_zeros(shape)
+    return start if config.is_saved else start.normal_(std=config.init_std)
 
 
 def text_token_ids(config: PrefixExtConfig, model: PreTrainedModel) -> list[int]:
@@ -46,7 +55,3 @@ def text_token_ids(config: PrefixExtConfig, model: PreTrainedModel) -> list[int]
     begin = [start] if start == tokenizer.bos_token_id and start != words[0] else []
     repeats = -(-config.num_virtual_tokens // len(words))
     return (begin + words * repeats)[: config.num_virtual_tokens]
-
-
-def _pairs(layer: RecordedLayer, config: PrefixExtConfig) -> zip:
-    return zip(layer.kv, layer.shapes(config.num_virtual_tokens), strict=True)

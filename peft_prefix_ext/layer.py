@@ -42,12 +42,7 @@ class PrefixExtLayer(PrefixTunerLayer):
         self.index = recorded.index
         self.sliding_window = recorded.sliding_window
         self._runtime = (runtime,)  # in a tuple, so as not to become a submodule of every layer
-        self._arguments = list(inspect.signature(attention.forward).parameters)
-        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in self._arguments), "")
-        if not self._cache_argument or "attention_mask" not in self._arguments:
-            raise ValueError(
-                f"{type(attention).__name__} takes no cache or no attention mask, so that PREFIX_EXT cannot reach it."
-            )
+        self._arguments, self._cache_argument = reachable_arguments(attention)
         self._handle = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
     @property
@@ -93,6 +88,21 @@ class PrefixExtLayer(PrefixTunerLayer):
         kwargs[self._cache_argument] = PrefixCacheView(cache, prefix)
         kwargs["attention_mask"] = step.mask(kwargs.get("attention_mask"), kv_length, self.sliding_window)
         return (), kwargs
+
+
+def reachable_arguments(attention: nn.Module) -> tuple[list[str], str]:
+    """Returns the names of the arguments of an attention module, and which of them is the cache.
+
+    Raises:
+        ValueError: If it has no cache or no mask to put a prefix into.
+    """
+    arguments = list(inspect.signature(attention.forward).parameters)
+    cache_argument = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
+    if cache_argument is None or "attention_mask" not in arguments:
+        raise ValueError(
+            f"{type(attention).__name__} takes no cache or no attention mask, which PREFIX_EXT does not support."
+        )
+    return arguments, cache_argument
 
 
 def assemble(frozen: torch.Tensor | None, state: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

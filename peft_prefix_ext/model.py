@@ -20,7 +20,7 @@ from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.fingerprint import differences, fingerprint
 from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
-from peft_prefix_ext.layer import PrefixExtLayer
+from peft_prefix_ext.layer import PrefixExtLayer, reachable_arguments
 from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
@@ -80,14 +80,9 @@ class PrefixExtModel(BaseTuner):
             recorded = probe_layers(model)
             _check_length(peft_config, model)
             _check_saved_for(peft_config, model, recorded)
-            if peft_config.is_saved:
-                empty = [layer.shapes(peft_config.num_virtual_tokens) for layer in recorded]
-                initial = [
-                    LayerKV(*(state.new_zeros(shape) for state, shape in zip(layer.kv, pair, strict=True)))
-                    for layer, pair in zip(recorded, empty, strict=True)
-                ]
-            else:
-                initial = initial_kv(peft_config, model, recorded)
+            for layer in recorded:
+                reachable_arguments(model.get_submodule(layer.module))
+            initial = initial_kv(peft_config, model, recorded)
         object.__setattr__(self, "_decoder", _decoder_of(model, recorded))  # not as a submodule
         self._recorded = {layer.module: layer for layer in recorded}
         self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}

@@ -183,6 +183,7 @@ def _default_positions(inputs: dict[str, Any]) -> torch.Tensor | None:
         return None
     cache, mask, num_new = inputs.get("past_key_values"), inputs.get("attention_mask"), new.shape[1]
     past = int(cache.get_seq_length()) if cache is not None else 0
-    if mask is not None and mask.dim() == 2 and mask.shape[1] == past + num_new:
+    # A mask may also come ready-made, of four dimensions or one for each kind of layer.
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == past + num_new:
         return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
     return (torch.arange(num_new, device=new.device) + past)[None]
