@@ -1,4 +1,4 @@
-"""The environment of every engine that the tests start."""
+"""The environment of every engine that the tests start, and which tests run side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no compilation
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `-n`, keeps whatever starts engines on one worker: they share them, and two at a time would starve."""
+    for item in items:
+        if "training" not in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("engines"))
 
 
 @pytest.fixture(scope="session")
