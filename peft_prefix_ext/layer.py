@@ -84,7 +84,7 @@ class PrefixExtLayer(PrefixTunerLayer):
         cache = kwargs.get(self._cache_argument)
         num_new = step.positions.shape[-1]
         kv_length = num_new if cache is None else cache.get_mask_sizes(num_new, self.index)[0]
-        prefix = self.materialize(step.adapter, step.residuals.get(self.index))
+        prefix = self.materialize(step.adapter, step.residuals.get(self.module_name))
         kwargs[self._cache_argument] = PrefixCacheView(cache, prefix)
         kwargs["attention_mask"] = step.mask(kwargs.get("attention_mask"), kv_length, self.sliding_window)
         return (), kwargs

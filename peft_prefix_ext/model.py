@@ -118,11 +118,12 @@ class PrefixExtModel(BaseTuner):
         runtime = getattr(self._decoder, "prefix_ext", None)
         if runtime is None:
             # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
-            runtime = PrefixRuntime(self._decoder, [layer.index for layer in self._recorded.values()])
+            runtime = PrefixRuntime(self._decoder)
             self._decoder.prefix_ext = runtime
         if adapter_name in runtime.num_virtual_tokens:
             return runtime
         runtime.num_virtual_tokens[adapter_name] = config.num_virtual_tokens
+        runtime.layer_names[adapter_name] = list(self._recorded)
         if config.is_saved:
             runtime.awaiting_weights.add(adapter_name)
         if config.reparam == "mlp" and not config.inference_mode:

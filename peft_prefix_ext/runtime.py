@@ -26,17 +26,17 @@ class PrefixRuntime(PrefixTunerLayer):
 
     adapter_layer_names = ("prefix_ext_reparam",)
 
-    def __init__(self, decoder: Any, layer_indices: list[int]) -> None:
+    def __init__(self, decoder: Any) -> None:
         super().__init__(decoder.get_input_embeddings().weight.device)
         self.prefix_ext_reparam = nn.ModuleDict()
-        self.layer_indices = layer_indices
         self.num_virtual_tokens: dict[str, int] = {}
+        self.layer_names: dict[str, list[str]] = {}
         self.awaiting_weights: set[str] = set()
         self.step: Step | None = None
         self._last_with_gradient: Step | None = None
         self._is_ambiguous = self._was_replayed = False
         self._bypassed = False
-        self._evaluated: tuple[Any, dict[int, LayerKV]] | None = None
+        self._evaluated: tuple[Any, dict[str, LayerKV]] | None = None
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -69,6 +69,7 @@ class PrefixRuntime(PrefixTunerLayer):
         """Drops what is known of an adapter besides its parameters."""
         super().forget(adapter_name)
         self.num_virtual_tokens.pop(adapter_name, None)
+        self.layer_names.pop(adapter_name, None)
         self.awaiting_weights.discard(adapter_name)
 
     def step_of(self, position_ids: torch.Tensor | None) -> Step:
@@ -145,32 +146,32 @@ class PrefixRuntime(PrefixTunerLayer):
 
     def _residuals(
         self, adapter: str, is_reentrant: bool, is_decoding: bool
-    ) -> tuple[dict[int, LayerKV], tuple[torch.Tensor, torch.Tensor] | None]:
+    ) -> tuple[dict[str, LayerKV], tuple[torch.Tensor, torch.Tensor] | None]:
         if adapter not in self.prefix_ext_reparam:
             return {}, None
         mlp: Any = self.prefix_ext_reparam[adapter]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in mlp.parameters()):
             projected = mlp.project()
             if not is_reentrant:
-                return self._by_layer(mlp.split(projected)), None
+                return self._by_layer(adapter, mlp.split(projected)), None
             leaf = projected.detach().requires_grad_()
-            return self._by_layer(mlp.split(leaf)), (leaf, projected)
+            return self._by_layer(adapter, mlp.split(leaf)), (leaf, projected)
         if mlp.training:
-            return self._by_layer(mlp()), None
+            return self._by_layer(adapter, mlp()), None
         # A decoding loop asks for the same K/V at every token: only there is what the prefill saw good enough. The
         # versions change with every in-place write, as by an optimizer or by load_state_dict.
         state = (adapter, torch.is_autocast_enabled(mlp.latent.device.type), [p._version for p in mlp.parameters()])
         if not is_decoding or self._evaluated is None or self._evaluated[0] != state:
             with torch.no_grad():
-                self._evaluated = (state, self._by_layer(mlp()))
+                self._evaluated = (state, self._by_layer(adapter, mlp()))
         return self._evaluated[1], None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no forward pass under way, and what autograd recorded cannot be copied.
         return {**self.__dict__, "step": None, "_last_with_gradient": None, "_evaluated": None}
 
-    def _by_layer(self, states: list[LayerKV]) -> dict[int, LayerKV]:
-        return dict(zip(self.layer_indices, states, strict=True))
+    def _by_layer(self, adapter: str, states: list[LayerKV]) -> dict[str, LayerKV]:
+        return dict(zip(self.layer_names[adapter], states, strict=True))
 
 
 def _default_positions(inputs: dict[str, Any]) -> torch.Tensor | None:

@@ -45,7 +45,7 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
     if adapter_name in runtime.awaiting_weights:
         raise ValueError(f"Adapter {adapter_name!r} cannot be saved: its weights were never loaded.")
     saved: State = {}
-    residuals: dict[int, LayerKV] = {}
+    residuals: dict[str, LayerKV] = {}
     if adapter_name in runtime.prefix_ext_reparam:
         mlp = runtime.prefix_ext_reparam[adapter_name]
         parameters = {
@@ -55,14 +55,14 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
         mlp.eval()
         outputs = torch.func.functional_call(mlp, parameters, ())
         mlp.train(was_training)
-        residuals = dict(zip(runtime.layer_indices, outputs, strict=True))
+        residuals = dict(zip(runtime.layer_names[adapter_name], outputs, strict=True))
         if config.save_reparam:
             saved |= {f"{REPARAM}.{name}": tensor for name, tensor in parameters.items()}
     for name, layer in layers.items():
         for number, kind in enumerate(LayerKV._fields):
             frozen = state.get(f"{name}.prefix_ext_frozen_{kind}.{adapter_name}")
             trained = state[f"{name}.prefix_ext_{kind}.{adapter_name}"]
-            residual = residuals[layer.index][number] if residuals else None
+            residual = residuals[layer.module_name][number] if residuals else None
             saved[layer_key(layer.module_name, kind)] = assemble(frozen, trained, residual)
             if residuals and config.save_reparam:
                 saved[layer_key(layer.module_name, f"init_{kind}")] = trained

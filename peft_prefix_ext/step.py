@@ -21,7 +21,7 @@ class Step:
         adapter: The active adapter.
         num_virtual_tokens: p.
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
-        residuals: What the reparameterization adds to the K/V of each layer, by layer index; empty without one.
+        residuals: What the reparameterization adds to the K/V of each layer, by attention module; empty without one.
         projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
             under reentrant gradient checkpointing only.
         running: Whether the forward pass is under way.
@@ -30,7 +30,7 @@ class Step:
     adapter: str
     num_virtual_tokens: int
     positions: torch.Tensor
-    residuals: dict[int, LayerKV]
+    residuals: dict[str, LayerKV]
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     running: bool = True
     _masks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)

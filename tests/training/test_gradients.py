@@ -100,8 +100,8 @@ def test_frozen_tokens_stay_under_weight_decay(llama, reparam):
 
     def materialized():
         layer = model.get_base_model().model.layers[1].self_attn.prefix_ext
-        step_residual = runtime._by_layer(runtime.prefix_ext_reparam["default"]())[1] if reparam == "mlp" else None
-        return layer.materialize("default", step_residual).key.detach().clone()
+        mlp = runtime.prefix_ext_reparam["default"] if reparam == "mlp" else None
+        return layer.materialize("default", mlp()[1] if mlp else None).key.detach().clone()
 
     before = materialized()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
