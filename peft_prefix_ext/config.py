@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -12,7 +14,10 @@ from transformers.activations import ACT2FN
 from peft_prefix_ext.checkpoint import FORMAT_VERSION
 from peft_prefix_ext.peft_type import PREFIX_EXT
 
-INITS = ("random", "text")
+# Every initialisation, with the argument that says what it starts from.
+INITS: dict[str, str | None] = {"random": None, "text": "init_text", "exemplars": "init_exemplars"}
+# What does not go where an adapter is shared.
+PRIVATE = ("init_exemplars",)
 REPARAMS = ("none", "mlp")
 
 
@@ -25,15 +30,19 @@ class PrefixExtConfig(PeftConfig):
         num_virtual_tokens (`int`):
             The length p of the prefix. Real tokens start at position p.
         init (`str`):
-            Where the prefix starts: `"random"` (normal with `init_std`) or `"text"` (the K/V of the words of `init_text`,
-            by a prefill of the frozen base model).
+            Where the prefix starts: `"random"` (normal with `init_std`), or the K/V that a prefill of the frozen base
+            model writes for `"text"` (the words of `init_text`) or `"exemplars"` (the rows of `init_exemplars`). Tokens
+            are repeated up to the length of the prefix when they are too few, and cut when they are too many; the
+            beginning-of-sequence token, where the tokenizer adds one, comes first and once.
         init_text (`str`, *optional*):
-            The words of the task, for `init="text"`. Repeated up to the length of the prefix when shorter, cut when
-            longer.
+            The words of the task, for `init="text"`.
+        init_exemplars (`Iterable`, *optional*):
+            Rows of the task's data set, for `init="exemplars"`, packed in their order: a list or a `datasets.Dataset` of
+            strings or of dicts with `text`, `prompt` and `completion`, or `messages`. Never saved.
         init_std (`float`):
             The standard deviation for `init="random"`.
         tokenizer_name_or_path (`str`, *optional*):
-            The tokenizer of `init_text`; the base model's when not given.
+            The tokenizer of `init_text` or `init_exemplars`; the base model's when not given.
         reparam (`str`):
             `"none"` trains the K/V themselves, `"mlp"` trains an MLP whose output is added to the initial K/V. The MLP's
             last layer starts at zero, so that any initialisation is exact at step 0.
@@ -55,6 +64,8 @@ class PrefixExtConfig(PeftConfig):
         save_reparam (`bool`):
             Whether `save_pretrained` keeps the MLP beside the K/V, so that training can go on from the checkpoint.
             Serving never needs it.
+        init_report (`str`, *optional*):
+            Recorded by the tuner, not to be set: what the prefix was initialised from.
         prefix_layers (`list[dict]`, *optional*):
             Recorded when saved, not to be set: the index, attention module and K/V shapes of each layer.
         base_fingerprint (`dict`, *optional*):
@@ -64,11 +75,14 @@ class PrefixExtConfig(PeftConfig):
     """
 
     num_virtual_tokens: int = field(default=16, metadata={"help": "The length of the prefix."})
-    init: str = field(default="random", metadata={"help": f"Where the prefix starts, one of {INITS}."})
+    init: str = field(default="random", metadata={"help": f"Where the prefix starts, one of {tuple(INITS)}."})
     init_text: str | None = field(default=None, metadata={"help": "The words of the task, for `init='text'`."})
+    init_exemplars: Iterable[Any] | None = field(
+        default=None, repr=False, compare=False, metadata={"help": "Rows of a data set, for `init='exemplars'`."}
+    )
     init_std: float = field(default=0.02, metadata={"help": "The standard deviation for `init='random'`."})
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "The tokenizer of `init_text`; the base model's when not given."}
+        default=None, metadata={"help": "The tokenizer of text and rows; the base model's when not given."}
     )
     reparam: str = field(default="none", metadata={"help": f"How the K/V are parameterized, one of {REPARAMS}."})
     reparam_latent_size: int = field(default=64, metadata={"help": "The size of the MLP's trainable input."})
@@ -83,6 +97,9 @@ class PrefixExtConfig(PeftConfig):
         default=None, metadata={"help": "Modules of the base model to train and save as a whole, such as a classifier."}
     )
     save_reparam: bool = field(default=True, metadata={"help": "Whether to save the MLP, to go on training."})
+    init_report: str | None = field(
+        default=None, metadata={"help": "Recorded by the tuner: what the prefix was initialised from."}
+    )
     prefix_layers: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "Recorded when saved: index, module and K/V shapes of each layer."}
     )
@@ -102,11 +119,8 @@ class PrefixExtConfig(PeftConfig):
         # so that one config object can be used for several models.
         self._recorded: dict[str, Any] = {}
         _check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
-        _check_one_of("init", self.init, INITS)
-        if self.init == "text" and not self.init_text:
-            raise ValueError("`init_text` must be given when `init='text'`.")
-        if self.init != "text" and self.init_text:
-            raise ValueError(f"`init_text` is only used with `init='text'`, got `init={self.init!r}`.")
+        _check_one_of("init", self.init, tuple(INITS))
+        self._check_sources()
         if not self.init_std >= 0:
             raise ValueError(f"`init_std` must be >= 0, got {self.init_std}.")
         _check_at_least("num_frozen_tokens", self.num_frozen_tokens, 0)
@@ -129,7 +143,25 @@ class PrefixExtConfig(PeftConfig):
         return self.prefix_layers is not None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), **self._recorded}
+        shared = copy.copy(self)
+        for name in PRIVATE:
+            setattr(shared, name, None)
+        return {**super(PrefixExtConfig, shared).to_dict(), **self._recorded}
+
+    def _check_sources(self) -> None:
+        needed = INITS[self.init]
+        for name in filter(None, INITS.values()):
+            given = getattr(self, name) is not None
+            if name == needed and not given and not self.is_saved:
+                raise ValueError(f"`{name}` must be given when `init={self.init!r}`.")
+            if name != needed and given:
+                uses = " or ".join(f"`init={init!r}`" for init, source in INITS.items() if source == name)
+                raise ValueError(f"`{name}` is only used with {uses}, got `init={self.init!r}`.")
+        if isinstance(self.init_exemplars, (str, dict)) or not isinstance(self.init_exemplars, (Iterable, type(None))):
+            raise ValueError(
+                "`init_exemplars` must be rows, as a list or one split of a data set, got "
+                f"{type(self.init_exemplars).__name__}."
+            )
 
 
 def _check_at_least(name: str, value: Any, minimum: int) -> None:

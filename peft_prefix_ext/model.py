@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
+
+logger = logging.getLogger(__name__)
 
 
 class PrefixExtModel(BaseTuner):
@@ -82,11 +85,13 @@ class PrefixExtModel(BaseTuner):
             _check_saved_for(peft_config, model, recorded)
             for layer in recorded:
                 reachable_arguments(model.get_submodule(layer.module))
-            initial = initial_kv(peft_config, model, recorded)
+            initial, peft_config.init_report = initial_kv(peft_config, model, recorded)
         object.__setattr__(self, "_decoder", _decoder_of(model, recorded))  # not as a submodule
         self._recorded = {layer.module: layer for layer in recorded}
         self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
         peft_config._recorded = _record(peft_config, model, recorded)
+        if not peft_config.is_saved:
+            logger.info("Adapter %r starts as %s", self._name_of(peft_config), peft_config.init_report)
         # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of the same name starts anew.
         for module in list(model.modules()):
             if isinstance(module, PrefixTunerLayer):

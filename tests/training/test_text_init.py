@@ -38,12 +38,12 @@ def test_prefix_of_text_equals_text_in_context(name, reparam, word_tokenizer):
 )
 def test_text_is_cut_or_repeated_to_the_length(length, expected, word_tokenizer, llama):
     from peft_prefix_ext import PrefixExtConfig
-    from peft_prefix_ext.initialization import text_token_ids
+    from peft_prefix_ext.initialization.tokens import text_tokens
 
     config = PrefixExtConfig(
         num_virtual_tokens=length, init="text", init_text=WORDS, tokenizer_name_or_path=word_tokenizer
     )
-    assert text_token_ids(config, llama) == expected
+    assert text_tokens(config, llama).ids == expected
 
 
 def test_missing_tokenizer_leaves_the_model_as_it_was(llama, tmp_path):
