@@ -24,6 +24,7 @@ def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
     return False
 
 
+@torch.compiler.disable  # the compiler knows no leaf that gathers a gradient outside of its graph
 def gather_gradient(hidden_states: torch.Tensor, leaf: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Returns `hidden_states` unchanged; in the backward pass `source` receives the gradient that `leaf` gathered."""
     return _GatherGradient.apply(hidden_states, source, leaf)

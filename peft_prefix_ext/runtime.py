@@ -151,12 +151,10 @@ class PrefixRuntime(PrefixTunerLayer):
             return {}, None
         mlp: Any = self.prefix_ext_reparam[adapter]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in mlp.parameters()):
-            projected = mlp.project()
-            if not is_reentrant:
-                return self._by_layer(adapter, mlp.split(projected)), None
-            leaf = projected.detach().requires_grad_()
-            return self._by_layer(adapter, mlp.split(leaf)), (leaf, projected)
-        if mlp.training:
+            if is_reentrant:
+                return self._cut_off(adapter, mlp)
+            return self._by_layer(adapter, mlp()), None
+        if mlp.training or torch.compiler.is_compiling():  # a graph cannot look at versions
             return self._by_layer(adapter, mlp()), None
         # A decoding loop asks for the same K/V at every token: only there is what the prefill saw good enough. The
         # versions change with every in-place write, as by an optimizer or by load_state_dict.
@@ -165,6 +163,12 @@ class PrefixRuntime(PrefixTunerLayer):
             with torch.no_grad():
                 self._evaluated = (state, self._by_layer(adapter, mlp()))
         return self._evaluated[1], None
+
+    @torch.compiler.disable  # a compiled graph could not be walked back layer by layer
+    def _cut_off(self, adapter: str, mlp: Any) -> tuple[dict[str, LayerKV], tuple[torch.Tensor, torch.Tensor]]:
+        projected = mlp.project()
+        leaf = projected.detach().requires_grad_()
+        return self._by_layer(adapter, mlp.split(leaf)), (leaf, projected)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no forward pass under way, and what autograd recorded cannot be copied.
