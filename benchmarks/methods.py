@@ -1,0 +1,83 @@
+"""The methods that are compared: ours, stock PEFT's prefix tuning, and LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig
+from splits import Pair, answer_of, prompt_of
+
+from peft_prefix_ext import PrefixExtConfig
+
+TASK_WORDS = "Describe the restaurant in one natural sentence that states all of the facts."
+VIRTUAL_TOKENS = 16
+# The numbers that a prefix of SmolLM2-135M has per virtual token, 30 layers x 2 x 3 heads x 64, are 0.2 times those that
+# LoRA on the queries and values has per rank.
+EQUAL_RANK = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt the model.
+
+    Args:
+        name: How it is called in the results.
+        title: How it is called in the table and the plot.
+        config: The class of its config.
+        options: The fields of its config. `init_exemplars` is filled with rows of the training set.
+        learning_rates: What it chooses from, on held-out rows; every method has the same number.
+    """
+
+    name: str
+    title: str
+    config: type[PeftConfig]
+    options: dict[str, Any]
+    learning_rates: tuple[float, ...]
+
+    def make_config(self, pairs: Sequence[Pair], tokenizer: str) -> PeftConfig:
+        """Returns the config for a training set."""
+        own = dict(self.options)
+        if own.get("init") == "exemplars":
+            own["init_exemplars"] = [
+                {"prompt": prompt_of(pair.meaning), "completion": answer_of(pair.sentence)} for pair in pairs
+            ]
+        if own.get("init", "random") != "random":
+            own["tokenizer_name_or_path"] = tokenizer
+        return self.config(task_type="CAUSAL_LM", **own)
+
+
+def _ours(reparam: str, init: str, learning_rates: tuple[float, ...]) -> Method:
+    options: dict[str, Any] = {"num_virtual_tokens": VIRTUAL_TOKENS, "reparam": reparam, "init": init}
+    if init == "text":
+        options["init_text"] = TASK_WORDS
+    if init != "random":
+        options["num_frozen_tokens"] = 1
+    shape = {"none": "flat", "mlp": "MLP"}[reparam]
+    return Method(f"ours-{shape.lower()}-{init}", f"ours, {shape}, {init}", PrefixExtConfig, options, learning_rates)
+
+
+def _stock(projection: bool, learning_rates: tuple[float, ...]) -> Method:
+    options: dict[str, Any] = {"num_virtual_tokens": VIRTUAL_TOKENS, "prefix_projection": projection}
+    shape = "MLP" if projection else "flat"
+    return Method(f"stock-{shape.lower()}", f"PEFT prefix tuning, {shape}", PrefixTuningConfig, options, learning_rates)
+
+
+def _lora(rank: int, learning_rates: tuple[float, ...]) -> Method:
+    options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"]}
+    return Method(f"lora-r{rank}", f"LoRA, rank {rank}", LoraConfig, options, learning_rates)
+
+
+METHODS = (
+    _ours("none", "text", (1e-2, 3e-2, 1e-1)),
+    _stock(False, (1e-2, 3e-2, 1e-1)),
+    _lora(EQUAL_RANK, (2e-3, 5e-3, 1e-2)),
+    _ours("mlp", "text", (1e-3, 3e-3, 1e-2)),
+    _ours("none", "exemplars", (1e-2, 3e-2, 1e-1)),
+    _lora(8, (2e-3, 5e-3, 1e-2)),
+    _ours("mlp", "exemplars", (1e-3, 3e-3, 1e-2)),
+    _ours("none", "random", (1e-2, 3e-2, 1e-1)),
+    _ours("mlp", "random", (1e-3, 3e-3, 1e-2)),
+    _stock(True, (1e-3, 3e-3, 1e-2)),
+)

@@ -1,0 +1,64 @@
+"""The E2E challenge's own files (Novikova, Dusek and Rieser, 2017), as prompts, answers and references."""
+
+from __future__ import annotations
+
+import csv
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+TRAIN_FILE = "devset.csv"
+TEST_FILE = "testset_w_refs.csv"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A meaning representation, "name[Cotto], eatType[pub]", and one sentence that somebody wrote for it."""
+
+    meaning: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """A meaning representation, and all the sentences that an answer is compared with."""
+
+    meaning: str
+    sentences: tuple[str, ...]
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Returns the rows of one of the challenge's CSV files, in order.
+
+    Raises:
+        ValueError: If the file has other columns than `mr` and `ref`.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        if rows.fieldnames != ["mr", "ref"]:
+            raise ValueError(f"{path} must have the columns `mr` and `ref`, got {rows.fieldnames}.")
+        return [Pair(row["mr"], row["ref"].strip()) for row in rows]
+
+
+def group(pairs: list[Pair]) -> list[Item]:
+    """Returns one item per meaning representation, in the order of first appearance."""
+    sentences: dict[str, list[str]] = {}
+    for pair in pairs:
+        sentences.setdefault(pair.meaning, []).append(pair.sentence)
+    return [Item(meaning, tuple(texts)) for meaning, texts in sentences.items()]
+
+
+def hold_out(pairs: list[Pair], num_meanings: int) -> tuple[list[Pair], list[Pair]]:
+    """Returns the pairs to train on, and those of `num_meanings` meaning representations for choosing learning rates."""
+    held = {item.meaning for item in random.Random(0).sample(group(pairs), num_meanings)}
+    return [pair for pair in pairs if pair.meaning not in held], [pair for pair in pairs if pair.meaning in held]
+
+
+def prompt_of(meaning: str) -> str:
+    """Returns what every method, and the base model, reads before the answer."""
+    return f"{meaning}\nDescription:"
+
+
+def answer_of(sentence: str) -> str:
+    """Returns what a model learns to say to a prompt; an end-of-sequence token follows it."""
+    return f" {sentence}"

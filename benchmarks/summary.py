@@ -1,0 +1,101 @@
+"""The results as a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from methods import Method
+from records import Record
+
+BEGIN, END = "<!-- quality: made by benchmarks/quality.py --report -->", "<!-- /quality -->"
+HEADER = ["method", "trained numbers", "learning rate"]
+
+
+def write_report(results: Path, methods: Sequence[Method], plot: Path, readme: Path) -> str:
+    """Returns the table in Markdown, after writing it between the markers in `readme` and the picture to `plot`."""
+    content = json.loads(results.read_text(encoding="utf-8"))
+    text = table(content, methods)
+    save_plot(content, methods, plot)
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme} must have the lines {BEGIN!r} and {END!r}.")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    return text
+
+
+def table(content: Record, methods: Sequence[Method]) -> str:
+    """Returns one row per method: BLEU for each number of rows, the other scores for the whole of the training set.
+
+    A cell is the mean over the seeds, with the standard deviation if there is more than one, and the number of seeds
+    where not all of them are done.
+    """
+    settings = content["settings"]
+    sizes = [_name(size) for size in reversed(settings["sizes"])]
+    header = [*HEADER, *(f"BLEU, {size} rows" for size in sizes), "NIST, all rows", "ROUGE-L, all rows"]
+    lines = [_row(header), _row(["---"] * len(header))]
+    base = next(record["scores"] for record in content["records"] if record["kind"] == "base")
+    blanks = [""] * (len(sizes) - 1)
+    lines.append(
+        _row(["base model", "", "", *blanks, _cell([base["bleu"]], 1), f"{base['nist']:.2f}", f"{base['rouge_l']:.1f}"])
+    )
+    for method in methods:
+        runs = [_runs(content, method, size) for size in sizes]
+        done = [run for group in runs for run in group]
+        if not done:
+            continue
+        seeds = len(settings["seeds"])
+        cells = [_cell([run["scores"]["bleu"] for run in group], seeds) for group in runs]
+        cells += [_cell([run["scores"][name] for run in runs[-1]], seeds) for name in ("nist", "rouge_l")]
+        lines.append(_row([method.title, f"{done[0]['trained']:,}", f"{done[0]['learning_rate']:g}", *cells]))
+    return "\n".join(lines)
+
+
+def save_plot(content: Record, methods: Sequence[Method], path: Path) -> None:
+    """Saves a picture of BLEU by the number of rows: a point per run, a line through each method's means."""
+    sizes = [_name(size) for size in reversed(content["settings"]["sizes"])]
+    figure, axes = plt.subplots(figsize=(8, 5))
+    styles = {"ours": "-", "stock": ":", "lora": "--"}
+    shown = [method for method in methods if any(_runs(content, method, size) for size in sizes)]
+    for number, method in enumerate(shown):
+        color = f"C{number}"
+        means = []
+        for place, size in enumerate(sizes):
+            values = [run["scores"]["bleu"] for run in _runs(content, method, size)]
+            axes.plot([place] * len(values), values, ".", color=color, alpha=0.5)
+            means += [(place, mean(values))] if values else []
+        style = styles[method.name.split("-")[0]]
+        axes.plot(*zip(*means, strict=True), style, marker="o", color=color, label=method.title)
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set(xlabel="rows to train on", ylabel="BLEU", title="E2E, SmolLM2-135M-Instruct, one budget for all")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _runs(content: Record, method: Method, size: str) -> list[Record]:
+    wanted = {"kind": "run", "method": method.name, "options": method.options, "size": size}
+    return [record for record in content["records"] if wanted.items() <= record.items()]
+
+
+def _name(size: Record) -> str:
+    return "all" if size["rows"] is None else str(size["rows"])
+
+
+def _cell(values: Sequence[float], seeds: int) -> str:
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

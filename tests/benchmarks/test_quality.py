@@ -1,0 +1,82 @@
+"""The whole benchmark on a random model of a few thousand parameters: runs, resumes, reports."""
+
+import json
+
+import pytest
+from methods import METHODS
+from quality import Benchmark, Settings, Size
+from records import Records
+from summary import BEGIN, END, write_report
+from tiny import tiny_model
+
+TESTED = [method for method in METHODS if method.name in ("ours-flat-text", "stock-flat", "lora-r3")]
+
+
+@pytest.fixture(scope="module")
+def settings(subword_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama", vocab_size=300).save_pretrained(folder)
+    subword_tokenizer.save_pretrained(folder)
+    return Settings(
+        model=str(folder),
+        sizes=(Size(None, 2, 3), Size(8, 2, 2)),
+        seeds=(0, 1),
+        held_out_meanings=2,
+        held_out_rows=3,
+        search=Size(8, 1, 0),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings, e2e, tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "quality.json"
+    Benchmark(e2e, settings, path).go(TESTED)
+    return path
+
+
+def test_one_record_per_run(finished):
+    records = json.loads(finished.read_text())["records"]
+    kinds = [record["kind"] for record in records]
+    assert (kinds.count("base"), kinds.count("search"), kinds.count("run")) == (1, 9, 12)
+    run = next(record for record in records if record["kind"] == "run")
+    assert run.keys() >= {"method", "options", "size", "seed", "learning_rate", "trained", "scores", "held_out_loss"}
+    assert len(run["train_loss"]) == 2
+    said = json.loads((finished.with_suffix("") / "lora-r3-all-1.json").read_text())
+    assert len(said) == 3
+
+
+def test_the_learning_rate_is_that_of_the_smallest_held_out_loss(finished):
+    records = json.loads(finished.read_text())["records"]
+    for method in TESTED:
+        tried = [record for record in records if record["kind"] == "search" and record["method"] == method.name]
+        assert [record["learning_rate"] for record in tried] == list(method.learning_rates)
+        best = min(tried, key=lambda record: record["held_out_loss"])["learning_rate"]
+        assert {r["learning_rate"] for r in records if r["kind"] == "run" and r["method"] == method.name} == {best}
+
+
+def test_a_run_is_never_repeated_and_a_lost_one_is_made_again(finished, settings, e2e, tmp_path):
+    content = json.loads(finished.read_text())
+    lost = content["records"].pop()
+    path = tmp_path / "quality.json"
+    path.write_text(json.dumps(content))
+    Benchmark(e2e, settings, path).go(TESTED)
+    again = json.loads(path.read_text())["records"]
+    assert again[:-1] == content["records"]
+    assert {**again[-1], "cpu_seconds": None} == {**lost, "cpu_seconds": None}
+
+
+def test_results_of_other_settings_are_refused(finished, settings):
+    with pytest.raises(ValueError, match="holds results of other settings"):
+        Records(finished, {**settings.record(), "batch_size": 9})
+
+
+def test_report_fills_the_readme_and_saves_the_plot(finished, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n")
+    text = write_report(finished, METHODS, tmp_path / "quality.png", readme)
+    assert readme.read_text() == f"# Title\n\n{BEGIN}\n{text}\n{END}\n\nrest\n"
+    lines = text.splitlines()
+    assert len(lines) == 3 + len(TESTED)
+    assert lines[0].count("|") == lines[-1].count("|")
+    assert "±" in lines[-1]
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
