@@ -12,7 +12,9 @@ from torch import nn
 from peft_prefix_ext.cache import PrefixCacheView
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.geometry import RecordedLayer
+from peft_prefix_ext.memo import remembered
 from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.step import Step
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
@@ -72,20 +74,36 @@ class PrefixExtLayer(PrefixTunerLayer):
             states.append(assemble(frozen, state, None if residual is None else residual[number]))
         return LayerKV(*states)
 
+    def _prefix_of(self, step: Step, cache: Any) -> LayerKV:
+        """Returns the K/V that a batch sees, `[b or none, num_kv_heads, p, head_dim]` each."""
+        rows = step.rows
+
+        def stack() -> LayerKV:
+            return rows.stack(
+                [self.materialize(name, step.residuals[name].get(self.module_name)) for name in rows.adapters]
+            )
+
+        if rows.choice is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return rows.pick(stack())
+        versions = [
+            getattr(self, f"prefix_ext_{kind}")[name]._version for name in rows.adapters for kind in LayerKV._fields
+        ]
+        return rows.pick(remembered(cache, self.module_name, (step.states, versions), step.is_decoding, stack))
+
     def detach(self) -> None:
         """Takes the hook off the attention module."""
         self._handle.remove()
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self.runtime.current_adapter is None:
+        rows = self.runtime.current_rows
+        if rows is None or not rows.adapters:
             return None
         kwargs = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         step = self.runtime.step_of(kwargs.get("position_ids"))
         cache = kwargs.get(self._cache_argument)
         num_new = step.positions.shape[-1]
         kv_length = num_new if cache is None else cache.get_mask_sizes(num_new, self.index)[0]
-        prefix = self.materialize(step.adapter, step.residuals.get(self.module_name))
-        kwargs[self._cache_argument] = PrefixCacheView(cache, prefix)
+        kwargs[self._cache_argument] = PrefixCacheView(cache, self._prefix_of(step, cache))
         kwargs["attention_mask"] = step.mask(kwargs.get("attention_mask"), kv_length, self.sliding_window)
         return (), kwargs
 

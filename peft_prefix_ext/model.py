@@ -22,6 +22,7 @@ from peft_prefix_ext.fingerprint import differences, fingerprint
 from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import PrefixExtLayer, reachable_arguments
+from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
@@ -170,11 +171,13 @@ class PrefixExtModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "`adapter_names` is not supported by PREFIX_EXT yet; use `set_adapter` for the whole batch."
-            )
-        yield
+        """Gives each row of the batch its own adapter, as `adapter_names` say, until the context ends."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+        else:
+            with mixed_batch(self.model, names, kwargs):
+                yield
 
     @classmethod
     def _get_adapter_state_dict(

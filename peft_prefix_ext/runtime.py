@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.memo import remembered
 from peft_prefix_ext.reentrant import gather_gradient, uses_reentrant_checkpointing
+from peft_prefix_ext.rows import Rows
 from peft_prefix_ext.step import STEP, Step
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
@@ -36,7 +38,7 @@ class PrefixRuntime(PrefixTunerLayer):
         self._last_with_gradient: Step | None = None
         self._is_ambiguous = self._was_replayed = False
         self._bypassed = False
-        self._evaluated: tuple[Any, dict[str, LayerKV]] | None = None
+        self._mixed: Rows | None = None
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -50,11 +52,23 @@ class PrefixRuntime(PrefixTunerLayer):
             handle.remove()
 
     @property
-    def current_adapter(self) -> str | None:
-        """The adapter that the next forward pass uses, if any."""
+    def current_rows(self) -> Rows | None:
+        """The prefixes that the next forward pass uses, if any."""
         if self._bypassed or self.disable_adapters or not self.active_adapters:
             return None
-        return self.active_adapters[0]
+        if self._mixed is not None:
+            return self._mixed
+        name = self.active_adapters[0]
+        return Rows((name,), self.num_virtual_tokens[name])
+
+    @contextmanager
+    def mixed(self, rows: Rows) -> Iterator[None]:
+        """Gives the rows of a batch these prefixes, whatever adapter is active."""
+        self._mixed = rows
+        try:
+            yield
+        finally:
+            self._mixed = None
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
@@ -96,27 +110,32 @@ class PrefixRuntime(PrefixTunerLayer):
         return self.step
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        adapter = self.current_adapter
-        if adapter is None:
+        rows = self.current_rows
+        if rows is None:
             return None
-        if adapter in self.awaiting_weights:
+        for adapter in self.awaiting_weights.intersection(rows.adapters):
             raise RuntimeError(
                 f"Adapter {adapter!r} was made from the config of a saved adapter, but its weights were never loaded; "
                 "use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
             )
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
-        p = self.num_virtual_tokens[adapter]
+        new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if new is None:
+            return None  # the decoder has its own words for a call without input
+        rows = rows.of_batch(len(new))
+        if not rows.adapters:
+            return None
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = _default_positions(kwargs)
-        if positions is None:
-            return None  # the decoder has its own words for a call without input
-        kwargs["position_ids"] = positions = positions + p
+            positions = _default_positions(new, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+        kwargs["position_ids"] = positions = positions + rows.shift
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
-        residuals, projected = self._residuals(adapter, is_reentrant, is_decoding=positions.shape[-1] == 1)
-        self.step = Step(adapter, p, text_positions, residuals, projected)
+        self.step = Step(rows, text_positions, {name: self._state_of(name) for name in rows.adapters})
+        for name in rows.adapters:
+            cache = kwargs.get("past_key_values")
+            self.step.residuals[name], self.step.projected = self._residuals(self.step, name, is_reentrant, cache)
         setattr(positions, STEP, self.step)
         if torch.is_grad_enabled() and decoder.training:
             self._is_ambiguous = self._last_with_gradient is not None and not self._was_replayed
@@ -144,8 +163,18 @@ class PrefixRuntime(PrefixTunerLayer):
             return gather_gradient(embeddings, *self.step.projected)
         return embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
 
+    def _state_of(self, adapter: str) -> Any:
+        """Returns what the residuals of an adapter depend on.
+
+        Versions change with every in-place write, as by an optimizer or by `load_state_dict`.
+        """
+        if adapter not in self.prefix_ext_reparam or torch.compiler.is_compiling():  # a graph cannot look at versions
+            return None
+        parameters = list(self.prefix_ext_reparam[adapter].parameters())
+        return torch.is_autocast_enabled(parameters[0].device.type), [parameter._version for parameter in parameters]
+
     def _residuals(
-        self, adapter: str, is_reentrant: bool, is_decoding: bool
+        self, step: Step, adapter: str, is_reentrant: bool, cache: Any
     ) -> tuple[dict[str, LayerKV], tuple[torch.Tensor, torch.Tensor] | None]:
         if adapter not in self.prefix_ext_reparam:
             return {}, None
@@ -154,15 +183,13 @@ class PrefixRuntime(PrefixTunerLayer):
             if is_reentrant:
                 return self._cut_off(adapter, mlp)
             return self._by_layer(adapter, mlp()), None
-        if mlp.training or torch.compiler.is_compiling():  # a graph cannot look at versions
+        if mlp.training or torch.compiler.is_compiling():
             return self._by_layer(adapter, mlp()), None
-        # A decoding loop asks for the same K/V at every token: only there is what the prefill saw good enough. The
-        # versions change with every in-place write, as by an optimizer or by load_state_dict.
-        state = (adapter, torch.is_autocast_enabled(mlp.latent.device.type), [p._version for p in mlp.parameters()])
-        if not is_decoding or self._evaluated is None or self._evaluated[0] != state:
-            with torch.no_grad():
-                self._evaluated = (state, self._by_layer(adapter, mlp()))
-        return self._evaluated[1], None
+        with torch.no_grad():
+            states = remembered(
+                cache, adapter, step.states[adapter], step.is_decoding, lambda: self._by_layer(adapter, mlp())
+            )
+        return states, None
 
     @torch.compiler.disable  # a compiled graph could not be walked back layer by layer
     def _cut_off(self, adapter: str, mlp: Any) -> tuple[dict[str, LayerKV], tuple[torch.Tensor, torch.Tensor]]:
@@ -172,21 +199,18 @@ class PrefixRuntime(PrefixTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no forward pass under way, and what autograd recorded cannot be copied.
-        return {**self.__dict__, "step": None, "_last_with_gradient": None, "_evaluated": None}
+        return {**self.__dict__, "step": None, "_last_with_gradient": None}
 
     def _by_layer(self, adapter: str, states: list[LayerKV]) -> dict[str, LayerKV]:
         return dict(zip(self.layer_names[adapter], states, strict=True))
 
 
-def _default_positions(inputs: dict[str, Any]) -> torch.Tensor | None:
+def _default_positions(new: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor:
     """Returns the positions, `[b or 1, q]`, of a call that gives none.
 
     Padding does not count, wherever it is: real tokens start right behind the prefix.
     """
-    new = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if new is None:
-        return None
-    cache, mask, num_new = inputs.get("past_key_values"), inputs.get("attention_mask"), new.shape[1]
+    num_new = new.shape[1]
     past = int(cache.get_seq_length()) if cache is not None else 0
     # A mask may also come ready-made, of four dimensions or one for each kind of layer.
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == past + num_new:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.mask import prepend_prefix
+from peft_prefix_ext.rows import Rows
 
 # The attribute of a forward pass' positions that holds its `Step`.
 STEP = "_prefix_ext_step"
@@ -18,26 +20,33 @@ class Step:
     """One forward pass of the decoder with a prefix.
 
     Args:
-        adapter: The active adapter.
-        num_virtual_tokens: p.
+        rows: The prefixes of the batch.
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
-        residuals: What the reparameterization adds to the K/V of each layer, by attention module; empty without one.
+        states: What the reparameterization of each adapter depends on, see `memo.py`.
+        residuals: What it adds to the K/V, by adapter and attention module; empty without one.
         projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
             under reentrant gradient checkpointing only.
         running: Whether the forward pass is under way.
     """
 
-    adapter: str
-    num_virtual_tokens: int
+    rows: Rows
     positions: torch.Tensor
-    residuals: dict[str, LayerKV]
+    states: dict[str, Any]
+    residuals: dict[str, dict[str, LayerKV]] = field(default_factory=dict)
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     running: bool = True
     _masks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a single token is under way."""
+        return self.positions.shape[-1] == 1
+
     def mask(self, mask: torch.Tensor | None, kv_length: int, sliding_window: int | None) -> torch.Tensor | None:
         """Returns `prepend_prefix(...)`, computed once for all layers that were given the same mask."""
         if sliding_window not in self._masks or self._masks[sliding_window][0] is not mask:
-            extended = prepend_prefix(mask, self.num_virtual_tokens, self.positions, kv_length, sliding_window)
+            extended = prepend_prefix(
+                mask, self.rows.num_virtual_tokens, self.positions, kv_length, sliding_window, self.rows.lengths
+            )
             self._masks[sliding_window] = (mask, extended)
         return self._masks[sliding_window][1]

@@ -103,8 +103,6 @@ def test_a_deep_copy_is_independent(model):
 def test_what_is_not_supported_says_so(model):
     with pytest.raises(ValueError, match="one active adapter at a time"):
         model.base_model.set_adapter(["default", "long"])
-    with pytest.raises(ValueError, match="`adapter_names` is not supported"):
-        model(input_ids=random_ids(2, 4), adapter_names=["default", "long"])
     with pytest.raises(ValueError, match="nothing to merge"):
         model.merge_and_unload()
 

@@ -1,0 +1,73 @@
+"""`adapter_names` in forward and generate: a batch whose rows have different adapters.
+
+Checks and messages are those of PEFT's LoRA (peft 0.21, tuners/lora/model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+from peft_prefix_ext.rows import BASE, Rows
+from peft_prefix_ext.state_dict import find_live
+
+
+@contextmanager
+def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Iterator[None]:
+    """Gives row i of every batch the adapter `names[i]`, none where that is `"__base__"`, until the context ends.
+
+    Args:
+        model: The model with the adapters.
+        names: `adapter_names`, one for each input.
+        call: The other arguments of `forward` or `generate`, which say how many rows become of an input.
+
+    Raises:
+        ValueError: If the model is in training mode, has no such adapter, or cannot tell rows apart.
+    """
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    runtime = find_live(model).runtime
+    if unknown := set(names) - runtime.num_virtual_tokens.keys() - {BASE}:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    if "flash" in implementation:
+        raise ValueError(f"`adapter_names` needs attn_implementation 'sdpa' or 'eager', got {implementation!r}.")
+    rows = Rows.mixed(names, runtime.num_virtual_tokens, model.device, _rows_per_input(call))
+    with ExitStack() as stack:
+        stack.enter_context(runtime.mixed(rows))
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hook = _names_for(name, module, names, rows.copies)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _rows_per_input(call: dict[str, Any]) -> int:
+    """Returns how often `generate` repeats each input."""
+    given = [call, vars(call["generation_config"])] if call.get("generation_config") is not None else [call]
+    return max(
+        next((values[name] for values in given if values.get(name) is not None), 1)
+        for name in ("num_beams", "num_return_sequences")
+    )
+
+
+def _names_for(module_name: str, wrapper: AuxiliaryTrainingWrapper, names: Sequence[str], copies: int) -> Any:
+    """Returns the hook that tells a module that is saved with adapters, such as a head, which one each row has."""
+    own = [name if name in wrapper._adapters else BASE for name in names]
+    if set(own) != {BASE} and not wrapper._adapters.issuperset(wrapper.active_adapters):
+        raise ValueError(
+            f"The active adapter has no {module_name!r} of its own, without which PEFT ignores those of `adapter_names`; "
+            f"make one of {sorted(wrapper._adapters)} active with `set_adapter`."
+        )
+
+    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        spread = own if len(args[0]) == len(own) else [name for name in own for _ in range(copies)]
+        return args, {**kwargs, "adapter_names": spread}
+
+    return hook
