@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix
+    from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix, write_prefix
     from peft_prefix_ext.config import PrefixExtConfig
+    from peft_prefix_ext.interop import export_to_peft, import_from_peft
     from peft_prefix_ext.model import PrefixExtModel
 
 __version__ = "0.1.0"
@@ -25,10 +26,22 @@ _EXPORTS = {
     "PrefixCheckpointError": "checkpoint",
     "PrefixExtConfig": "model",
     "PrefixExtModel": "model",
+    "export_to_peft": "interop",
+    "import_from_peft": "interop",
     "read_prefix": "checkpoint",
+    "write_prefix": "checkpoint",
 }
 
-__all__ = ["PrefixCheckpoint", "PrefixCheckpointError", "PrefixExtConfig", "PrefixExtModel", "read_prefix"]
+__all__ = [
+    "PrefixCheckpoint",
+    "PrefixCheckpointError",
+    "PrefixExtConfig",
+    "PrefixExtModel",
+    "export_to_peft",
+    "import_from_peft",
+    "read_prefix",
+    "write_prefix",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The on-disk contract between training and serving: reads and checks a prefix, whoever wrote it.
+"""The on-disk contract between training and serving: reads and checks a prefix, whoever wrote it, and writes ours.
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. In a `PREFIX_EXT` adapter every layer
 that owns a KV cache has two float tensors, `[num_kv_heads, num_virtual_tokens, head_dim]` each (keys after rotary
@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from peft_prefix_ext.fingerprint import differences
 
@@ -57,6 +59,8 @@ class PrefixCheckpoint:
         base_model_name_or_path: What the adapter was trained on, as PEFT records it.
         base_fingerprint: See `fingerprint.py`; empty in a stock adapter.
         digest: SHA-256 of the weights file, in hex: another content is another prefix.
+        modules: The attention module of each layer, by layer index; empty in a stock adapter.
+        config: The whole of `adapter_config.json`.
     """
 
     path: Path
@@ -66,6 +70,8 @@ class PrefixCheckpoint:
     base_model_name_or_path: str | None
     base_fingerprint: dict[str, Any]
     digest: str
+    modules: dict[int, str]
+    config: dict[str, Any]
 
     @property
     def num_bytes(self) -> int:
@@ -126,7 +132,54 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
         base_model_name_or_path=config.get("base_model_name_or_path"),
         base_fingerprint=config.get("base_fingerprint") or {},
         digest=digest.hexdigest(),
+        modules={} if peft_type in STOCK_TYPES else {row["index"]: row["module"] for row in config["prefix_layers"]},
+        config=config,
     )
+
+
+def write_prefix(
+    path: str | Path, layers: Mapping[int, LayerKV], modules: Mapping[int, str], **config: Any
+) -> PrefixCheckpoint:
+    """Writes a `PREFIX_EXT` adapter, as `save_pretrained` writes one without a reparameterization, and reads it back.
+
+    Args:
+        path: The folder, made if need be. An adapter that is there already is replaced, even if `layers` were read from
+            it.
+        layers: K/V by layer index, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
+        modules: The name of each layer's attention module within the base model.
+        config: Further fields of `adapter_config.json`; `base_model_name_or_path`, `base_fingerprint` and `task_type` are
+            what loading it with PEFT and serving it ask for.
+
+    Raises:
+        PrefixCheckpointError: If what was written is not a prefix: shapes that do not fit together, NaN or Inf.
+    """
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for index, layer in sorted(layers.items()):
+        rows.append({"index": index, "module": modules[index]})
+        for kind, tensor in zip(layer._fields, layer, strict=True):
+            rows[-1][f"{kind}_shape"] = list(tensor.shape)
+            tensors[layer_key(modules[index], kind)] = tensor
+    recorded = {
+        "peft_type": "PREFIX_EXT",
+        "num_virtual_tokens": rows[0]["key_shape"][1],
+        "prefix_layers": rows,
+        "format_version": FORMAT_VERSION,
+        "inference_mode": True,
+    }
+    write_adapter(path, {**config, **recorded}, tensors)
+    return read_prefix(path)
+
+
+def write_adapter(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a folder in PEFT's layout: `config` as JSON, `tensors` as safetensors."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not in place: tensors that were read from there are still mapped to the file.
+    new = folder / f".{WEIGHTS_NAME}.new"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata={"format": "pt"})
+    new.replace(folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

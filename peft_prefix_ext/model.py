@@ -24,7 +24,7 @@ from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import PrefixExtLayer, reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.reparam import PrefixMLP
-from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.runtime import PrefixRuntime, base_alone
 from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
@@ -75,12 +75,12 @@ class PrefixExtModel(BaseTuner):
         return own
 
     def _name_of(self, peft_config: Any) -> str:
-        return next(name for name, config in self.peft_config.items() if config is peft_config)
+        # The last: a config of an adapter that is here already may be given for another one.
+        return [name for name, config in self.peft_config.items() if config is peft_config][-1]
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
-        runtime = next((module for module in model.modules() if isinstance(module, PrefixRuntime)), None)
-        with _base_alone(runtime):
+        with base_alone(model):
             recorded = probe_layers(model)
             _check_length(peft_config, model)
             _check_saved_for(peft_config, model, recorded)
@@ -200,15 +200,6 @@ class PrefixExtModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
     ) -> State:
         return from_checkpoint(model, config, adapter_name, state_dict)
-
-
-@contextmanager
-def _base_alone(runtime: PrefixRuntime | None) -> Iterator[None]:
-    if runtime is None:
-        yield
-    else:
-        with runtime.bypassed():
-            yield
 
 
 def _decoder_of(model: PreTrainedModel, layers: list[RecordedLayer]) -> nn.Module:

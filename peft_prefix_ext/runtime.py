@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -216,3 +216,11 @@ def _default_positions(new: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == past + num_new:
         return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
     return (torch.arange(num_new, device=new.device) + past)[None]
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Runs `model` without the prefixes that it may have already."""
+    runtime = next((module for module in model.modules() if isinstance(module, PrefixRuntime)), None)
+    with nullcontext() if runtime is None else runtime.bypassed():
+        yield

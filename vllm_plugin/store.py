@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_prefix_ext.checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    PrefixCheckpoint,
-    PrefixCheckpointError,
-    read_prefix,
-)
+from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix
 from peft_prefix_ext.fingerprint import fingerprint
+from peft_prefix_ext.hub import resolve
 from vllm_plugin.config import PrefixSpec, adapters_in, replace_adapters
 from vllm_plugin.errors import PrefixServeError
 
 # A child of vLLM's logger, which is the one its servers show.
 logger = logging.getLogger("vllm.prefix_adapters")
-
-_REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-
-
-def resolve(source: str) -> Path:
-    """Returns the folder of an adapter: `source` itself, or a download of the Hub repository `owner/name[@revision]`.
-
-    Raises:
-        PrefixServeError: If it is neither.
-    """
-    folder = Path(source).expanduser()
-    if folder.exists():
-        return folder
-    if not _REPO.fullmatch(source):
-        raise PrefixServeError(f"No prefix adapter at {source!r}: it is neither a folder nor a Hub repository.")
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = source.partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-    except Exception as error:
-        # The Hub's errors are many, of several packages, and each means the same to the operator.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PrefixServeError(
-            f"No prefix adapter at {source!r}: there is no such folder, and the Hub has no such repository or cannot "
-            f"be reached ({reason})."
-        ) from error
 
 
 def load(name: str, source: str) -> PrefixCheckpoint:
