@@ -14,6 +14,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix, write_prefix
+    from peft_prefix_ext.composition import compose
     from peft_prefix_ext.config import PrefixExtConfig
     from peft_prefix_ext.interop import export_to_peft, import_from_peft
     from peft_prefix_ext.model import PrefixExtModel
@@ -26,6 +27,7 @@ _EXPORTS = {
     "PrefixCheckpointError": "checkpoint",
     "PrefixExtConfig": "model",
     "PrefixExtModel": "model",
+    "compose": "composition",
     "export_to_peft": "interop",
     "import_from_peft": "interop",
     "read_prefix": "checkpoint",
@@ -37,6 +39,7 @@ __all__ = [
     "PrefixCheckpointError",
     "PrefixExtConfig",
     "PrefixExtModel",
+    "compose",
     "export_to_peft",
     "import_from_peft",
     "read_prefix",
