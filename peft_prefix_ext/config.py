@@ -44,8 +44,12 @@ class PrefixExtConfig(PeftConfig):
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer of `init_text` or `init_exemplars`; the base model's when not given.
         reparam (`str`):
-            `"none"` trains the K/V themselves, `"mlp"` trains an MLP whose output is added to the initial K/V. The MLP's
-            last layer starts at zero, so that any initialisation is exact at step 0.
+            `"none"` trains the K/V themselves, `"mlp"` trains an MLP that yields them. Any initialisation is exact at
+            step 0.
+        reparam_residual (`bool`):
+            Whether the MLP's output is added to the initial K/V (its last layer starts at zero), or is the K/V (its last
+            layer starts at the least squares solution, which needs a `reparam_hidden_size` well above the number of
+            tokens that train).
         reparam_latent_size (`int`):
             The size of the MLP's trainable input, one row per virtual token.
         reparam_hidden_size (`int`):
@@ -56,8 +60,17 @@ class PrefixExtConfig(PeftConfig):
             The activation of the MLP, any name that transformers knows.
         reparam_dropout (`float`):
             The dropout after each hidden layer of the MLP.
+        reparam_shared_trunk (`bool`):
+            Whether all layers of the model share the MLP's hidden layers, or each has its own.
+        reparam_joint_kv (`bool`):
+            Whether keys and values share the MLP's hidden layers.
+        prefix_dropout (`float`):
+            The dropout of the elements of the K/V that train, drawn once for each forward pass, for all rows of a batch
+            alike.
         num_frozen_tokens (`int`):
             How many virtual tokens, from the first, stay at their initial K/V (an attention sink).
+        layers_to_train (`list[int]`, *optional*):
+            The indices of the layers whose K/V train, all by default. The others stay at their initial K/V.
         modules_to_save (`list[str]`, *optional*):
             Modules of the base model, apart from the prefix, to train and save as a whole, such as the head of a
             classifier. An adapter with such modules cannot be served.
@@ -90,8 +103,17 @@ class PrefixExtConfig(PeftConfig):
     reparam_num_layers: int = field(default=1, metadata={"help": "The number of hidden layers of the MLP."})
     reparam_activation: str = field(default="tanh", metadata={"help": "The activation of the MLP."})
     reparam_dropout: float = field(default=0.0, metadata={"help": "The dropout after each hidden layer of the MLP."})
+    reparam_residual: bool = field(
+        default=True, metadata={"help": "Whether the MLP's output is added to the initial K/V."}
+    )
+    reparam_shared_trunk: bool = field(default=True, metadata={"help": "Whether all layers share the MLP's trunk."})
+    reparam_joint_kv: bool = field(default=True, metadata={"help": "Whether keys and values share the MLP's trunk."})
+    prefix_dropout: float = field(default=0.0, metadata={"help": "The dropout of the elements of the K/V."})
     num_frozen_tokens: int = field(
         default=0, metadata={"help": "How many virtual tokens, from the first, stay at their initial K/V."}
+    )
+    layers_to_train: list[int] | None = field(
+        default=None, metadata={"help": "The indices of the layers whose K/V train; all when not given."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules of the base model to train and save as a whole, such as a classifier."}
@@ -134,13 +156,23 @@ class PrefixExtConfig(PeftConfig):
             _check_at_least(name, getattr(self, name), 1)
         if self.reparam_activation not in ACT2FN:
             raise ValueError(f"`reparam_activation` must be one of {sorted(ACT2FN)}, got {self.reparam_activation!r}.")
-        if not 0 <= self.reparam_dropout < 1:
-            raise ValueError(f"`reparam_dropout` must be in [0, 1), got {self.reparam_dropout}.")
+        for name in ("reparam_dropout", "prefix_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        layers = self.layers_to_train
+        if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
+            raise ValueError(f"`layers_to_train` must be a list of integers, got {layers!r}.")
+        if layers == []:
+            raise ValueError("`layers_to_train` must name at least one layer, got [].")
 
     @property
     def is_saved(self) -> bool:
         """Whether this config was read from a saved adapter, whose weights are about to be loaded."""
         return self.prefix_layers is not None
+
+    def trains(self, layer_index: int) -> bool:
+        """Whether the K/V of a layer train, by `layers_to_train`."""
+        return self.layers_to_train is None or layer_index in self.layers_to_train
 
     def to_dict(self) -> dict[str, Any]:
         shared = copy.copy(self)

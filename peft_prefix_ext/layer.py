@@ -11,6 +11,8 @@ from torch import nn
 
 from peft_prefix_ext.cache import PrefixCacheView
 from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.geometry import RecordedLayer
 from peft_prefix_ext.memo import remembered
 from peft_prefix_ext.runtime import PrefixRuntime
@@ -51,27 +53,38 @@ class PrefixExtLayer(PrefixTunerLayer):
     def runtime(self) -> PrefixRuntime:
         return self._runtime[0]
 
-    def update_layer(self, adapter_name: str, initial: LayerKV, num_frozen_tokens: int, has_reparam: bool) -> None:
+    def update_layer(self, adapter_name: str, initial: LayerKV, config: PrefixExtConfig, has_reparam: bool) -> None:
         """Adds an adapter that starts at `initial`, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
 
-        With a reparameterization the initial K/V are what it adds to, and do not train.
+        With a reparameterization the initial K/V are what it adds to, or zeros where it yields the K/V by itself.
         """
+        num_frozen = 0 if config.inference_mode else config.num_frozen_tokens
+        trains = config.trains(self.index)
         for kind, state in zip(initial._fields, initial, strict=True):
-            parameter = nn.Parameter(state[:, num_frozen_tokens:].clone())
-            getattr(self, f"prefix_ext_{kind}")[adapter_name] = parameter
-            if num_frozen_tokens:
-                getattr(self, f"prefix_ext_frozen_{kind}")[adapter_name] = state[:, :num_frozen_tokens].clone()
-        if has_reparam:
+            start = state[:, num_frozen:].clone()
+            if has_reparam and trains and not config.reparam_residual:
+                start.zero_()
+            getattr(self, f"prefix_ext_{kind}")[adapter_name] = nn.Parameter(start)
+            if num_frozen:
+                getattr(self, f"prefix_ext_frozen_{kind}")[adapter_name] = state[:, :num_frozen].clone()
+        if has_reparam or not trains:
             self.frozen_peft_weight_names[adapter_name] = self.adapter_layer_names
 
-    def materialize(self, adapter_name: str, residual: LayerKV | None) -> LayerKV:
-        """Returns the K/V of the adapter, `[num_kv_heads, num_virtual_tokens, head_dim]` each."""
+    def materialize(self, adapter_name: str, residual: LayerKV | None, dropout: PrefixDropout | None = None) -> LayerKV:
+        """Returns the K/V of the adapter, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
+
+        Dropout is for what trains.
+        """
+        trains = residual is not None or adapter_name not in self.frozen_peft_weight_names
         states = []
         for number, kind in enumerate(LayerKV._fields):
             state = getattr(self, f"prefix_ext_{kind}")[adapter_name]
+            if residual is not None:
+                state = state + residual[number].to(state.device)
+            if dropout is not None and trains:
+                state = dropout(state, f"{self.module_name}.{kind}")
             all_frozen = getattr(self, f"prefix_ext_frozen_{kind}")
-            frozen = all_frozen[adapter_name] if adapter_name in all_frozen else None
-            states.append(assemble(frozen, state, None if residual is None else residual[number]))
+            states.append(assemble(all_frozen[adapter_name] if adapter_name in all_frozen else None, state))
         return LayerKV(*states)
 
     def _prefix_of(self, step: Step, cache: Any) -> LayerKV:
@@ -80,7 +93,10 @@ class PrefixExtLayer(PrefixTunerLayer):
 
         def stack() -> LayerKV:
             return rows.stack(
-                [self.materialize(name, step.residuals[name].get(self.module_name)) for name in rows.adapters]
+                [
+                    self.materialize(name, step.residuals[name].get(self.module_name), step.dropout)
+                    for name in rows.adapters
+                ]
             )
 
         if rows.choice is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -123,8 +139,6 @@ def reachable_arguments(attention: nn.Module) -> tuple[list[str], str]:
     return arguments, cache_argument
 
 
-def assemble(frozen: torch.Tensor | None, state: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """Returns `[num_kv_heads, num_virtual_tokens, head_dim]` from its frozen and its trained tokens."""
-    if residual is not None:
-        state = state + residual.to(state.device)
+def assemble(frozen: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    """Returns `[num_kv_heads, num_virtual_tokens, head_dim]` from its frozen and its other tokens."""
     return state if frozen is None else torch.cat([frozen, state], dim=1)

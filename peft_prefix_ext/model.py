@@ -23,7 +23,7 @@ from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import PrefixExtLayer, reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
-from peft_prefix_ext.reparam import PrefixMLP
+from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import PrefixRuntime, base_alone
 from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
@@ -61,12 +61,14 @@ class PrefixExtModel(BaseTuner):
     _decoder: nn.Module
     _recorded: dict[str, RecordedLayer]
     _initial: dict[str, LayerKV]
+    _mlp: PrefixMLP | None
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().inject_adapter(*args, **kwargs)
         finally:
             self._recorded, self._initial = {}, {}
+            object.__setattr__(self, "_mlp", None)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The user's config may serve several models, and what is recorded of a model belongs to one.
@@ -84,10 +86,14 @@ class PrefixExtModel(BaseTuner):
             recorded = probe_layers(model)
             _check_length(peft_config, model)
             _check_saved_for(peft_config, model, recorded)
+            _check_layers_to_train(peft_config, recorded)
             for layer in recorded:
                 reachable_arguments(model.get_submodule(layer.module))
             initial, peft_config.init_report = initial_kv(peft_config, model, recorded)
-        object.__setattr__(self, "_decoder", _decoder_of(model, recorded))  # not as a submodule
+            mlp = new_reparam(peft_config, recorded, initial)
+        # Not as submodules.
+        object.__setattr__(self, "_mlp", mlp)
+        object.__setattr__(self, "_decoder", _decoder_of(model, recorded))
         self._recorded = {layer.module: layer for layer in recorded}
         self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
         peft_config._recorded = _record(peft_config, model, recorded)
@@ -115,9 +121,7 @@ class PrefixExtModel(BaseTuner):
         layer = getattr(target, "prefix_ext", None)
         if layer is None:
             layer = target.prefix_ext = PrefixExtLayer(target, self._recorded[current_key], runtime)
-        has_reparam = adapter_name in runtime.prefix_ext_reparam
-        frozen = 0 if peft_config.inference_mode else peft_config.num_frozen_tokens
-        layer.update_layer(adapter_name, self._initial[current_key], frozen, has_reparam)
+        layer.update_layer(adapter_name, self._initial[current_key], peft_config, self._mlp is not None)
 
     def _shared_by(self, adapter_name: str, config: PrefixExtConfig) -> PrefixRuntime:
         """Returns the model's runtime, with the adapter in it."""
@@ -129,16 +133,14 @@ class PrefixExtModel(BaseTuner):
         if adapter_name in runtime.num_virtual_tokens:
             return runtime
         runtime.num_virtual_tokens[adapter_name] = config.num_virtual_tokens
-        runtime.layer_names[adapter_name] = list(self._recorded)
+        runtime.prefix_dropout[adapter_name] = config.prefix_dropout
+        runtime.layer_names[adapter_name] = [
+            layer.module for layer in self._recorded.values() if config.trains(layer.index)
+        ]
         if config.is_saved:
             runtime.awaiting_weights.add(adapter_name)
-        if config.reparam == "mlp" and not config.inference_mode:
-            trained = config.num_virtual_tokens - config.num_frozen_tokens
-            key = next(iter(self._initial.values())).key
-            mlp = PrefixMLP(config, [layer.shapes(trained) for layer in self._recorded.values()])
-            # On the meta device, under `low_cpu_mem_usage`, PEFT moves it once it is loaded.
-            on_meta = mlp.latent.device.type == "meta"
-            runtime.prefix_ext_reparam[adapter_name] = mlp if on_meta else mlp.to(key.device, key.dtype)
+        if self._mlp is not None:
+            runtime.prefix_ext_reparam[adapter_name] = self._mlp
         return runtime
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -233,6 +235,12 @@ def _check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
             "exact only up to the length that its frequencies were computed for.",
             stacklevel=2,
         )
+
+
+def _check_layers_to_train(config: PrefixExtConfig, layers: list[RecordedLayer]) -> None:
+    indices = sorted({layer.index for layer in layers})
+    if unknown := sorted(set(config.layers_to_train or ()) - set(indices)):
+        raise ValueError(f"`layers_to_train` must be among the layers with a prefix, {indices}, got {unknown}.")
 
 
 def _record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.memo import remembered
 from peft_prefix_ext.reentrant import gather_gradient, uses_reentrant_checkpointing
 from peft_prefix_ext.rows import Rows
@@ -32,7 +33,8 @@ class PrefixRuntime(PrefixTunerLayer):
         super().__init__(decoder.get_input_embeddings().weight.device)
         self.prefix_ext_reparam = nn.ModuleDict()
         self.num_virtual_tokens: dict[str, int] = {}
-        self.layer_names: dict[str, list[str]] = {}
+        self.prefix_dropout: dict[str, float] = {}
+        self.layer_names: dict[str, list[str]] = {}  # of the layers that train
         self.awaiting_weights: set[str] = set()
         self.step: Step | None = None
         self._last_with_gradient: Step | None = None
@@ -83,6 +85,7 @@ class PrefixRuntime(PrefixTunerLayer):
         """Drops what is known of an adapter besides its parameters."""
         super().forget(adapter_name)
         self.num_virtual_tokens.pop(adapter_name, None)
+        self.prefix_dropout.pop(adapter_name, None)
         self.layer_names.pop(adapter_name, None)
         self.awaiting_weights.discard(adapter_name)
 
@@ -132,7 +135,9 @@ class PrefixRuntime(PrefixTunerLayer):
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
-        self.step = Step(rows, text_positions, {name: self._state_of(name) for name in rows.adapters})
+        dropout = PrefixDropout.draw(self.prefix_dropout[rows.adapters[0]]) if self.training else None
+        states = {name: self._state_of(name) for name in rows.adapters}
+        self.step = Step(rows, text_positions, states, dropout=dropout)
         for name in rows.adapters:
             cache = kwargs.get("past_key_values")
             self.step.residuals[name], self.step.projected = self._residuals(self.step, name, is_reentrant, cache)

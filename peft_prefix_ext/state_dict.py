@@ -1,13 +1,13 @@
 """Between the parameters of a live adapter and the tensors of its checkpoint (see `checkpoint.py` for the format).
 
-Saved beside the K/V when there is a reparameterization and `save_reparam` is on: what it adds to, as
-`prefix_ext_init_key` and `prefix_ext_init_value` of each layer, and its own parameters under `REPARAM`.
+Saved beside the K/V when there is a reparameterization and `save_reparam` is on: its own parameters under `REPARAM`, and
+what it adds to, as `prefix_ext_init_key` and `prefix_ext_init_value` of each layer, unless it yields the K/V by itself.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from peft_prefix_ext.checkpoint import LayerKV, layer_key
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.layer import PrefixExtLayer, assemble
+from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
 
 REPARAM = "base_model.model.prefix_ext.prefix_ext_reparam"
@@ -62,9 +63,10 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
         for number, kind in enumerate(LayerKV._fields):
             frozen = state.get(f"{name}.prefix_ext_frozen_{kind}.{adapter_name}")
             trained = state[f"{name}.prefix_ext_{kind}.{adapter_name}"]
-            residual = residuals[layer.module_name][number] if residuals else None
-            saved[layer_key(layer.module_name, kind)] = assemble(frozen, trained, residual)
-            if residuals and config.save_reparam:
+            residual = residuals.get(layer.module_name)
+            full = trained if residual is None else trained + residual[number].to(trained.device)
+            saved[layer_key(layer.module_name, kind)] = assemble(frozen, full)
+            if residual is not None and config.save_reparam and config.reparam_residual:
                 saved[layer_key(layer.module_name, f"init_{kind}")] = trained
     return saved
 
@@ -77,34 +79,70 @@ def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str
     """
     runtime_name, runtime, layers = find_live(model)
     state = {name: tensor for name, tensor in saved.items() if "prefix_ext_" not in name}
-    mlp = runtime.prefix_ext_reparam[adapter_name] if adapter_name in runtime.prefix_ext_reparam else None
-    resumes_mlp = mlp is not None and all(f"{REPARAM}.{name}" in saved for name in mlp.state_dict())
-    if mlp is not None:
-        if not resumes_mlp:
-            warnings.warn(
-                f"The checkpoint of adapter {adapter_name!r} has no reparameterization (`save_reparam=False`): its K/V are "
-                "kept, and training goes on from them with a new one.",
-                stacklevel=2,
-            )
-        for name, fresh in mlp.state_dict().items():
-            new = torch.zeros_like(fresh) if name.startswith("head.") else fresh
-            tensor = saved[f"{REPARAM}.{name}"] if resumes_mlp else new
-            state[f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}"] = tensor
+    frozen, starts = {}, {}
+    for layer in layers.values():
+        full = _full_kv(layer, config, adapter_name, saved)
+        num_frozen = config.num_virtual_tokens - layer.prefix_ext_key[adapter_name].shape[1]
+        frozen[layer.module_name] = LayerKV(*(kv[:, :num_frozen].contiguous() for kv in full)) if num_frozen else None
+        starts[layer.module_name] = LayerKV(*(kv[:, num_frozen:].contiguous() for kv in full))
+    if adapter_name in runtime.prefix_ext_reparam:
+        mlp: Any = runtime.prefix_ext_reparam[adapter_name]
+        trained = {name: starts[name] for name in runtime.layer_names[adapter_name]}
+        parameters, added_to = _resume(mlp, config, trained, adapter_name, saved)
+        state |= {f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}": parameters[name] for name in parameters}
+        starts |= added_to
     for name, layer in layers.items():
-        for kind in LayerKV._fields:
-            parameter = getattr(layer, f"prefix_ext_{kind}")[adapter_name]
-            frozen = config.num_virtual_tokens - parameter.shape[1]
-            expected = [parameter.shape[0], config.num_virtual_tokens, parameter.shape[2]]
-            full = saved.get(layer_key(layer.module_name, kind))
-            if full is None or list(full.shape) != expected:
-                found = "nothing" if full is None else list(full.shape)
-                raise ValueError(
-                    f"The checkpoint of adapter {adapter_name!r} has {found} for the {kind} of layer {layer.index}, "
-                    f"expected {expected}."
-                )
-            trained = saved[layer_key(layer.module_name, f"init_{kind}")] if resumes_mlp else full[:, frozen:]
-            state[f"{name}.prefix_ext_{kind}.{adapter_name}"] = trained.contiguous()
-            if frozen:
-                state[f"{name}.prefix_ext_frozen_{kind}.{adapter_name}"] = full[:, :frozen].contiguous()
+        for number, kind in enumerate(LayerKV._fields):
+            state[f"{name}.prefix_ext_{kind}.{adapter_name}"] = starts[layer.module_name][number]
+            if (kept := frozen[layer.module_name]) is not None:
+                state[f"{name}.prefix_ext_frozen_{kind}.{adapter_name}"] = kept[number]
     runtime.awaiting_weights.discard(adapter_name)
     return state
+
+
+def _full_kv(layer: PrefixExtLayer, config: PrefixExtConfig, adapter_name: str, saved: State) -> LayerKV:
+    """Returns the K/V of a layer in a checkpoint, `[num_kv_heads, num_virtual_tokens, head_dim]` each."""
+    states = []
+    for kind in LayerKV._fields:
+        num_heads, _, head_dim = getattr(layer, f"prefix_ext_{kind}")[adapter_name].shape
+        expected = [num_heads, config.num_virtual_tokens, head_dim]
+        full = saved.get(layer_key(layer.module_name, kind))
+        if full is None or list(full.shape) != expected:
+            found = "nothing" if full is None else list(full.shape)
+            raise ValueError(
+                f"The checkpoint of adapter {adapter_name!r} has {found} for the {kind} of layer {layer.index}, "
+                f"expected {expected}."
+            )
+        states.append(full)
+    return LayerKV(*states)
+
+
+def _resume(
+    mlp: PrefixMLP, config: PrefixExtConfig, trained: dict[str, LayerKV], adapter_name: str, saved: State
+) -> tuple[State, dict[str, LayerKV]]:
+    """Returns the parameters that a reparameterization goes on with, and what it adds to, by attention module.
+
+    Args:
+        mlp: The reparameterization, whose values do not matter.
+        config: The config of the adapter.
+        trained: The K/V that it yielded, by attention module.
+        adapter_name: The name of the adapter.
+        saved: The checkpoint.
+    """
+    zeros = {name: LayerKV(*(torch.zeros_like(state) for state in kv)) for name, kv in trained.items()}
+    init_keys = {name: [layer_key(name, f"init_{kind}") for kind in LayerKV._fields] for name in trained}
+    has_init = [key in saved for keys in init_keys.values() for key in keys]
+    shapes = {name: saved[f"{REPARAM}.{name}"].shape for name in mlp.state_dict() if f"{REPARAM}.{name}" in saved}
+    same_form = all(has_init) if mlp.is_residual else not any(has_init)
+    if same_form and shapes == {name: tensor.shape for name, tensor in mlp.state_dict().items()}:
+        parameters = {name: saved[f"{REPARAM}.{name}"] for name in mlp.state_dict()}
+        added_to = {name: LayerKV(*(saved[key] for key in keys)) for name, keys in init_keys.items() if mlp.is_residual}
+        return parameters, zeros | added_to
+    warnings.warn(
+        f"The checkpoint of adapter {adapter_name!r} has no reparameterization of this form (`save_reparam=False`, or "
+        "other settings): its K/V are kept, and training goes on from them with a new one.",
+        stacklevel=2,
+    )
+    new = PrefixMLP(config, [(list(kv.key.shape), list(kv.value.shape)) for kv in trained.values()])
+    new.to(mlp.latent.dtype).start_at(list(trained.values()))
+    return new.state_dict(), trained if mlp.is_residual else zeros

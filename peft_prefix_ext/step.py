@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.mask import prepend_prefix
 from peft_prefix_ext.rows import Rows
 
@@ -24,6 +25,7 @@ class Step:
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
         states: What the reparameterization of each adapter depends on, see `memo.py`.
         residuals: What it adds to the K/V, by adapter and attention module; empty without one.
+        dropout: Of the prefix, in training.
         projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
             under reentrant gradient checkpointing only.
         running: Whether the forward pass is under way.
@@ -33,6 +35,7 @@ class Step:
     positions: torch.Tensor
     states: dict[str, Any]
     residuals: dict[str, dict[str, LayerKV]] = field(default_factory=dict)
+    dropout: PrefixDropout | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     running: bool = True
     _masks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from peft_prefix_ext import PrefixExtConfig
@@ -24,3 +24,17 @@ def perturb(model: torch.nn.Module, std: float = 0.3) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(std * torch.randn_like(parameter))
+
+
+# Ways to parameterize a prefix that every initialisation must be exact under.
+REPARAMS: dict[str, dict] = {
+    "flat": {},
+    "residual": {"reparam": "mlp"},
+    "plain": {"reparam": "mlp", "reparam_residual": False},
+}
+
+
+def prefix_kv(model: torch.nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """Returns the K/V of an adapter as they are saved, by name, `[num_kv_heads, num_virtual_tokens, head_dim]` each."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {name: kv for name, kv in state.items() if name.endswith(("prefix_ext_key", "prefix_ext_value"))}
