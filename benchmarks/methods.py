@@ -12,10 +12,10 @@ from splits import Pair, answer_of, prompt_of
 from peft_prefix_ext import PrefixExtConfig
 
 TASK_WORDS = "Describe the restaurant in one natural sentence that states all of the facts."
-VIRTUAL_TOKENS = 16
-# The numbers that a prefix of SmolLM2-135M has per virtual token, 30 layers x 2 x 3 heads x 64, are 0.2 times those that
-# LoRA on the queries and values has per rank.
-EQUAL_RANK = 3
+VIRTUAL_TOKENS = 64
+# Of SmolLM2-135M a virtual token has 30 layers x 2 x 3 heads x 64 numbers, a fifth of those of a rank of LoRA on the
+# queries and values: 64 tokens are between 12 and 13 ranks, and LoRA gets 13.
+EQUAL_RANK = 13
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,20 @@ def _lora(rank: int, learning_rates: tuple[float, ...]) -> Method:
     return Method(f"lora-r{rank}", f"LoRA, rank {rank}", LoraConfig, options, learning_rates)
 
 
+FLAT_RATES = (1e-2, 3e-2, 1e-1)
+MLP_RATES = (1e-3, 2e-3, 5e-3)
+LORA_RATES = (2e-3, 5e-3, 1e-2)
+
+# In the order in which they run.
 METHODS = (
-    _ours("none", "text", (1e-2, 3e-2, 1e-1)),
-    _stock(False, (1e-2, 3e-2, 1e-1)),
-    _lora(EQUAL_RANK, (2e-3, 5e-3, 1e-2)),
-    _ours("mlp", "text", (1e-3, 3e-3, 1e-2)),
-    _ours("none", "exemplars", (1e-2, 3e-2, 1e-1)),
-    _lora(8, (2e-3, 5e-3, 1e-2)),
-    _ours("mlp", "exemplars", (1e-3, 3e-3, 1e-2)),
-    _ours("none", "random", (1e-2, 3e-2, 1e-1)),
-    _ours("mlp", "random", (1e-3, 3e-3, 1e-2)),
-    _stock(True, (1e-3, 3e-3, 1e-2)),
+    _ours("mlp", "exemplars", MLP_RATES),
+    _stock(False, FLAT_RATES),
+    _lora(EQUAL_RANK, LORA_RATES),
+    _ours("mlp", "text", MLP_RATES),
+    _ours("none", "exemplars", FLAT_RATES),
+    _ours("none", "text", FLAT_RATES),
+    _lora(8, LORA_RATES),
+    _ours("none", "random", FLAT_RATES),
+    _ours("mlp", "random", MLP_RATES),
+    _stock(True, MLP_RATES),
 )
