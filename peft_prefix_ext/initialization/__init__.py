@@ -32,14 +32,16 @@ PREFILLED = {
 
 
 def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> Initial:
-    """Returns where the prefix of `config` starts, for `layers` of `model`; zeros where its weights are yet to be loaded.
+    """Returns where the prefix of `config` starts, for `layers` of `model`.
+
+    NaN where its weights are yet to be loaded.
 
     Raises:
         ValueError: If the source of the K/V is missing, malformed or does not fit the model.
     """
     if config.is_saved:
         # The weights of a saved adapter are about to be loaded, which must not move the random state.
-        return Initial([_new(config, layer) for layer in layers], config.init_report)
+        return Initial([_new(config, layer, float("nan")) for layer in layers], config.init_report)
     if config.init in PREFILLED:
         tokens = PREFILLED[config.init](config, model)
         initial, source = [layer.kv for layer in record_layers(model, tokens.ids)], tokens.report
@@ -57,6 +59,6 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Rec
     return Initial(initial, f"{p} virtual token{'s' if p > 1 else ''}: {source}")
 
 
-def _new(config: PrefixExtConfig, layer: RecordedLayer) -> LayerKV:
+def _new(config: PrefixExtConfig, layer: RecordedLayer, value: float = 0.0) -> LayerKV:
     shapes = layer.shapes(config.num_virtual_tokens)
-    return LayerKV(*(state.new_zeros(shape) for state, shape in zip(layer.kv, shapes, strict=True)))
+    return LayerKV(*(state.new_full(shape, value) for state, shape in zip(layer.kv, shapes, strict=True)))
