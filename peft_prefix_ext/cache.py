@@ -30,6 +30,11 @@ class PrefixCacheView:
             key_states, value_states = self.cache.update(key_states, value_states, *args, **kwargs)
         return _prepend(self.prefix.key, key_states), _prepend(self.prefix.value, value_states)
 
+    def get_seq_length(self, *args: Any) -> int:
+        """How many tokens stand before the new ones, the prefix included: Llama 4's attention counts positions by it."""
+        cached = 0 if self.cache is None else self.cache.get_seq_length(*args)
+        return self.prefix.key.shape[-2] + cached
+
     def __getattr__(self, name: str) -> Any:
         if self.cache is None:
             raise AttributeError(

@@ -137,8 +137,6 @@ def refuse_unsupported(model: nn.Module) -> None:
     name = f"{type(model).__name__} (model type {config.model_type!r})"
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model, which PREFIX_EXT does not support yet.")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ValueError(f"{name} shares K/V between layers, which PREFIX_EXT does not support yet.")
     layer_types = getattr(config, "layer_types", None) or []
     if "chunked_attention" in layer_types:
         raise ValueError(f"{name} has chunked attention, which PREFIX_EXT does not support yet.")

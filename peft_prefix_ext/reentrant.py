@@ -14,6 +14,11 @@ import torch
 from torch import nn
 
 
+def uses_checkpointing(decoder: nn.Module) -> bool:
+    """Whether the model is training under gradient checkpointing of either kind."""
+    return any(module.training and getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+
+
 def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
     """Whether the model is training under reentrant checkpointing, which is torch's default where it is not told."""
     for module in decoder.modules():

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.memo import remembered
-from peft_prefix_ext.reentrant import gather_gradient, uses_reentrant_checkpointing
+from peft_prefix_ext.reentrant import gather_gradient, uses_checkpointing, uses_reentrant_checkpointing
 from peft_prefix_ext.rows import Rows
 from peft_prefix_ext.step import STEP, Step
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
@@ -35,12 +35,15 @@ class PrefixRuntime(PrefixTunerLayer):
         self.num_virtual_tokens: dict[str, int] = {}
         self.prefix_dropout: dict[str, float] = {}
         self.layer_names: dict[str, list[str]] = {}  # of the layers that train
+        self.awaiting_weights: set[str] = set()
         self.step: Step | None = None
         self._last_with_gradient: Step | None = None
         self._is_ambiguous = self._was_replayed = False
         self._bypassed = False
         self._mixed: Rows | None = None
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
+        # What holds the hooks of layers that share the K/V of others.
+        self.shared_layers: list[Any] = []
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
@@ -48,9 +51,11 @@ class PrefixRuntime(PrefixTunerLayer):
         self._embeddings_handle: RemovableHandle | None = None
 
     def detach(self) -> None:
-        """Takes the hooks off the decoder."""
+        """Takes the hooks off the decoder, and off the layers that share K/V."""
         for handle in self._handles:
             handle.remove()
+        for layer in self.shared_layers:
+            layer.detach()
 
     @property
     def current_rows(self) -> Rows | None:
@@ -80,16 +85,13 @@ class PrefixRuntime(PrefixTunerLayer):
         finally:
             self._bypassed = before
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.forget(adapter_name)
-
     def forget(self, adapter_name: str) -> None:
         """Drops what is known of an adapter besides its parameters."""
         super().forget(adapter_name)
         self.num_virtual_tokens.pop(adapter_name, None)
         self.prefix_dropout.pop(adapter_name, None)
         self.layer_names.pop(adapter_name, None)
+        self.awaiting_weights.discard(adapter_name)
 
     def step_of(self, position_ids: torch.Tensor | None) -> Step:
         """Returns the forward pass that an attention layer with these positions belongs to.
@@ -118,6 +120,11 @@ class PrefixRuntime(PrefixTunerLayer):
         rows = self.current_rows
         if rows is None:
             return None
+        for adapter in self.awaiting_weights.intersection(rows.adapters):
+            raise RuntimeError(
+                f"Adapter {adapter!r} was made from the config of a saved adapter, but its weights were never loaded; "
+                "use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
+            )
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if new is None:
@@ -132,6 +139,11 @@ class PrefixRuntime(PrefixTunerLayer):
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
+        if is_reentrant and self.shared_layers:
+            raise ValueError(
+                "Reentrant gradient checkpointing loses the gradient of K/V that layers share; use "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
         dropout = PrefixDropout.draw(self.prefix_dropout[rows.adapters[0]]) if self.training else None
         states = {name: self._state_of(name) for name in rows.adapters}
         self.step = Step(rows, text_positions, states, dropout=dropout)
@@ -139,7 +151,7 @@ class PrefixRuntime(PrefixTunerLayer):
             cache = kwargs.get("past_key_values")
             self.step.residuals[name], self.step.projected = self._residuals(self.step, name, is_reentrant, cache)
         setattr(positions, STEP, self.step)
-        if torch.is_grad_enabled() and decoder.training:
+        if torch.is_grad_enabled() and uses_checkpointing(decoder):
             self._is_ambiguous = self._last_with_gradient is not None and not self._was_replayed
             self._last_with_gradient, self._was_replayed = self.step, False
         if is_reentrant:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from peft_prefix_ext import PrefixExtConfig
+from peft_prefix_ext.layer import PrefixExtLayer
 
 
 def with_prefix(model: PreTrainedModel, seed: int = 1, **config: object) -> PeftModel:
@@ -38,3 +39,22 @@ def prefix_kv(model: torch.nn.Module, adapter_name: str = "default") -> dict[str
     """Returns the K/V of an adapter as they are saved, by name, `[num_kv_heads, num_virtual_tokens, head_dim]` each."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {name: kv for name, kv in state.items() if name.endswith(("prefix_ext_key", "prefix_ext_value"))}
+
+
+@torch.no_grad()
+def prefix_layers(model: torch.nn.Module) -> list[PrefixExtLayer]:
+    """The layers of a model with a prefix, in order of their index."""
+    layers = [module for module in model.modules() if isinstance(module, PrefixExtLayer)]
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+@torch.no_grad()
+def with_prefix_of(model: PreTrainedModel, token_ids: list[int], **config: object) -> PeftModel:
+    """Gives `model` the prefix that its own cache says `token_ids` are."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([token_ids]), past_key_values=cache, use_cache=True)
+    prefixed = with_prefix(model, num_virtual_tokens=len(token_ids), **config)
+    for layer in prefix_layers(prefixed):
+        layer.prefix_ext_key["default"].copy_(cache.layers[layer.index].keys[0])
+        layer.prefix_ext_value["default"].copy_(cache.layers[layer.index].values[0])
+    return prefixed

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from architectures import ARCHITECTURES, HYBRIDS
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 128
+# Each config takes what it knows of it.
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -14,60 +18,50 @@ _COMMON = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
-}
-_MULTI_HEAD = {"num_key_value_heads": None}
-_GPT2_LIKE = {**_MULTI_HEAD, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
-
-_ABSENT = [("num_key_value_heads", None)]
-
-CONFIGS: dict[str, tuple[str, dict]] = {
-    "llama": ("LlamaConfig", {}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        {"head_dim": 32, "sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 4},
-    ),
-    "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 16}),
-    "mixtral": ("MixtralConfig", {"sliding_window": None, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    ),
-    "gemma": ("GemmaConfig", {"head_dim": 32}),
-    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 24}),
-    "phi": ("PhiConfig", {}),
-    "phi3": ("Phi3Config", {}),
-    "gpt2": ("GPT2Config", _GPT2_LIKE),
-    "gpt_neox": ("GPTNeoXConfig", _MULTI_HEAD),
-    "gptj": ("GPTJConfig", {**_GPT2_LIKE, "rotary_dim": 8}),
-    "opt": ("OPTConfig", {**_MULTI_HEAD, "ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "falcon": (
-        "FalconConfig",
-        {**_MULTI_HEAD, "multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
-    ),
-    "olmo2": ("Olmo2Config", {}),
-    "cohere2": ("Cohere2Config", {"sliding_window": 24}),
-    "granite": ("GraniteConfig", {}),
-    "glm4": ("Glm4Config", {"head_dim": 16}),
-    "stablelm": ("StableLmConfig", {}),
-    "smollm3": ("SmolLM3Config", {}),
-    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 24}),
-    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "rotary_dim": 8,
+    # Experts.
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "ffn_hidden_size": 64,
+    # Latent attention.
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    # Recurrent layers.
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 
+CONFIGS: dict[str, dict] = {name: own for models in ARCHITECTURES.values() for name, own in models.items()}
+RECURRENT = list(ARCHITECTURES[HYBRIDS])
 
-def tiny_config(name: str, **overrides: object) -> transformers.PreTrainedConfig:
-    config_class, own = CONFIGS[name]
-    values = {**_COMMON, **own, **overrides}
-    return getattr(transformers, config_class)(
-        **{key: value for key, value in values.items() if (key, value) not in _ABSENT}
-    )
+
+def tiny_config(name: str, **overrides: object) -> PreTrainedConfig:
+    own = {**CONFIGS[name], **overrides}
+    own.pop("base_lacks", None)
+    config_class = CONFIG_MAPPING[own.pop("model_type", name.partition(":")[0])]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    names = {standard: name for standard, name in config_class.attribute_map.items() if name in known}
+    common = {names.get(key, key): value for key, value in _COMMON.items() if names.get(key, key) in known}
+    return config_class(**{**common, **{names.get(key, key): value for key, value in own.items()}})
 
 
 def tiny_model(name: str, seed: int = 0, attention: str = "sdpa", **overrides: object) -> PreTrainedModel:

@@ -1,57 +1,11 @@
-"""On every architecture, generating gives what a forward pass over the whole sequence says."""
+"""Where a prefix is at work: sampling, packing, and calls to parts of the model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from prefixed import with_prefix
-from tiny import CONFIGS, random_ids, tiny_model
-
-PROMPT = 40  # longer than the sliding windows of the tiny models
-
-
-def greedy(model, ids, mask=None, **kwargs):
-    mask = torch.ones_like(ids) if mask is None else mask
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **kwargs)
-    return out[:, ids.shape[1] :]
-
-
-@pytest.fixture(scope="module", params=list(CONFIGS))
-def model(request):
-    return with_prefix(tiny_model(request.param, attention="eager"))
-
-
-@torch.no_grad()
-def test_greedy_decoding_equals_full_forward(model):
-    ids = random_ids(2, PROMPT)
-    new = greedy(model, ids)
-    whole = torch.cat([ids, new], dim=1)
-    logits = model(input_ids=whole, use_cache=False).logits
-    assert torch.equal(logits[:, PROMPT - 1 : -1].argmax(-1), new)
-
-
-@torch.no_grad()
-def test_left_padding_changes_nothing(model):
-    long, short = random_ids(1, PROMPT), random_ids(1, 28, seed=5)
-    padding = torch.zeros(1, PROMPT - 28, dtype=torch.long)
-    ids = torch.cat([long, torch.cat([padding, short], dim=1)])
-    mask = torch.ones_like(ids)
-    mask[1, : PROMPT - 28] = 0
-    together = greedy(model, ids, mask)
-    assert torch.equal(together[:1], greedy(model, long))
-    assert torch.equal(together[1:], greedy(model, short))
-
-
-@torch.no_grad()
-def test_padding_on_either_side_changes_no_logit(model):
-    """Also without `position_ids`, as in training: padding must not come between the prefix and the text."""
-    ids = random_ids(1, 30)
-    padding = torch.zeros(1, 20, dtype=torch.long)
-    alone = model(input_ids=ids).logits
-    for order, kept in (([padding, ids], slice(20, None)), ([ids, padding], slice(30))):
-        mask = torch.cat([torch.ones_like(part) if part is ids else padding for part in order], dim=1)
-        padded = model(input_ids=torch.cat(order, dim=1), attention_mask=mask).logits[:, kept]
-        torch.testing.assert_close(padded, alone, atol=5e-5, rtol=1e-3)
+from tiny import random_ids
 
 
 @torch.no_grad()
