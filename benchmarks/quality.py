@@ -1,7 +1,8 @@
 """Does it learn? Trains every method on the E2E challenge, under one budget, and scores what it says.
 
     python benchmarks/quality.py E2E_FOLDER --model SmolLM2-135M-Instruct   # train what is not in the results yet
-    python benchmarks/quality.py --report                                   # table and plot, out of the results
+    python benchmarks/quality.py E2E_FOLDER --model ... --vary              # what each choice of our prefix does
+    python benchmarks/quality.py --report                                   # tables and plot, out of the results
 
 E2E_FOLDER holds the challenge's `devset.csv` (to train on) and `testset_w_refs.csv` (to score on). The runs come in the
 order of their weight: all rows before few, one seed of every method before the next seed. Each is written to the results
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 from learning import encode, generate, mean_loss, train
-from methods import METHODS, Method
+from methods import METHODS, Method, variants
 from peft import PeftModel, get_peft_model
 from records import Record, Records
 from scores import score
@@ -123,6 +124,13 @@ class Benchmark:
             scores = self._run(run)
             print(f"{number} of {len(left)}: {run.name}: {scores}", flush=True)
 
+    def vary(self, method: Method) -> None:
+        """Measures what each choice of a method does to its held-out loss."""
+        for variant in variants(method, self._learning_rate(method)):
+            learning_rate = self._learning_rate(variant)
+            found = self._searched(variant, learning_rate)[0]
+            print(f"{variant.name}: {found['held_out_loss']}", flush=True)
+
     def _run(self, run: Run) -> Record:
         start = time.process_time()
         learning_rate = self._learning_rate(run.method)
@@ -144,13 +152,17 @@ class Benchmark:
         """Returns the method's learning rate of the smallest held-out loss, out of the records as far as it is there."""
         losses = {}
         for candidate in method.learning_rates:
-            run = Run(method, self.settings.search, seed=0)
-            key = {"kind": "search", **run.key, "learning_rate": candidate}
-            if not self.records.find(**key):
+            if not self._searched(method, candidate):
+                run = Run(method, self.settings.search, seed=0)
                 model, _ = self._train(run, candidate)
-                self.records.add({**key, "held_out_loss": self._held_out_loss(model)})
-            losses[candidate] = self.records.find(**key)[0]["held_out_loss"]
+                loss = self._held_out_loss(model)
+                self.records.add({"kind": "search", **run.key, "learning_rate": candidate, "held_out_loss": loss})
+            losses[candidate] = self._searched(method, candidate)[0]["held_out_loss"]
         return min(losses, key=lambda candidate: losses[candidate])
+
+    def _searched(self, method: Method, learning_rate: float) -> list[Record]:
+        key = Run(method, self.settings.search, seed=0).key
+        return self.records.find(kind="search", **key, learning_rate=learning_rate)
 
     def _train(self, run: Run, learning_rate: float) -> tuple[PeftModel, list[float]]:
         pairs = random.Random(run.seed).sample(self.pairs, run.size.rows or len(self.pairs))
@@ -192,8 +204,11 @@ def main() -> int:
     args = parse_args()
     if args.data is not None:
         torch.set_num_threads(args.threads)
-        methods = [method for method in METHODS if args.only in method.name]
-        Benchmark(args.data, Settings(model=args.model), args.results).go(methods)
+        benchmark = Benchmark(args.data, Settings(model=args.model), args.results)
+        if args.vary:
+            benchmark.vary(METHODS[0])
+        else:
+            benchmark.go([method for method in METHODS if args.only in method.name])
     if args.report:
         print(write_report(args.results, METHODS, plot=HERE / "quality.png", readme=HERE.parent / "README.md"))
     return 0
@@ -205,6 +220,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
     parser.add_argument("--results", type=Path, default=HERE / "quality.json", help="default: benchmarks/quality.json")
     parser.add_argument("--only", default="", help="only methods with this in their name, such as lora")
+    parser.add_argument("--vary", action="store_true", help="instead, change one choice of the first method at a time")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--report", action="store_true", help="write benchmarks/quality.png and the README's table")
     return parser.parse_args()

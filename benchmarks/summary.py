@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from methods import Method
+from methods import Method, variants
 from records import Record
 
 BEGIN, END = "<!-- quality: made by benchmarks/quality.py --report -->", "<!-- /quality -->"
@@ -19,9 +19,10 @@ HEADER = ["method", "trained numbers", "learning rate"]
 
 
 def write_report(results: Path, methods: Sequence[Method], plot: Path, readme: Path) -> str:
-    """Returns the table in Markdown, after writing it between the markers in `readme` and the picture to `plot`."""
+    """Returns caption and table in Markdown, after writing them between the markers in `readme` and a picture to `plot`."""
     content = json.loads(results.read_text(encoding="utf-8"))
-    text = table(content, methods)
+    parts = [caption(content["settings"]), table(content, methods), f"![BLEU by rows](benchmarks/{plot.name})"]
+    text = "\n\n".join(filter(None, [*parts, variant_table(content, methods[0])]))
     save_plot(content, methods, plot)
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -29,6 +30,19 @@ def write_report(results: Path, methods: Sequence[Method], plot: Path, readme: P
         raise ValueError(f"{readme} must have the lines {BEGIN!r} and {END!r}.")
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     return text
+
+
+def caption(settings: Record) -> str:
+    """Returns under which budget the results were made."""
+    budgets = "; ".join(
+        f"{_name(size)} rows: {size['steps']} steps, {size['tests']} meaning representations"
+        for size in settings["sizes"]
+    )
+    return (
+        f"{settings['model']} ({settings['dtype']}), batches of {settings['batch_size']} rows, and how many meaning "
+        f"representations of the test split are answered greedily ({budgets}). Mean ± standard deviation over "
+        f"{len(settings['seeds'])} seeds; each method has its own learning rate, the best of its candidates on held-out rows."
+    )
 
 
 def table(content: Record, methods: Sequence[Method]) -> str:
@@ -56,6 +70,22 @@ def table(content: Record, methods: Sequence[Method]) -> str:
         cells += [_cell([run["scores"][name] for run in runs[-1]], seeds) for name in ("nist", "rouge_l")]
         lines.append(_row([method.title, f"{done[0]['trained']:,}", f"{done[0]['learning_rate']:g}", *cells]))
     return "\n".join(lines)
+
+
+def variant_table(content: Record, method: Method) -> str:
+    """Returns the held-out loss of a method and of its variants, or nothing when none was measured."""
+    searched = [record for record in content["records"] if record["kind"] == "search"]
+    own = [r for r in searched if r["method"] == method.name and r["options"] == method.options]
+    if not own:
+        return ""
+    best = min(own, key=lambda record: record["held_out_loss"])
+    rows = []
+    for variant in variants(method, best["learning_rate"]):
+        wanted = {"method": variant.name, "options": variant.options, "learning_rate": best["learning_rate"]}
+        rows += [_row([variant.title, f"{r['held_out_loss']:.3f}"]) for r in searched if wanted.items() <= r.items()]
+    header = [f"{method.title}, changed", "held-out loss"]
+    lines = [_row(header), _row(["---"] * 2), _row(["nothing", f"{best['held_out_loss']:.3f}"]), *rows]
+    return "\n".join(lines) if rows else ""
 
 
 def save_plot(content: Record, methods: Sequence[Method], path: Path) -> None:

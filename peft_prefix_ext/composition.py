@@ -108,7 +108,7 @@ def _common_base(
     ours = next((prefix for prefix in prefixes if prefix.modules), None)
     if ours is None:
         raise ValueError(
-            "`base_model` must be given: stock PEFT adapters do not say which attention modules they are for."
+            "`base_model` (`--base`) must be given: stock PEFT adapters do not say which attention modules they are for."
         )
     return ours.modules, ours.base_fingerprint
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from os import PathLike
 from typing import Any
 
 from peft import PeftConfig
@@ -15,9 +16,19 @@ from peft_prefix_ext.checkpoint import FORMAT_VERSION
 from peft_prefix_ext.peft_type import PREFIX_EXT
 
 # Every initialisation, with the argument that says what it starts from.
-INITS: dict[str, str | None] = {"random": None, "text": "init_text", "exemplars": "init_exemplars"}
+INITS: dict[str, str | None] = {
+    "random": None,
+    "vocab": None,
+    "tokens": "init_token_ids",
+    "text": "init_text",
+    "exemplars": "init_exemplars",
+    "kv": "init_kv",
+    "adapter": "init_adapter",
+    "average": "init_adapter",
+}
 # What does not go where an adapter is shared.
-PRIVATE = ("init_exemplars",)
+PRIVATE = ("init_exemplars", "init_kv")
+ADAPTER_PARTS = ("all", "keys")
 REPARAMS = ("none", "mlp")
 
 
@@ -30,19 +41,40 @@ class PrefixExtConfig(PeftConfig):
         num_virtual_tokens (`int`):
             The length p of the prefix. Real tokens start at position p.
         init (`str`):
-            Where the prefix starts: `"random"` (normal with `init_std`), or the K/V that a prefill of the frozen base
-            model writes for `"text"` (the words of `init_text`) or `"exemplars"` (the rows of `init_exemplars`). Tokens
-            are repeated up to the length of the prefix when they are too few, and cut when they are too many; the
-            beginning-of-sequence token, where the tokenizer adds one, comes first and once.
+            Where the prefix starts. As the K/V that a prefill of the frozen base model writes for token ids: `"vocab"`
+            (drawn at random), `"tokens"` (`init_token_ids`), `"text"` (the words of `init_text`) or `"exemplars"` (the
+            rows of `init_exemplars`). As K/V: `"random"` (normal with `init_std`), `"kv"` (`init_kv`), `"adapter"`
+            (another prefix, `init_adapter`) or `"average"` (the mean of several). What is drawn follows
+            `torch.manual_seed`.
+        init_token_ids (`list[int]`, *optional*):
+            The token ids for `init="tokens"`, taken as they are: repeated when shorter than the prefix, cut when longer.
         init_text (`str`, *optional*):
-            The words of the task, for `init="text"`.
+            The words of the task, for `init="text"`. They come behind the beginning-of-sequence token, if the tokenizer
+            adds one, and are repeated when they are shorter than the prefix, cut when longer.
+        init_chat_template (`bool`):
+            Whether `init_text` is rendered as a system message by the tokenizer's chat template. What is repeated or cut
+            are the words inside of the message, so that the prefix is one whole message of its length; only where what
+            opens and closes it leaves no room for a word, the end is cut off.
         init_exemplars (`Iterable`, *optional*):
             Rows of the task's data set, for `init="exemplars"`, packed in their order: a list or a `datasets.Dataset` of
-            strings or of dicts with `text`, `prompt` and `completion`, or `messages`. Never saved.
+            strings or of dicts with `text`, `prompt` and `completion`, or `messages`. They come behind the
+            beginning-of-sequence token, if the tokenizer adds one; all but messages end with its end-of-sequence token.
+            The last row is cut; too few are repeated. Never saved.
+        init_kv (`Cache`, `list` or `dict`, *optional*):
+            The K/V for `init="kv"`, keys after rotary embedding at positions 0..p-1: the `past_key_values` of one
+            sequence, a list of pairs of K and V, one for each attention layer, or a dict of them by layer index, each
+            `[num_kv_heads, num_virtual_tokens, head_dim]`, with a batch dimension of 1 or without. Never saved.
+        init_adapter (`str` or `list[str]`, *optional*):
+            The folder or Hub repository (`owner/name[@revision]`) of another prefix of the same base model for
+            `init="adapter"`, or of several for `init="average"`: ours, or stock PEFT's `PREFIX_TUNING` or `CARTRIDGE`.
+            Of a longer prefix the first tokens are taken, a shorter one is refused.
+        init_adapter_part (`str`):
+            `"all"`, or `"keys"`: keys alone, which transfer between tasks (arXiv:2508.17032), beside values that are
+            random with `init_std`.
         init_std (`float`):
-            The standard deviation for `init="random"`.
+            The standard deviation of what is random.
         tokenizer_name_or_path (`str`, *optional*):
-            The tokenizer of `init_text` or `init_exemplars`; the base model's when not given.
+            The tokenizer of text, rows and vocabulary; the base model's when not given.
         reparam (`str`):
             `"none"` trains the K/V themselves, `"mlp"` trains an MLP that yields them. Any initialisation is exact at
             step 0.
@@ -89,11 +121,24 @@ class PrefixExtConfig(PeftConfig):
 
     num_virtual_tokens: int = field(default=16, metadata={"help": "The length of the prefix."})
     init: str = field(default="random", metadata={"help": f"Where the prefix starts, one of {tuple(INITS)}."})
+    init_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids, for `init='tokens'`."})
     init_text: str | None = field(default=None, metadata={"help": "The words of the task, for `init='text'`."})
+    init_chat_template: bool = field(
+        default=False, metadata={"help": "Whether `init_text` is rendered as a system message."}
+    )
     init_exemplars: Iterable[Any] | None = field(
         default=None, repr=False, compare=False, metadata={"help": "Rows of a data set, for `init='exemplars'`."}
     )
-    init_std: float = field(default=0.02, metadata={"help": "The standard deviation for `init='random'`."})
+    init_kv: Any = field(
+        default=None, repr=False, compare=False, metadata={"help": "The K/V of one sequence, for `init='kv'`."}
+    )
+    init_adapter: str | list[str] | None = field(
+        default=None, metadata={"help": "Another prefix, or several for `init='average'`: folders or Hub repositories."}
+    )
+    init_adapter_part: str = field(
+        default="all", metadata={"help": f"What to take of `init_adapter`, one of {ADAPTER_PARTS}."}
+    )
+    init_std: float = field(default=0.02, metadata={"help": "The standard deviation of what is random."})
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "The tokenizer of text and rows; the base model's when not given."}
     )
@@ -137,6 +182,10 @@ class PrefixExtConfig(PeftConfig):
         super().__post_init__()
         import_module("peft_prefix_ext.model")  # registers with PEFT, for who imported this module alone
         self.peft_type = PREFIX_EXT
+        if isinstance(self.init_adapter, PathLike):
+            self.init_adapter = str(self.init_adapter)
+        elif isinstance(self.init_adapter, (list, tuple)):
+            self.init_adapter = [str(source) for source in self.init_adapter]
         # What the tuner learns about the base model. It becomes part of the dict that is saved, not of the live config,
         # so that one config object can be used for several models.
         self._recorded: dict[str, Any] = {}
@@ -159,11 +208,8 @@ class PrefixExtConfig(PeftConfig):
         for name in ("reparam_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        layers = self.layers_to_train
-        if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
-            raise ValueError(f"`layers_to_train` must be a list of integers, got {layers!r}.")
-        if layers == []:
-            raise ValueError("`layers_to_train` must name at least one layer, got [].")
+        if self.layers_to_train is not None:
+            _check_integers("layers_to_train", self.layers_to_train)
 
     @property
     def is_saved(self) -> bool:
@@ -182,23 +228,43 @@ class PrefixExtConfig(PeftConfig):
 
     def _check_sources(self) -> None:
         needed = INITS[self.init]
-        for name in filter(None, INITS.values()):
+        for name in dict.fromkeys(filter(None, INITS.values())):
             given = getattr(self, name) is not None
             if name == needed and not given and not self.is_saved:
                 raise ValueError(f"`{name}` must be given when `init={self.init!r}`.")
             if name != needed and given:
                 uses = " or ".join(f"`init={init!r}`" for init, source in INITS.items() if source == name)
                 raise ValueError(f"`{name}` is only used with {uses}, got `init={self.init!r}`.")
+        if self.init_chat_template and self.init != "text":
+            raise ValueError(f"`init_chat_template` is only used with `init='text'`, got `init={self.init!r}`.")
+        _check_one_of("init_adapter_part", self.init_adapter_part, ADAPTER_PARTS)
+        if self.init_adapter_part != "all" and needed != "init_adapter":
+            raise ValueError(
+                f"`init_adapter_part` is only used with `init='adapter'` or `init='average'`, got `init={self.init!r}`."
+            )
+        if self.init_token_ids is not None:
+            _check_integers("init_token_ids", self.init_token_ids)
         if isinstance(self.init_exemplars, (str, dict)) or not isinstance(self.init_exemplars, (Iterable, type(None))):
             raise ValueError(
                 "`init_exemplars` must be rows, as a list or one split of a data set, got "
                 f"{type(self.init_exemplars).__name__}."
+            )
+        if self.init == "adapter" and not isinstance(self.init_adapter, (str, type(None))):
+            raise ValueError(f"`init_adapter` must be a path or a repository, got {self.init_adapter!r}.")
+        if self.init == "average" and (isinstance(self.init_adapter, str) or self.init_adapter == []):
+            raise ValueError(
+                f"`init_adapter` must be a list of paths or repositories for `init='average'`, got {self.init_adapter!r}."
             )
 
 
 def _check_at_least(name: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}.")
+
+
+def _check_integers(name: str, value: Any) -> None:
+    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
+        raise ValueError(f"`{name}` must be a list of integers, got {value!r}.")
 
 
 def _check_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from peft_prefix_ext.geometry import RecordedLayer
+
 # What an adapter keeps, whatever its type.
 KEPT = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
@@ -130,10 +132,15 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
     from peft_prefix_ext.geometry import probe_layers
     from peft_prefix_ext.runtime import base_alone
 
-    base_fingerprint = fingerprint(base_model.config)
-    prefix.check_base(base_fingerprint)
     with base_alone(base_model):
         recorded = probe_layers(base_model)
+    check_layers(prefix, base_model, recorded)
+    return {layer.index: layer.module for layer in recorded}, fingerprint(base_model.config)
+
+
+def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded: list[RecordedLayer]) -> None:
+    """Raises `ValueError` if the prefix was not made for this base model, whose layers are `recorded`."""
+    prefix.check_base(fingerprint(base_model.config))
     expected = {layer.index: layer.shapes(prefix.num_virtual_tokens) for layer in recorded}
     found = {index: (list(kv.key.shape), list(kv.value.shape)) for index, kv in prefix.layers.items()}
     if found != expected:
@@ -143,7 +150,6 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
             f"({prefix.base_model_name_or_path}): layer {index} has keys and values {found.get(index)} in the adapter "
             f"and {expected.get(index)} in {type(base_model).__name__}."
         )
-    return {layer.index: layer.module for layer in recorded}, base_fingerprint
 
 
 def _uniform_shape(prefix: PrefixCheckpoint) -> tuple[int, int]:

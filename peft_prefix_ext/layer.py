@@ -45,6 +45,7 @@ class PrefixExtLayer(PrefixTunerLayer):
         self.module_name = recorded.module
         self.index = recorded.index
         self.sliding_window = recorded.sliding_window
+        self.awaiting_weights: set[str] = set()
         self._runtime = (runtime,)  # in a tuple, so as not to become a submodule of every layer
         self._arguments, self._cache_argument = reachable_arguments(attention)
         self._handle = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
@@ -85,7 +86,25 @@ class PrefixExtLayer(PrefixTunerLayer):
                 state = dropout(state, f"{self.module_name}.{kind}")
             all_frozen = getattr(self, f"prefix_ext_frozen_{kind}")
             states.append(assemble(all_frozen[adapter_name] if adapter_name in all_frozen else None, state))
+        self.check_loaded(adapter_name, states[0])
         return LayerKV(*states)
+
+    def check_loaded(self, adapter_name: str, key: torch.Tensor) -> None:
+        """Raises `ValueError` if an adapter made from the config of a saved one still has no weights.
+
+        They come in many ways (PEFT's, transformers', `load_state_dict`); until then, they are NaN.
+        """
+        if adapter_name in self.awaiting_weights:
+            if key.is_meta or key.isnan().all():
+                raise ValueError(
+                    f"Adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were never "
+                    "loaded; use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
+                )
+            self.awaiting_weights.discard(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        super().forget(adapter_name)
+        self.awaiting_weights.discard(adapter_name)
 
     def _prefix_of(self, step: Step, cache: Any) -> LayerKV:
         """Returns the K/V that a batch sees, `[b or none, num_kv_heads, p, head_dim]` each."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
@@ -23,10 +24,11 @@ from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import PrefixExtLayer, reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
+from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import PrefixRuntime, base_alone
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
-from peft_prefix_ext.state_dict import State, find_live, from_checkpoint, to_checkpoint
+from peft_prefix_ext.state_dict import State, from_checkpoint, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,31 @@ class PrefixExtModel(BaseTuner):
     _recorded: dict[str, RecordedLayer]
     _initial: dict[str, LayerKV]
     _mlp: PrefixMLP | None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            if model.active_peft_config.is_prompt_learning:
+                raise ValueError(
+                    f"A prefix cannot stand on an adapter of type {model.active_peft_config.peft_type.value}, which works "
+                    "in a `PeftModel` around the base model and not within it."
+                )
+            model = model.get_base_model()
+        # Whatever was put on this model before shares one dict of configs with us; a failure leaves it as it was.
+        shared = getattr(model, "peft_config", {})
+        before = dict(shared)
+        taken = before.get(adapter_name)
+        if taken is not None and taken.peft_type != PREFIX_EXT:
+            raise ValueError(
+                f"The model has an adapter {adapter_name!r} of type {PeftType(taken.peft_type).value} already; give the prefix a name "
+                'of its own, as `adapter_name="prefix"`.'
+            )
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            shared.clear()
+            shared.update(before)
+            raise
+        self.peft_config = self.peft_config  # one's own, not through the model, which loses it when LoRA is merged
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -123,6 +150,8 @@ class PrefixExtModel(BaseTuner):
         if layer is None:
             layer = target.prefix_ext = PrefixExtLayer(target, self._recorded[current_key], runtime)
         layer.update_layer(adapter_name, self._initial[current_key], peft_config, self._mlp is not None)
+        if peft_config.is_saved:
+            layer.awaiting_weights.add(adapter_name)
 
     def _shared_by(self, adapter_name: str, config: PrefixExtConfig) -> PrefixRuntime:
         """Returns the model's runtime, with the adapter in it."""
@@ -141,8 +170,6 @@ class PrefixExtModel(BaseTuner):
         runtime.layer_names[adapter_name] = [
             layer.module for layer in self._recorded.values() if config.trains(layer.index)
         ]
-        if config.is_saved:
-            runtime.awaiting_weights.add(adapter_name)
         if self._mlp is not None:
             runtime.prefix_ext_reparam[adapter_name] = self._mlp
         return runtime
@@ -151,25 +178,42 @@ class PrefixExtModel(BaseTuner):
         """Sets the active adapter; a model has one prefix at a time."""
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"PREFIX_EXT has one active adapter at a time, got {list(adapter_name)}.")
+        self._refuse_others([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._refuse_others([adapter_name])
         super().delete_adapter(adapter_name)
-        find_live(self.model).runtime.forget(adapter_name)
+
+    def _refuse_others(self, names: list[str]) -> None:
+        """The configs of a model are shared by all that was put on it, such as LoRA under a prefix."""
+        for name in names:
+            config = self.peft_config.get(name)
+            if config is not None and config.peft_type != PREFIX_EXT:
+                raise ValueError(
+                    f"Adapter {name!r} is of type {PeftType(config.peft_type).value}, not a prefix; use the model it was made with."
+                )
 
     def unload(self) -> torch.nn.Module:
-        """Returns the base model, free of all prefixes."""
+        """Returns the base model, free of all prefixes, with what else was put on it."""
         for module in list(self.model.modules()):
             if isinstance(getattr(module, "prefix_ext", None), self.tuner_layer_cls):
                 module.prefix_ext.detach()
                 del module.prefix_ext
-        if hasattr(self.model, "peft_config"):
+        for name in [name for name, config in self.peft_config.items() if config.peft_type == PREFIX_EXT]:
+            del self.peft_config[name]
+        if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         raise ValueError(
             "A prefix changes no weight, so there is nothing to merge; use `unload` to get the base model."
+        )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            'Prefixes are no weights that could be added up, as those of LoRA are; start a new one with `init="average"`.'
         )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -117,6 +117,9 @@ def new_reparam(config: PrefixExtConfig, layers: list[RecordedLayer], initial: l
     mlp = PrefixMLP(config, [layer.shapes(config.num_virtual_tokens - num_frozen) for layer, _ in trained])
     if mlp.latent.device.type != "meta":  # as under `low_cpu_mem_usage`, when PEFT moves it once it is loaded
         mlp = mlp.to(key.device, key.dtype)
-    if not config.is_saved:
+    if config.is_saved:
+        for parameter in mlp.parameters():
+            nn.init.constant_(parameter, float("nan"))  # until it is loaded, as the K/V are
+    else:
         mlp.start_at([LayerKV(*(state[:, num_frozen:] for state in kv)) for _, kv in trained])
     return mlp

@@ -35,7 +35,6 @@ class PrefixRuntime(PrefixTunerLayer):
         self.num_virtual_tokens: dict[str, int] = {}
         self.prefix_dropout: dict[str, float] = {}
         self.layer_names: dict[str, list[str]] = {}  # of the layers that train
-        self.awaiting_weights: set[str] = set()
         self.step: Step | None = None
         self._last_with_gradient: Step | None = None
         self._is_ambiguous = self._was_replayed = False
@@ -85,13 +84,16 @@ class PrefixRuntime(PrefixTunerLayer):
         finally:
             self._bypassed = before
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.forget(adapter_name)
+
     def forget(self, adapter_name: str) -> None:
         """Drops what is known of an adapter besides its parameters."""
         super().forget(adapter_name)
         self.num_virtual_tokens.pop(adapter_name, None)
         self.prefix_dropout.pop(adapter_name, None)
         self.layer_names.pop(adapter_name, None)
-        self.awaiting_weights.discard(adapter_name)
 
     def step_of(self, position_ids: torch.Tensor | None) -> Step:
         """Returns the forward pass that an attention layer with these positions belongs to.
@@ -120,11 +122,6 @@ class PrefixRuntime(PrefixTunerLayer):
         rows = self.current_rows
         if rows is None:
             return None
-        for adapter in self.awaiting_weights.intersection(rows.adapters):
-            raise RuntimeError(
-                f"Adapter {adapter!r} was made from the config of a saved adapter, but its weights were never loaded; "
-                "use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
-            )
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if new is None:

@@ -43,8 +43,6 @@ def find_live(model: nn.Module) -> LiveAdapter:
 def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, state: State) -> State:
     """Returns the checkpoint of an adapter whose parameters are in `state`, a state dict of `model`."""
     runtime_name, runtime, layers = find_live(model)
-    if adapter_name in runtime.awaiting_weights:
-        raise ValueError(f"Adapter {adapter_name!r} cannot be saved: its weights were never loaded.")
     saved: State = {}
     residuals: dict[str, LayerKV] = {}
     if adapter_name in runtime.prefix_ext_reparam:
@@ -65,7 +63,8 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
             trained = state[f"{name}.prefix_ext_{kind}.{adapter_name}"]
             residual = residuals.get(layer.module_name)
             full = trained if residual is None else trained + residual[number].to(trained.device)
-            saved[layer_key(layer.module_name, kind)] = assemble(frozen, full)
+            saved[layer_key(layer.module_name, kind)] = full = assemble(frozen, full)
+            layer.check_loaded(adapter_name, full)
             if residual is not None and config.save_reparam and config.reparam_residual:
                 saved[layer_key(layer.module_name, f"init_{kind}")] = trained
     return saved
@@ -92,11 +91,11 @@ def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str
         state |= {f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}": parameters[name] for name in parameters}
         starts |= added_to
     for name, layer in layers.items():
+        layer.awaiting_weights.discard(adapter_name)
         for number, kind in enumerate(LayerKV._fields):
             state[f"{name}.prefix_ext_{kind}.{adapter_name}"] = starts[layer.module_name][number]
             if (kept := frozen[layer.module_name]) is not None:
                 state[f"{name}.prefix_ext_frozen_{kind}.{adapter_name}"] = kept[number]
-    runtime.awaiting_weights.discard(adapter_name)
     return state
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.geometry import RecordedLayer, record_layers
 from peft_prefix_ext.initialization.exemplars import exemplar_tokens
-from peft_prefix_ext.initialization.tokens import text_tokens
+from peft_prefix_ext.initialization.given import given_kv
+from peft_prefix_ext.initialization.tokens import given_tokens, text_tokens, vocabulary_tokens
+from peft_prefix_ext.initialization.transfer import adapter_kv
 
 
 class Initial(NamedTuple):
@@ -22,29 +23,42 @@ class Initial(NamedTuple):
 
 
 # By prefill: the K/V of these tokens, as the frozen base writes them, in layers of every kind.
-PREFILLED = {"text": text_tokens, "exemplars": exemplar_tokens}
+PREFILLED = {
+    "vocab": vocabulary_tokens,
+    "tokens": given_tokens,
+    "text": text_tokens,
+    "exemplars": exemplar_tokens,
+}
 
 
 def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> Initial:
-    """Returns where the prefix of `config` starts, for `layers` of `model`; zeros where its weights are yet to be loaded.
+    """Returns where the prefix of `config` starts, for `layers` of `model`.
+
+    NaN where its weights are yet to be loaded.
 
     Raises:
         ValueError: If the source of the K/V is missing, malformed or does not fit the model.
     """
     if config.is_saved:
         # The weights of a saved adapter are about to be loaded, which must not move the random state.
-        return Initial([_new(config, layer) for layer in layers], config.init_report)
-    report = f"{config.num_virtual_tokens} virtual tokens: "
+        return Initial([_new(config, layer, float("nan")) for layer in layers], config.init_report)
     if config.init in PREFILLED:
         tokens = PREFILLED[config.init](config, model)
-        return Initial([layer.kv for layer in record_layers(model, tokens.ids)], report + tokens.report)
-    started = [_new(config, layer) for layer in layers]
-    for kv in started:
-        for state in kv:
-            state.normal_(std=config.init_std)
-    return Initial(started, f"{report}random K/V of standard deviation {config.init_std}")
+        initial, source = [layer.kv for layer in record_layers(model, tokens.ids)], tokens.report
+    elif config.init == "kv":
+        initial, source = given_kv(config, layers), "given K/V"
+    elif config.init in ("adapter", "average"):
+        initial, source = adapter_kv(config, model, layers)
+    else:
+        initial = [_new(config, layer) for layer in layers]
+        source = f"random K/V of standard deviation {config.init_std}"
+        for kv in initial:
+            for state in kv:
+                state.normal_(std=config.init_std)
+    p = config.num_virtual_tokens
+    return Initial(initial, f"{p} virtual token{'s' if p > 1 else ''}: {source}")
 
 
-def _new(config: PrefixExtConfig, layer: RecordedLayer) -> LayerKV:
+def _new(config: PrefixExtConfig, layer: RecordedLayer, value: float = 0.0) -> LayerKV:
     shapes = layer.shapes(config.num_virtual_tokens)
-    return LayerKV(*(torch.zeros_like(state.new_empty(shape)) for state, shape in zip(layer.kv, shapes, strict=True)))
+    return LayerKV(*(state.new_full(shape, value) for state, shape in zip(layer.kv, shapes, strict=True)))

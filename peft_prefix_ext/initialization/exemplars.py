@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.initialization.tokens import SourceTokens, beginning, counted, encode, fill, load_tokenizer
+from peft_prefix_ext.initialization.tokens import SourceTokens, beginning, counted, encode, fill, load_tokenizer, render
 
 
 def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTokens:
@@ -30,11 +29,10 @@ def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTo
             break
     if not rows:
         raise ValueError("`init_exemplars` must have at least one row with a token.")
-    ids = fill(begin, rows, config.num_virtual_tokens)
+    p = config.num_virtual_tokens
     # What the rows say stays out of the report, which is saved with the adapter.
-    return SourceTokens(
-        ids, f"exemplars, the first {number} row{'s' if number > 1 else ''} ({counted(len(begin) + len(rows), ids)})"
-    )
+    report = f"exemplars, the first {number} row{'s' if number > 1 else ''} ({counted(len(begin) + len(rows), p)})"
+    return SourceTokens([*begin, *fill(rows, p)][:p], report)
 
 
 def row_tokens(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -62,15 +60,3 @@ def row_tokens(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     end = tokenizer.eos_token_id
     ids = encode(tokenizer, text)
     return ids if end is None or not ids or ids[-1] == end else [*ids, end]
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], name: str) -> str:
-    """Returns the messages as the tokenizer's chat template writes them.
-
-    Raises:
-        ValueError: If there is no template, or it does not take these messages.
-    """
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, ValueError, TypeError) as error:
-        raise ValueError(f"`{name}` cannot be rendered by the tokenizer's chat template ({error}).") from error

@@ -2,11 +2,12 @@
 
 import json
 
+import methods
 import pytest
 from methods import METHODS
 from quality import Benchmark, Settings, Size
 from records import Records
-from summary import BEGIN, END, write_report
+from summary import BEGIN, END, variant_table, write_report
 from tiny import tiny_model
 
 TESTED = [method for method in METHODS if method.name in ("ours-mlp-exemplars", "stock-flat", "lora-r8")]
@@ -65,6 +66,21 @@ def test_a_run_is_never_repeated_and_a_lost_one_is_made_again(finished, settings
     assert {**again[-1], "cpu_seconds": None} == {**lost, "cpu_seconds": None}
 
 
+def test_variants_change_one_choice_each(finished, settings, e2e, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        methods, "CHANGES", {"8 tokens": {"num_virtual_tokens": 8}, "GELU": {"reparam_activation": "gelu"}}
+    )
+    path = tmp_path / "quality.json"
+    path.write_text(finished.read_text())
+    Benchmark(e2e, settings, path).vary(METHODS[0])
+    content = json.loads(path.read_text())
+    first, second = content["records"][-2:]
+    assert first["options"] == {**METHODS[0].options, "num_virtual_tokens": 8}
+    assert second["options"] == {**METHODS[0].options, "reparam_activation": "gelu"}
+    lines = variant_table(content, METHODS[0]).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["nothing", "8 tokens", "GELU"]
+
+
 def test_results_of_other_settings_are_refused(finished, settings):
     with pytest.raises(ValueError, match="holds results of other settings"):
         Records(finished, {**settings.record(), "batch_size": 9})
@@ -75,7 +91,7 @@ def test_report_fills_the_readme_and_saves_the_plot(finished, tmp_path):
     readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n")
     text = write_report(finished, METHODS, tmp_path / "quality.png", readme)
     assert readme.read_text() == f"# Title\n\n{BEGIN}\n{text}\n{END}\n\nrest\n"
-    lines = text.splitlines()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 3 + len(TESTED)
     assert lines[0].count("|") == lines[-1].count("|")
     assert "±" in lines[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,22 @@ def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>").save_pretrained(folder)
     return str(folder)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ {'user': 'w91', 'assistant': 'w92', 'system': 'w93'}[message['role']] }} "
+    "{{ message['content'] }} w8 {% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(word_tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the same tokenizer with a chat template, and w2 as the end of a sequence."""
+    tokenizer = AutoTokenizer.from_pretrained(word_tokenizer)
+    tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, "w2"
+    folder = str(tmp_path_factory.mktemp("chat"))
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

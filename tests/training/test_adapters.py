@@ -105,6 +105,10 @@ def test_what_is_not_supported_says_so(model):
         model.base_model.set_adapter(["default", "long"])
     with pytest.raises(ValueError, match="nothing to merge"):
         model.merge_and_unload()
+    with pytest.raises(ValueError, match="nothing to merge"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="no weights that could be added up"):
+        model.add_weighted_adapter(["default", "long"], [0.5, 0.5], "sum")
 
 
 def test_one_config_serves_several_models(llama, tmp_path):
@@ -125,6 +129,7 @@ def test_a_failed_second_wrap_loses_nothing(llama):
     ):
         with_prefix(llama, init="text", init_text="x")
     assert torch.equal(logits(model), before)
+    assert model.peft_config["default"].reparam == "mlp"
 
 
 def refused() -> dict[str, tuple]:

@@ -10,22 +10,11 @@ from datasets import Dataset
 from peft import PeftModel
 from prefixed import with_prefix
 from tiny import random_ids, tiny_model
-from transformers import AutoTokenizer
 
 from peft_prefix_ext import PrefixExtConfig
 from peft_prefix_ext.initialization.exemplars import exemplar_tokens
 
-TEMPLATE = "{% for message in messages %}w9{{ message['role'][0] | replace('u', '1') | replace('a', '2') }} {{ message['content'] }} w8 {% endfor %}"
 USER, ASSISTANT = {"role": "user", "content": "w5 w17"}, {"role": "assistant", "content": "w40"}
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer(word_tokenizer, tmp_path_factory):
-    tokenizer = AutoTokenizer.from_pretrained(word_tokenizer)
-    tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, "w2"
-    folder = str(tmp_path_factory.mktemp("chat"))
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def tokens(rows, length, tokenizer, model):

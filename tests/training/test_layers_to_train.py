@@ -66,7 +66,7 @@ def test_counts():
     [
         ([1, 3], r"must be among the layers with a prefix, \[0, 1, 2\], got \[3\]"),
         ([-1], r"must be among the layers with a prefix, \[0, 1, 2\], got \[-1\]"),
-        ([], "must name at least one layer"),
+        ([], r"`layers_to_train` must be a list of integers, got \[\]"),
         (1, "`layers_to_train` must be a list of integers, got 1"),
         (["0"], r"`layers_to_train` must be a list of integers, got \['0'\]"),
     ],

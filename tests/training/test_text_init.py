@@ -6,6 +6,10 @@ import pytest
 import torch
 from prefixed import with_prefix
 from tiny import random_ids, tiny_model
+from transformers import AutoTokenizer
+
+from peft_prefix_ext import PrefixExtConfig
+from peft_prefix_ext.initialization.tokens import text_tokens
 
 WORDS = "w5 w17 w40 w23 w99 w64 w3 w77"
 WORD_IDS = [1, 5, 17, 40, 23, 99, 64, 3, 77]  # behind the tokenizer's <s>
@@ -37,13 +41,63 @@ def test_prefix_of_text_equals_text_in_context(name, reparam, word_tokenizer):
     [(3, [1, 5, 17]), (9, WORD_IDS), (12, [*WORD_IDS, 5, 17, 40]), (1, [1])],
 )
 def test_text_is_cut_or_repeated_to_the_length(length, expected, word_tokenizer, llama):
-    from peft_prefix_ext import PrefixExtConfig
-    from peft_prefix_ext.initialization.tokens import text_tokens
-
     config = PrefixExtConfig(
         num_virtual_tokens=length, init="text", init_text=WORDS, tokenizer_name_or_path=word_tokenizer
     )
     assert text_tokens(config, llama).ids == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "expected", "report"),
+    [
+        (4, [93, 5, 17, 8], "(5 tokens, cut)"),
+        (5, [93, 5, 17, 40, 8], "(5 tokens)"),
+        (7, [93, 5, 17, 40, 5, 17, 8], "(5 tokens, repeated)"),
+        (2, [93, 5], "(5 tokens, cut)"),
+        (1, [93], "(5 tokens, cut)"),
+    ],
+)
+def test_a_system_message_is_whole_at_any_length(length, expected, report, chat_tokenizer, llama):
+    config = PrefixExtConfig(
+        num_virtual_tokens=length,
+        init="text",
+        init_text="w5 w17 w40",
+        init_chat_template=True,
+        tokenizer_name_or_path=chat_tokenizer,
+    )
+    assert text_tokens(config, llama) == (expected, f"system message 'w5 w17 w40' {report}")
+
+
+def test_a_system_message_has_the_tokens_of_the_template(subword_tokenizer, llama, tmp_path):
+    """Where the tokens of the words reach into the template's, they are the template's own nonetheless."""
+    subword_tokenizer.chat_template = "<s>{% for m in messages %}name:{{ m['content'] }}serves</s>{% endfor %}"
+    subword_tokenizer.save_pretrained(tmp_path)
+    text = " Aromi, food: Italian "
+    expected = subword_tokenizer(f"<s>name:{text}serves</s>", add_special_tokens=False).input_ids
+    config = {"init": "text", "init_text": text, "init_chat_template": True, "tokenizer_name_or_path": str(tmp_path)}
+    assert text_tokens(PrefixExtConfig(num_virtual_tokens=len(expected), **config), llama).ids == expected
+    longer = text_tokens(PrefixExtConfig(num_virtual_tokens=len(expected) + 3, **config), llama).ids
+    assert longer[0] == expected[0]
+    assert longer[-1] == expected[-1]
+    assert len(longer) == len(expected) + 3
+
+
+def test_a_template_without_system_messages_is_refused(chat_tokenizer, word_tokenizer, llama, tmp_path):
+    def refused(tokenizer, message):
+        with pytest.raises(ValueError, match=message):
+            with_prefix(llama, init="text", init_text="w5", init_chat_template=True, tokenizer_name_or_path=tokenizer)
+
+    refused(word_tokenizer, "cannot be rendered by the tokenizer's chat template")
+    tokenizer = AutoTokenizer.from_pretrained(word_tokenizer)
+    for number, (template, message) in enumerate(
+        [
+            ("{{ raise_exception('System role not supported') }}", "chat template .System role not supported"),
+            ("w3", "`init_text` is not in what the tokenizer's chat template makes of a system message"),
+        ]
+    ):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / str(number))
+        refused(str(tmp_path / str(number)), message)
 
 
 def test_missing_tokenizer_leaves_the_model_as_it_was(llama, tmp_path):
