@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from vllm import LLM, SamplingParams
 
 from vllm_plugin import PrefixAdapterRequest, prefix_adapters
 
-LENGTHS = (1, 7, 32, 33, 130)
 NEW_TOKENS = 24
 PROMPT_LENGTHS = (3, 40, 71)  # the windows of the sliding layers are 24
 # The CPU engine has no kernel for heads smaller than 32.
@@ -32,21 +32,60 @@ ARCHITECTURES = {
 }
 
 
+def prefixes(base: PreTrainedModel, folder: Path, tokenizer: str) -> dict[str, dict]:
+    """Names and configs of prefixes of every initialisation and form of reparameterization.
+
+    Lengths are around those of the engine's blocks, of 32 tokens.
+    """
+    cache = DynamicCache()
+    with torch.no_grad():
+        base(input_ids=random_ids(1, 7), past_key_values=cache)
+    words = " ".join(f"w{number}" for number in range(3, 45))
+    text = {"tokenizer_name_or_path": tokenizer}
+    mlp, plain = {"reparam": "mlp"}, {"reparam": "mlp", "reparam_residual": False}
+    return {
+        "random1": {"num_virtual_tokens": 1},
+        "vocab7": {"num_virtual_tokens": 7, "init": "vocab", "prefix_dropout": 0.1},
+        "tokens32": {"num_virtual_tokens": 32, "init": "tokens", "init_token_ids": list(range(3, 30))},
+        "text33": {"num_virtual_tokens": 33, "init": "text", "init_text": words, "layers_to_train": [0, 2], **text},
+        "exemplars130": {"num_virtual_tokens": 130, "init": "exemplars", "init_exemplars": [words] * 2, **text},
+        "mlp1": {"num_virtual_tokens": 1, **mlp},
+        "kv7": {"num_virtual_tokens": 7, "num_frozen_tokens": 1, "init": "kv", "init_kv": cache, **plain},
+        "adapter32": {
+            "num_virtual_tokens": 32,
+            "num_frozen_tokens": 1,
+            "init": "adapter",
+            "init_adapter": folder / "text33",
+            "init_adapter_part": "keys",
+            "reparam_shared_trunk": False,
+            **mlp,
+        },
+        "average33": {
+            "num_virtual_tokens": 33,
+            "num_frozen_tokens": 2,
+            "init": "average",
+            "init_adapter": [folder / "text33", folder / "exemplars130"],
+            "reparam_joint_kv": False,
+            **plain,
+        },
+        "mlp130": {"num_virtual_tokens": 130, "num_frozen_tokens": 1, "layers_to_train": [1, 2], **mlp},
+    }
+
+
 class Line:
     """One base model with its adapters, in training and in an engine."""
 
-    def __init__(self, architecture: str, folder) -> None:
+    def __init__(self, architecture: str, folder: Path, tokenizer: str) -> None:
         def base() -> PreTrainedModel:
             return tiny_model(architecture, **ARCHITECTURES[architecture])
 
         base().save_pretrained(folder / "base")
         self.adapters: dict[str, str] = {}
-        for p in LENGTHS:
-            for kind, config in {"a": {}, "b": {"reparam": "mlp", "num_frozen_tokens": int(p > 1)}}.items():
-                model = with_prefix(base(), seed=p, num_virtual_tokens=p, **config)
-                perturb(model)
-                self.adapters[f"{kind}{p}"] = str(folder / f"{kind}{p}")
-                model.save_pretrained(self.adapters[f"{kind}{p}"])
+        for seed, (name, config) in enumerate(prefixes(base(), folder, tokenizer).items(), start=1):
+            model = with_prefix(base(), seed=seed, **config)
+            perturb(model)
+            self.adapters[name] = str(folder / name)
+            model.save_pretrained(self.adapters[name])
         self.peft: PeftModel | None = None
         for name, path in self.adapters.items():
             if self.peft is None:
@@ -104,8 +143,8 @@ class Line:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def line(request, tmp_path_factory) -> Iterator[Line]:
-    line = Line(request.param, tmp_path_factory.mktemp(request.param))
+def line(request, tmp_path_factory, word_tokenizer) -> Iterator[Line]:
+    line = Line(request.param, tmp_path_factory.mktemp(request.param), word_tokenizer)
     yield line
     line.llm.llm_engine.engine_core.shutdown()
     del line.llm
