@@ -163,9 +163,12 @@ def _uniform_shape(prefix: PrefixCheckpoint) -> tuple[int, int]:
         raise ValueError(
             f"{refusal} has values as wide as keys: its keys have {head_dim} entries a head and its values {value_dim}."
         )
-    if sorted(prefix.layers) != list(range(len(prefix.layers))):
+    kinds = set(prefix.base_fingerprint.get("layer_types") or ())
+    recurrent = {kind for kind in kinds if not kind.endswith("attention")} | kinds & {"linear_attention"}
+    if recurrent or sorted(prefix.layers) != list(range(len(prefix.layers))):
         raise ValueError(
-            f"{refusal} gives every layer a prefix: this one has layers {sorted(prefix.layers)} of a hybrid model only."
+            f"{refusal} does not work on hybrid models: this one has a prefix for layers {sorted(prefix.layers)} beside "
+            "recurrent ones."
         )
     # PEFT corrects the shapes in an adapter's config by what the base model's says (`_prepare_prompt_learning_config`).
     expected = prefix.base_fingerprint.get("num_key_value_heads"), prefix.base_fingerprint.get("head_dim")

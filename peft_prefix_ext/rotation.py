@@ -50,24 +50,25 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
             long the text is.
     """
     last = max(layer.key.shape[1] for layer in layers.values()) - 1
-    at_zero, at_offset = _keys_and_values(model, 0), _keys_and_values(model, offset)
-    at_last, behind_it = _keys_and_values(model, last, seed=1), _keys_and_values(model, offset + last, seed=1)
+    before, after = _record(model, 0), _record(model, offset)
+    checks_before, checks_after = _record(model, last, seed=1), _record(model, offset + last, seed=1)
     shifted = {}
     for index, layer in layers.items():
-        rotation = _measure(at_zero[index].key, at_offset[index].key)
-        if not (
-            _is_close(rotation(at_last[index].key), behind_it[index].key)
-            and _is_close(at_last[index].value, behind_it[index].value)
-        ):
-            raise ValueError(
-                f"{type(model).__name__} (model type {model.config.model_type!r}) does not place layer {index}'s keys by a "
-                f"rotation that could move them {offset} positions; compose with `positions='keep'`."
-            )
-        shifted[index] = LayerKV(rotation(layer.key).to(layer.key.dtype), layer.value)
+        moved = []
+        # Latent attention caches what turns as the values, and what does not as the keys.
+        for number, state in enumerate(layer):
+            rotation = _measure(before[index][number], after[index][number])
+            if not _is_close(rotation(checks_before[index][number]), checks_after[index][number]):
+                raise ValueError(
+                    f"{type(model).__name__} (model type {model.config.model_type!r}) does not place what layer {index} "
+                    f"caches by a rotation that could move it {offset} positions; compose with `positions='keep'`."
+                )
+            moved.append(rotation(state).to(state.dtype))
+        shifted[index] = LayerKV(*moved)
     return shifted
 
 
-def _keys_and_values(model: PreTrainedModel, position: int, seed: int = 0) -> dict[int, LayerKV]:
+def _record(model: PreTrainedModel, position: int, seed: int = 0) -> dict[int, LayerKV]:
     """Returns `[num_kv_heads, NUM_TOKENS, head_dim]` by layer, of random tokens that each stand alone at `position`."""
     from peft_prefix_ext.geometry import record_layers
     from peft_prefix_ext.runtime import base_alone
@@ -88,7 +89,11 @@ def _keys_and_values(model: PreTrainedModel, position: int, seed: int = 0) -> di
 
 def _measure(before: torch.Tensor, after: torch.Tensor) -> Rotation:
     """Returns the rotation that best takes the keys `before` to those `after`, `[num_kv_heads, num_tokens, head_dim]`."""
-    best, least = None, float("inf")
+    # The one of no pairs, for what does not turn.
+    nothing = torch.empty(0, dtype=torch.long)
+    best, least = Rotation(nothing, nothing, torch.empty(0, dtype=torch.double)), _relative_error(before, after)
+    if least < EXACT:
+        return best
     for first, second in _pairings(before.shape[-1]):
         pairs = [torch.complex(keys[..., first], keys[..., second]) for keys in (before.double(), after.double())]
         rotation = Rotation(first, second, (pairs[0].conj() * pairs[1]).sum(dim=(0, 1)).angle())
@@ -97,7 +102,6 @@ def _measure(before: torch.Tensor, after: torch.Tensor) -> Rotation:
             best, least = rotation, error
         if least < EXACT:
             break
-    assert best is not None
     return best
 
 

@@ -131,7 +131,7 @@ def test_frequencies_that_depend_on_the_length_are_refused_where_they_change(tmp
     base = tiny_model("llama", max_position_embeddings=64, rope_parameters=rope)
     one = write_text(tmp_path / "one", base, random_ids(20).tolist())
     compose([one, one], tmp_path / "within", "shift", base)
-    with pytest.raises(ValueError, match="does not place layer 0's keys by a rotation"):
+    with pytest.raises(ValueError, match="does not place what layer 0 caches by a rotation"):
         compose([one, one, one, one], tmp_path / "beyond", "shift", base)
 
 
