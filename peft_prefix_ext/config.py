@@ -191,7 +191,7 @@ class PrefixExtConfig(PeftConfig):
         self._recorded: dict[str, Any] = {}
         _check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
         _check_one_of("init", self.init, tuple(INITS))
-        self._check_sources()
+        self.check_sources()
         if not self.init_std >= 0:
             raise ValueError(f"`init_std` must be >= 0, got {self.init_std}.")
         _check_at_least("num_frozen_tokens", self.num_frozen_tokens, 0)
@@ -220,13 +220,18 @@ class PrefixExtConfig(PeftConfig):
         """Whether the K/V of a layer train, by `layers_to_train`."""
         return self.layers_to_train is None or layer_index in self.layers_to_train
 
+    def forget_sources(self) -> None:
+        """Lets go of the data that the prefix started from."""
+        for name in PRIVATE:
+            setattr(self, name, None)
+
     def to_dict(self) -> dict[str, Any]:
         shared = copy.copy(self)
-        for name in PRIVATE:
-            setattr(shared, name, None)
+        shared.forget_sources()
         return {**super(PrefixExtConfig, shared).to_dict(), **self._recorded}
 
-    def _check_sources(self) -> None:
+    def check_sources(self) -> None:
+        """Raises `ValueError` if what the prefix starts from is missing, or of another initialisation."""
         needed = INITS[self.init]
         for name in dict.fromkeys(filter(None, INITS.values())):
             given = getattr(self, name) is not None

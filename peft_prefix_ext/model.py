@@ -118,6 +118,7 @@ class PrefixExtModel(BaseTuner):
             for layer in recorded:
                 reachable_arguments(model.get_submodule(layer.module))
             initial, peft_config.init_report = initial_kv(peft_config, model, recorded)
+            peft_config.forget_sources()  # a model is copied and pickled without them
             mlp = new_reparam(peft_config, recorded, initial)
         # Not as submodules.
         object.__setattr__(self, "_mlp", mlp)

@@ -42,6 +42,7 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Rec
     if config.is_saved:
         # The weights of a saved adapter are about to be loaded, which must not move the random state.
         return Initial([_new(config, layer, float("nan")) for layer in layers], config.init_report)
+    config.check_sources()
     if config.init in PREFILLED:
         tokens = PREFILLED[config.init](config, model)
         initial, source = [layer.kv for layer in record_layers(model, tokens.ids)], tokens.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -180,6 +181,19 @@ def test_kv_in_every_form(llama):
         for (name, kv), (key, value) in zip(_pairs(prefix_kv(model)), pairs, strict=True):
             assert torch.equal(kv[0], key[0]), name
             assert torch.equal(kv[1], value[0]), name
+
+
+def test_a_model_does_not_hold_on_to_data(llama):
+    cache = DynamicCache()
+    llama(input_ids=torch.tensor([SHOT_IDS[:7]]), past_key_values=cache)  # with gradients, which nothing can copy
+    config = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=7, init="kv", init_kv=cache)
+    model = get_peft_model(llama, config)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert config.init_kv is cache
+    again = get_peft_model(tiny_model("llama"), config)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match="`init_kv` must be given when `init='kv'`"):
+        model.add_adapter("other", model.peft_config["default"])
 
 
 def _pairs(kv):
