@@ -48,8 +48,12 @@ def test_learns_under_any_checkpointing(reparam, checkpointing, tmp_path):
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_resume_equals_a_run_without_a_break(tmp_path):
-    config = {"init_std": 0.02, "reparam": "mlp", "num_frozen_tokens": 1}
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"reparam_residual": False, "reparam_joint_kv": False, "prefix_dropout": 0.1, "layers_to_train": [0, 2]}],
+)
+def test_resume_equals_a_run_without_a_break(form, tmp_path):
+    config = {"init": "vocab", "reparam": "mlp", "reparam_dropout": 0.1, "num_frozen_tokens": 1, **form}
     whole = with_prefix(tiny_model("llama"), **config)
     train(whole, tmp_path / "whole")
     resumed = with_prefix(tiny_model("llama"), seed=8, **config)
