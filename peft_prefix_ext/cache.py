@@ -28,7 +28,7 @@ class PrefixCacheView:
         """Caches the new states, `[batch, num_kv_heads, num_new, head_dim]`, and returns prefix + cached + new."""
         if self.cache is not None:
             key_states, value_states = self.cache.update(key_states, value_states, *args, **kwargs)
-        return _prepend(self.prefix.key, key_states), _prepend(self.prefix.value, value_states)
+        return prepend(self.prefix.key, key_states), prepend(self.prefix.value, value_states)
 
     def get_seq_length(self, *args: Any) -> int:
         """How many tokens stand before the new ones, the prefix included: Llama 4's attention counts positions by it."""
@@ -43,6 +43,7 @@ class PrefixCacheView:
         return getattr(self.cache, name)
 
 
-def _prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Returns prefix + states, `[batch, num_kv_heads, p + k, head_dim]`, in the dtype and on the device of the states."""
     expanded = prefix.to(device=states.device, dtype=states.dtype).expand(states.shape[0], -1, -1, -1)
     return torch.cat([expanded, states], dim=-2)

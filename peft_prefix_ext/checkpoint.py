@@ -7,7 +7,8 @@ embedding at positions 0..p-1; K and V widths may differ, layers may differ):
     base_model.model.<attention module>.prefix_ext.prefix_ext_key
     base_model.model.<attention module>.prefix_ext.prefix_ext_value
 
-and the config lists them in `prefix_layers` by layer index. Other tensors in the file (the reparameterization, kept to
+and the config lists them in `prefix_layers` by layer index. In an encoder-decoder model these are the self-attentions of
+the decoder; there, rows with `"attention": "cross"` or `"encoder"` may follow, which count on. Other tensors in the file (the reparameterization, kept to
 go on training) do not concern a reader. Stock PEFT `PREFIX_TUNING` and `CARTRIDGE` adapters, one flat
 `prompt_embeddings` of `[num_virtual_tokens, num_layers * 2 * num_kv_heads * head_dim]`, are read as well.
 
@@ -32,6 +33,9 @@ from peft_prefix_ext.fingerprint import differences
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
+# What a layer attends to: the self-attention of the decoder, the only one that a decoder-only model has, the decoder's
+# cross-attention, the self-attention of the encoder.
+DECODER, CROSS, ENCODER = ATTENTIONS = ("decoder", "cross", "encoder")
 STOCK_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -76,6 +80,18 @@ class PrefixCheckpoint:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
+
+    @property
+    def attentions(self) -> dict[int, str]:
+        """The kind of each layer, one of `ATTENTIONS`, by layer index."""
+        kinds = {row["index"]: row.get("attention", DECODER) for row in self.config.get("prefix_layers") or []}
+        return {index: kinds.get(index, DECODER) for index in self.layers}
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it is of an encoder-decoder model."""
+        trained_on_one = self.base_fingerprint.get("is_encoder_decoder") or _is_stock_encoder_decoder(self.config)
+        return bool(trained_on_one) or set(self.attentions.values()) != {DECODER}
 
     def check_base(self, base_fingerprint: dict[str, Any]) -> None:
         """Raises `PrefixCheckpointError` if the base at hand is not of the architecture the prefix was trained on."""
@@ -138,7 +154,11 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
 
 
 def write_prefix(
-    path: str | Path, layers: Mapping[int, LayerKV], modules: Mapping[int, str], **config: Any
+    path: str | Path,
+    layers: Mapping[int, LayerKV],
+    modules: Mapping[int, str],
+    attentions: Mapping[int, str] | None = None,
+    **config: Any,
 ) -> PrefixCheckpoint:
     """Writes a `PREFIX_EXT` adapter, as `save_pretrained` writes one without a reparameterization, and reads it back.
 
@@ -147,16 +167,20 @@ def write_prefix(
             it.
         layers: K/V by layer index, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
         modules: The name of each layer's attention module within the base model.
+        attentions: The kind of each layer, one of `ATTENTIONS`; the decoder's self-attention where it is not said.
         config: Further fields of `adapter_config.json`; `base_model_name_or_path`, `base_fingerprint` and `task_type` are
             what loading it with PEFT and serving it ask for.
 
     Raises:
         PrefixCheckpointError: If what was written is not a prefix: shapes that do not fit together, NaN or Inf.
     """
+    kinds = dict(attentions or {})
     rows: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     for index, layer in sorted(layers.items()):
         rows.append({"index": index, "module": modules[index]})
+        if kinds.get(index, DECODER) != DECODER:
+            rows[-1]["attention"] = kinds[index]
         for kind, tensor in zip(layer._fields, layer, strict=True):
             rows[-1][f"{kind}_shape"] = list(tensor.shape)
             tensors[layer_key(modules[index], kind)] = tensor
@@ -164,6 +188,8 @@ def write_prefix(
         "peft_type": "PREFIX_EXT",
         "num_virtual_tokens": rows[0]["key_shape"][1],
         "prefix_layers": rows,
+        "cross_prefix": CROSS in kinds.values(),
+        "encoder_prefix": ENCODER in kinds.values(),
         "format_version": FORMAT_VERSION,
         "inference_mode": True,
     }
@@ -229,6 +255,7 @@ def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path)
             shapes = {kind: list(row[f"{kind}_shape"]) for kind in ("key", "value")}
             well_formed = type(index) is int and index >= 0 and index not in layers and isinstance(module, str)
             well_formed = well_formed and all(len(shape) == 3 for shape in shapes.values())
+            well_formed = well_formed and row.get("attention", DECODER) in ATTENTIONS
         except (KeyError, TypeError):
             well_formed = False
         if not well_formed:
@@ -252,12 +279,22 @@ def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> d
             f"`num_layers`, `num_attention_heads` and `token_dim` in {folder / CONFIG_NAME} must say the shape of the "
             f"prefix, got {sizes}."
         )
-    if config.get("num_transformer_submodules", 1) not in (None, 1):
-        raise PrefixCheckpointError(f"The adapter in {folder} is of an encoder-decoder model, which is not supported.")
+    if config.get("num_transformer_submodules") not in (None, 1, 2):
+        raise PrefixCheckpointError(
+            f"`num_transformer_submodules` in {folder / CONFIG_NAME} must be 1 or 2, got "
+            f"{config['num_transformer_submodules']!r}."
+        )
     num_layers, num_heads, token_dim = sizes
     flat = _checked(tensors, "prompt_embeddings", [p, num_layers * 2 * token_dim], folder)
     kv = flat.view(p, num_layers, 2, num_heads, token_dim // num_heads).permute(1, 2, 3, 0, 4)
-    return {index: LayerKV(kv[index, 0].contiguous(), kv[index, 1].contiguous()) for index in range(num_layers)}
+    # For an encoder-decoder model `get_prompt` repeats the rows for a cross-attention, whose prefix it then drops: a layer of
+    # the decoder is left with every other row.
+    rows = [2 * index % num_layers if _is_stock_encoder_decoder(config) else index for index in range(num_layers)]
+    return {index: LayerKV(kv[row, 0].contiguous(), kv[row, 1].contiguous()) for index, row in enumerate(rows)}
+
+
+def _is_stock_encoder_decoder(config: dict[str, Any]) -> bool:
+    return config["peft_type"] in STOCK_TYPES and config.get("num_transformer_submodules") == 2
 
 
 def _checked(tensors: Any, name: str, shape: list[int], folder: Path) -> torch.Tensor:

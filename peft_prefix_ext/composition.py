@@ -77,6 +77,7 @@ def compose(
         folder,
         composed,
         modules,
+        prefixes[0].attentions,
         **kept,
         base_fingerprint=base_fingerprint,
         num_frozen_tokens=min(prefixes[0].config.get("num_frozen_tokens", 0), length - 1),

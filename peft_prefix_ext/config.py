@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
-from peft_prefix_ext.checkpoint import FORMAT_VERSION
+from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.peft_type import PREFIX_EXT
 
 # Every initialisation, with the argument that says what it starts from.
@@ -103,6 +103,11 @@ class PrefixExtConfig(PeftConfig):
             How many virtual tokens, from the first, stay at their initial K/V (an attention sink).
         layers_to_train (`list[int]`, *optional*):
             The indices of the layers whose K/V train, all by default. The others stay at their initial K/V.
+        encoder_prefix (`bool`):
+            Whether the self-attention of an encoder-decoder model's encoder has a prefix, too. The self-attention of the
+            decoder always has one.
+        cross_prefix (`bool`):
+            Whether the cross-attention of an encoder-decoder model has a prefix, too, before what the encoder says.
         modules_to_save (`list[str]`, *optional*):
             Modules of the base model, apart from the prefix, to train and save as a whole, such as the head of a
             classifier. An adapter with such modules cannot be served.
@@ -160,6 +165,12 @@ class PrefixExtConfig(PeftConfig):
     layers_to_train: list[int] | None = field(
         default=None, metadata={"help": "The indices of the layers whose K/V train; all when not given."}
     )
+    encoder_prefix: bool = field(
+        default=False, metadata={"help": "Whether the encoder of an encoder-decoder model has a prefix, too."}
+    )
+    cross_prefix: bool = field(
+        default=False, metadata={"help": "Whether the cross-attention of an encoder-decoder model has a prefix, too."}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules of the base model to train and save as a whole, such as a classifier."}
     )
@@ -210,6 +221,12 @@ class PrefixExtConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.layers_to_train is not None:
             _check_integers("layers_to_train", self.layers_to_train)
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Which kinds of attention have a prefix."""
+        wanted = {DECODER: True, CROSS: self.cross_prefix, ENCODER: self.encoder_prefix}
+        return tuple(attention for attention in ATTENTIONS if wanted[attention])
 
     @property
     def is_saved(self) -> bool:

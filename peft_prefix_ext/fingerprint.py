@@ -30,6 +30,8 @@ def fingerprint(config: Any) -> dict[str, Any]:
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = {name: _plain(_get(text_config, name)) for name in FIELDS}
     known = {name: value for name, value in values.items() if value is not None}
+    if getattr(config, "is_encoder_decoder", False):
+        known["is_encoder_decoder"] = True
     # Where there could be a window, none at all is as much a fact as one.
     return {"sliding_window": None, **known} if hasattr(text_config, "sliding_window") else known
 

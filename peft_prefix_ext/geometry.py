@@ -7,14 +7,16 @@ for a fair share of architectures (see PEFT's failures on MLA, multi-query and h
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,19 @@ class RecordedLayer:
 
     Args:
         module: The name of the attention module within the model.
-        index: Its layer index in the cache.
+        index: Its layer index in the cache; the layers of an encoder-decoder model count on through its kinds of
+            attention.
         kv: The K/V of the recorded tokens, `[num_kv_heads, num_tokens, head_dim]` each, without positions cut off by a
             sliding window.
         sliding_window: How many positions a query of this layer sees, itself included; `None` for all.
+        attention: Its kind, one of `ATTENTIONS`.
     """
 
     module: str
     index: int
     kv: LayerKV
     sliding_window: int | None
+    attention: str = DECODER
 
     def shapes(self, num_virtual_tokens: int) -> tuple[list[int], list[int]]:
         """Returns the K and V shapes of a prefix for this layer."""
@@ -41,14 +46,15 @@ class RecordedLayer:
 
 
 class _RecordingCache(DynamicCache):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, running: list[str]) -> None:
         super().__init__(config=config)
-        self.running: list[str] = []
+        self.running = running
         self.recorded: dict[int, tuple[str, LayerKV]] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer_idx = len(self.recorded) if layer_idx is None else layer_idx  # encoders need not count their layers
         if key_states.dim() != 4:
             raise ValueError(
                 f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which is not supported."
@@ -71,11 +77,15 @@ def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
         token for token in range(4) if token != getattr(model.config.get_text_config(), "pad_token_id", None)
     ][:3]
     at_zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    # What an encoder reads must be the same whenever the decoder is looked at.
+    read = {"input_ids": at_zero + first} if model.config.is_encoder_decoder else {}
     short = record_layers(model, [first])
     placed = record_layers(model, [first], position_ids=at_zero)
     if len({layer.module for layer in short}) < len(short):
         raise ValueError(f"{name} runs one attention module as several layers, which PREFIX_EXT does not support.")
-    if not _same_first_token(record_layers(model, [first, second]), record_layers(model, [first, third])):
+    if not _same_first_token(
+        record_layers(model, [first, second], **read), record_layers(model, [first, third], **read)
+    ):
         raise ValueError(f"{name} is not causal: its first token sees later ones, which PREFIX_EXT does not support.")
     if not _same_first_token(short, placed):
         raise ValueError(f"{name} does not count positions from 0, which PREFIX_EXT does not support.")
@@ -93,40 +103,71 @@ def _same_first_token(some: list[RecordedLayer], others: list[RecordedLayer]) ->
 
 
 @torch.no_grad()
-def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: torch.Tensor) -> list[RecordedLayer]:
+def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -> list[RecordedLayer]:
     """Runs the frozen `model` on `token_ids` at positions 0.. and returns its layers, in order of their index.
 
-    Other inputs are passed on to the model.
+    The encoder and the decoder of an encoder-decoder model both read them; the layers of the decoder come first, then its
+    cross-attention and the encoder. Other inputs are passed on to the model.
 
     Raises:
         ValueError: If the model has no attention layer that a prefix can be given to.
     """
-    cache = _RecordingCache(model.config)
+    running: list[str] = []
 
     def enter(name: str) -> Any:
-        return lambda module, args: cache.running.append(name)
+        return lambda module, args: running.append(name)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        cache.running.pop()
+        running.pop()
 
     handles = []
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    ids = torch.tensor([token_ids], device=model.device)
+    if model.config.is_encoder_decoder:
+        caches = {attention: _RecordingCache(None, running) for attention in ATTENTIONS}
+        both = EncoderDecoderCache(caches[DECODER], caches[CROSS])
+        inputs = {"input_ids": ids, "decoder_input_ids": ids, "past_key_values": both, **inputs}
+        handles += [_hook_cache(module, caches[ENCODER]) for module in _encoder_attentions(model)]
+    else:
+        caches = {DECODER: _RecordingCache(model.config, running)}
+        inputs = {"input_ids": ids, "past_key_values": caches[DECODER], **inputs}
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        model(input_ids=torch.tensor([token_ids], device=model.device), past_key_values=cache, use_cache=True, **inputs)
+        model(use_cache=True, **inputs)
     finally:
         for module in in_training:
             module.training = True
         for handle in handles:
             handle.remove()
-    if not cache.recorded:
+    if not caches[DECODER].recorded:
         raise ValueError(f"{type(model).__name__} has no attention layer with a KV cache to give a prefix to.")
+    layers: list[RecordedLayer] = []
+    for attention, cache in caches.items():
+        before = len(layers)
+        for index, (module, kv) in sorted(cache.recorded.items()):
+            sliding_window = getattr(cache.layers[index], "sliding_window", None)
+            layers.append(RecordedLayer(module, before + index, kv, sliding_window, attention))
+    return layers
+
+
+def _encoder_attentions(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the attention modules of the encoder to which K/V can be given: those that could be cross-attention, too."""
     return [
-        RecordedLayer(module, index, kv, getattr(cache.layers[index], "sliding_window", None))
-        for index, (module, kv) in sorted(cache.recorded.items())
+        module
+        for module in model.get_encoder().modules()
+        if inspect.signature(module.forward).parameters.keys() >= {"past_key_values", "key_value_states"}
     ]
+
+
+def _hook_cache(attention: nn.Module, cache: Cache) -> RemovableHandle:
+    """Gives an attention module a cache that its model has not."""
+
+    def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        return args, {**kwargs, "past_key_values": cache}
+
+    return attention.register_forward_pre_hook(give, with_kwargs=True)
 
 
 def refuse_unsupported(model: nn.Module) -> None:
@@ -135,8 +176,6 @@ def refuse_unsupported(model: nn.Module) -> None:
         raise ValueError(f"A prefix needs a transformers `PreTrainedModel`, got {type(model).__name__}.")
     config = model.config.get_text_config(decoder=True)
     name = f"{type(model).__name__} (model type {config.model_type!r})"
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model, which PREFIX_EXT does not support yet.")
     layer_types = getattr(config, "layer_types", None) or []
     if "chunked_attention" in layer_types:
         raise ValueError(f"{name} has chunked attention, which PREFIX_EXT does not support yet.")

@@ -51,6 +51,11 @@ def export_to_peft(
     if peft_type not in STOCK_TYPES:
         raise ValueError(f"`peft_type` must be one of {STOCK_TYPES}, got {peft_type!r}.")
     prefix = read_source(source, adapter_name)
+    if prefix.is_encoder_decoder:
+        raise ValueError(
+            f"The prefix in {prefix.path} cannot be exported to stock PEFT, where layers of an encoder-decoder model share "
+            "their prefixes."
+        )
     task_type = prefix.config.get("task_type") or task_type
     if task_type is None:
         raise ValueError("`task_type` must be given: stock PEFT has no prefixes without, and the adapter has none.")
@@ -134,6 +139,7 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
 
     with base_alone(base_model):
         recorded = probe_layers(base_model)
+    recorded = [layer for layer in recorded if layer.attention in prefix.attentions.values()]
     check_layers(prefix, base_model, recorded)
     return {layer.index: layer.module for layer in recorded}, fingerprint(base_model.config)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
+from transformers import Cache
 
 from peft_prefix_ext.cache import PrefixCacheView
 from peft_prefix_ext.checkpoint import LayerKV
@@ -20,6 +21,7 @@ from peft_prefix_ext.step import Step
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+MASK_ARGUMENTS = ("attention_mask", "mask")
 
 
 class PrefixExtLayer(PrefixTunerLayer):
@@ -44,10 +46,11 @@ class PrefixExtLayer(PrefixTunerLayer):
         self.prefix_ext_frozen_value = BufferDict(persistent=True)
         self.module_name = recorded.module
         self.index = recorded.index
+        self.attention = recorded.attention
         self.sliding_window = recorded.sliding_window
         self.awaiting_weights: set[str] = set()
         self._runtime = (runtime,)  # in a tuple, so as not to become a submodule of every layer
-        self._arguments, self._cache_argument = reachable_arguments(attention)
+        self._arguments, self._cache_argument, self._mask_argument = reachable_arguments(attention)
         self._handle = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
     @property
@@ -135,27 +138,40 @@ class PrefixExtLayer(PrefixTunerLayer):
             return None
         kwargs = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         step = self.runtime.step_of(kwargs.get("position_ids"))
+        if step.rows.adapters[0] not in self.prefix_ext_key:
+            return None  # a cross-attention need not have a prefix
         cache = kwargs.get(self._cache_argument)
-        num_new = step.positions.shape[-1]
-        kv_length = num_new if cache is None else cache.get_mask_sizes(num_new, self.index)[0]
-        kwargs[self._cache_argument] = PrefixCacheView(cache, self._prefix_of(step, cache))
-        kwargs["attention_mask"] = step.mask(kwargs.get("attention_mask"), kv_length, self.sliding_window)
+        kv_length = self._kv_length(step, cache)
+        kwargs[self._cache_argument] = self._view(cache, self._prefix_of(step, cache))
+        kwargs[self._mask_argument] = self._mask(step, kwargs.get(self._mask_argument), kv_length)
         return (), kwargs
 
+    def _kv_length(self, step: Step, cache: Cache | None) -> int:
+        """Returns the number of real tokens that the attention sees, cached and new."""
+        num_new = step.positions.shape[-1]
+        return num_new if cache is None else int(cache.get_mask_sizes(num_new, self.index)[0])
 
-def reachable_arguments(attention: nn.Module) -> tuple[list[str], str]:
-    """Returns the names of the arguments of an attention module, and which of them is the cache.
+    def _view(self, cache: Cache | None, prefix: LayerKV) -> Any:
+        return PrefixCacheView(cache, prefix)
+
+    def _mask(self, step: Step, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+        return step.mask(mask, kv_length, self.sliding_window)
+
+
+def reachable_arguments(attention: nn.Module) -> tuple[list[str], str, str]:
+    """Returns the names of the arguments of an attention module, and which of them are the cache and the mask.
 
     Raises:
         ValueError: If it has no cache or no mask to put a prefix into.
     """
     arguments = list(inspect.signature(attention.forward).parameters)
     cache_argument = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
-    if cache_argument is None or "attention_mask" not in arguments:
+    mask_argument = next((name for name in MASK_ARGUMENTS if name in arguments), None)
+    if cache_argument is None or mask_argument is None:
         raise ValueError(
             f"{type(attention).__name__} takes no cache or no attention mask, which PREFIX_EXT does not support."
         )
-    return arguments, cache_argument
+    return arguments, cache_argument, mask_argument
 
 
 def assemble(frozen: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.rows import BASE, Rows
-from peft_prefix_ext.state_dict import find_live
+from peft_prefix_ext.runtime import runtimes_of
 
 
 @contextmanager
@@ -32,7 +32,11 @@ def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Ite
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    runtime = find_live(model).runtime
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            "`adapter_names` is not supported for encoder-decoder models; use `set_adapter` for the batch."
+        )
+    (runtime,) = runtimes_of(model)
     if unknown := set(names) - runtime.num_virtual_tokens.keys() - {BASE}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
     implementation = model.config.get_text_config(decoder=True)._attn_implementation

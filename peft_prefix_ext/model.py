@@ -17,8 +17,9 @@ from peft.utils import register_peft_method
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.checkpoint import FORMAT_VERSION, LayerKV
+from peft_prefix_ext.checkpoint import CROSS, DECODER, ENCODER, FORMAT_VERSION, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime, tells_positions
 from peft_prefix_ext.fingerprint import differences, fingerprint
 from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
@@ -60,11 +61,12 @@ class PrefixExtModel(BaseTuner):
     prefix: str = "prefix_ext_"
     tuner_layer_cls = PrefixTunerLayer
 
-    # Set while an adapter is being injected, the dicts by module name.
-    _decoder: nn.Module
+    # Set while an adapter is being injected: the names of the stacks (the decoder, and the encoder if any) by kind of
+    # attention, the others by module name.
+    _stacks: dict[str, str]
     _recorded: dict[str, RecordedLayer]
     _initial: dict[str, LayerKV]
-    _mlp: PrefixMLP | None
+    _mlps: dict[str, PrefixMLP | None]
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(model, PeftModel):
@@ -95,8 +97,7 @@ class PrefixExtModel(BaseTuner):
         try:
             super().inject_adapter(*args, **kwargs)
         finally:
-            self._recorded, self._initial = {}, {}
-            object.__setattr__(self, "_mlp", None)
+            self._recorded, self._initial, self._mlps = {}, {}, {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The user's config may serve several models, and what is recorded of a model belongs to one.
@@ -111,7 +112,8 @@ class PrefixExtModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
         with base_alone(model):
-            recorded = probe_layers(model)
+            recorded = [layer for layer in probe_layers(model) if layer.attention in peft_config.attentions]
+            _check_attentions(peft_config, model, recorded)
             _check_length(peft_config, model)
             _check_saved_for(peft_config, model, recorded)
             _check_layers_to_train(peft_config, recorded)
@@ -119,10 +121,12 @@ class PrefixExtModel(BaseTuner):
                 reachable_arguments(model.get_submodule(layer.module))
             initial, peft_config.init_report = initial_kv(peft_config, model, recorded)
             peft_config.forget_sources()  # a model is copied and pickled without them
-            mlp = new_reparam(peft_config, recorded, initial)
-        # Not as submodules.
-        object.__setattr__(self, "_mlp", mlp)
-        object.__setattr__(self, "_decoder", _decoder_of(model, recorded))
+            stacks = {attention: _stack_of(model, recorded, attention) for attention in peft_config.attentions}
+            mlps = {}
+            for stack in dict.fromkeys(stacks.values()):
+                inside = [number for number, layer in enumerate(recorded) if stacks[layer.attention] == stack]
+                mlps[stack] = new_reparam(peft_config, [recorded[n] for n in inside], [initial[n] for n in inside])
+        self._stacks, self._mlps = stacks, mlps
         self._recorded = {layer.module: layer for layer in recorded}
         self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
         peft_config._recorded = _record(peft_config, model, recorded)
@@ -146,33 +150,40 @@ class PrefixExtModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        runtime = self._shared_by(adapter_name, peft_config)
+        recorded = self._recorded[current_key]
+        runtime = self._shared_by(adapter_name, peft_config, self._stacks[recorded.attention])
         layer = getattr(target, "prefix_ext", None)
         if layer is None:
-            layer = target.prefix_ext = PrefixExtLayer(target, self._recorded[current_key], runtime)
-        layer.update_layer(adapter_name, self._initial[current_key], peft_config, self._mlp is not None)
+            layer_class = LAYERS[recorded.attention] if isinstance(runtime, StackRuntime) else PrefixExtLayer
+            layer = target.prefix_ext = layer_class(target, recorded, runtime)
+        has_reparam = adapter_name in runtime.prefix_ext_reparam
+        layer.update_layer(adapter_name, self._initial[current_key], peft_config, has_reparam)
         if peft_config.is_saved:
             layer.awaiting_weights.add(adapter_name)
 
-    def _shared_by(self, adapter_name: str, config: PrefixExtConfig) -> PrefixRuntime:
-        """Returns the model's runtime, with the adapter in it."""
-        runtime = getattr(self._decoder, "prefix_ext", None)
+    def _shared_by(self, adapter_name: str, config: PrefixExtConfig, stack: str) -> PrefixRuntime:
+        """Returns the runtime of a stack, with the adapter in it."""
+        module: Any = self.model.get_submodule(stack)
+        runtime = getattr(module, "prefix_ext", None)
         if runtime is None:
             # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
-            runtime = PrefixRuntime(self._decoder)
+            runtime_class = StackRuntime if self.model.config.is_encoder_decoder else PrefixRuntime
+            runtime = module.prefix_ext = runtime_class(module)
             runtime.shared_layers = [
-                SharedKVLayer(module, owner, runtime) for module, owner in find_shared(self.model, self._recorded)
+                SharedKVLayer(attention, owner, runtime) for attention, owner in find_shared(self.model, self._recorded)
             ]
-            self._decoder.prefix_ext = runtime
         if adapter_name in runtime.num_virtual_tokens:
             return runtime
         runtime.num_virtual_tokens[adapter_name] = config.num_virtual_tokens
         runtime.prefix_dropout[adapter_name] = config.prefix_dropout
         runtime.layer_names[adapter_name] = [
-            layer.module for layer in self._recorded.values() if config.trains(layer.index)
+            layer.module
+            for layer in self._recorded.values()
+            if self._stacks[layer.attention] == stack and config.trains(layer.index)
         ]
-        if self._mlp is not None:
-            runtime.prefix_ext_reparam[adapter_name] = self._mlp
+        mlp = self._mlps[stack]
+        if mlp is not None:
+            runtime.prefix_ext_reparam[adapter_name] = mlp
         return runtime
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -253,20 +264,37 @@ class PrefixExtModel(BaseTuner):
         return from_checkpoint(model, config, adapter_name, state_dict)
 
 
-def _decoder_of(model: PreTrainedModel, layers: list[RecordedLayer]) -> nn.Module:
-    """Returns the innermost module around all attention layers that is given positions and the cache."""
-    name = layers[0].module
+def _stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str) -> str:
+    """Returns the name of the innermost module around all layers of a kind that is given tokens, positions and the cache.
+
+    The encoder of an encoder-decoder model has no cache, and its stacks count positions by themselves.
+    """
+    names = [layer.module for layer in layers if layer.attention == attention]
+    needed = {"input_ids"} if attention == ENCODER else {"input_ids", "past_key_values"}
+    name = names[0]
     while name:
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
         parameters = inspect.signature(module.forward).parameters
-        holds_all = all(layer.module.startswith(f"{name}." if name else "") for layer in layers)
-        if holds_all and {"position_ids", "past_key_values"} <= parameters.keys() and "input_ids" in parameters:
-            return module
+        holds_all = all(inner.startswith(f"{name}." if name else "") for inner in names)
+        if holds_all and needed <= parameters.keys():
+            if "position_ids" in parameters:
+                return name
+            if model.config.is_encoder_decoder and tells_positions(module, model.get_submodule(names[0])):
+                return name
     raise ValueError(
         f"{type(model).__name__} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
         "its input; PREFIX_EXT does not support it."
     )
+
+
+def _check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> None:
+    for attention, field in ((ENCODER, "encoder_prefix"), (CROSS, "cross_prefix")):
+        if attention in config.attentions and not any(layer.attention == attention for layer in layers):
+            raise ValueError(
+                f"`{field}` must be False for {type(model).__name__}, which has no {attention} attention that can be given "
+                "K/V."
+            )
 
 
 def _check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
@@ -296,7 +324,8 @@ def _record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Record
     rows = []
     for layer in layers:
         key, value = layer.shapes(config.num_virtual_tokens)
-        rows.append({"index": layer.index, "module": layer.module, "key_shape": key, "value_shape": value})
+        row = {"index": layer.index, "module": layer.module, "key_shape": key, "value_shape": value}
+        rows.append(row if layer.attention == DECODER else {**row, "attention": layer.attention})
     return {
         "prefix_layers": rows,
         "base_fingerprint": fingerprint(model.config),

@@ -109,7 +109,7 @@ def new_trunk(config: PrefixExtConfig) -> nn.Sequential:
 
 def new_reparam(config: PrefixExtConfig, layers: list[RecordedLayer], initial: list[LayerKV]) -> PrefixMLP | None:
     """Returns the reparameterization of an adapter that starts at `initial`, the K/V of `layers`; `None` without one."""
-    if config.reparam == "none" or config.inference_mode:
+    if config.reparam == "none" or config.inference_mode or not any(config.trains(layer.index) for layer in layers):
         return None
     num_frozen = config.num_frozen_tokens
     trained = [(layer, kv) for layer, kv in zip(layers, initial, strict=True) if config.trains(layer.index)]

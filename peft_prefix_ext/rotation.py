@@ -49,6 +49,11 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
         ValueError: If the model's keys do not turn with their position, as with learned absolute positions, or turn by how
             long the text is.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is not given positions, at which its keys could be measured; compose with "
+            "`positions='keep'`."
+        )
     last = max(layer.key.shape[1] for layer in layers.values()) - 1
     before, after = _record(model, 0), _record(model, offset)
     checks_before, checks_after = _record(model, last, seed=1), _record(model, offset + last, seed=1)

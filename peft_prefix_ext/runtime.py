@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ class PrefixRuntime(PrefixTunerLayer):
         if self._mixed is not None:
             return self._mixed
         name = self.active_adapters[0]
-        return Rows((name,), self.num_virtual_tokens[name])
+        # An encoder need not have a prefix.
+        return Rows((name,), self.num_virtual_tokens[name]) if name in self.num_virtual_tokens else None
 
     @contextmanager
     def mixed(self, rows: Rows) -> Iterator[None]:
@@ -216,6 +217,11 @@ class PrefixRuntime(PrefixTunerLayer):
         return dict(zip(self.layer_names[adapter], states, strict=True))
 
 
+def runtimes_of(model: nn.Module) -> list[PrefixRuntime]:
+    """Returns the runtimes in a model: one, or those of an encoder-decoder model's stacks."""
+    return [module for module in model.modules() if isinstance(module, PrefixRuntime)]
+
+
 def _default_positions(new: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor:
     """Returns the positions, `[b or 1, q]`, of a call that gives none.
 
@@ -232,6 +238,7 @@ def _default_positions(new: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
     """Runs `model` without the prefixes that it may have already."""
-    runtime = next((module for module in model.modules() if isinstance(module, PrefixRuntime)), None)
-    with nullcontext() if runtime is None else runtime.bypassed():
+    with ExitStack() as stack:
+        for runtime in runtimes_of(model):
+            stack.enter_context(runtime.bypassed())
         yield

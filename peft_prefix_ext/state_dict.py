@@ -1,7 +1,8 @@
 """Between the parameters of a live adapter and the tensors of its checkpoint (see `checkpoint.py` for the format).
 
-Saved beside the K/V when there is a reparameterization and `save_reparam` is on: its own parameters under `REPARAM`, and
-what it adds to, as `prefix_ext_init_key` and `prefix_ext_init_value` of each layer, unless it yields the K/V by itself.
+Saved beside the K/V when there is a reparameterization and `save_reparam` is on: its own parameters under `REPARAM` (an
+encoder's under that name of its own, see `LiveStack`), and what it adds to, as `prefix_ext_init_key` and
+`prefix_ext_init_value` of each layer, unless it yields the K/V by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft_prefix_ext.checkpoint import LayerKV, layer_key
+from peft_prefix_ext.checkpoint import ENCODER, LayerKV, layer_key
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.layer import PrefixExtLayer, assemble
 from peft_prefix_ext.reparam import PrefixMLP
@@ -22,27 +23,47 @@ REPARAM = "base_model.model.prefix_ext.prefix_ext_reparam"
 State = dict[str, torch.Tensor]
 
 
-class LiveAdapter(NamedTuple):
-    """Where the parts of an adapter are within a model, by their names in its state dict."""
+class LiveStack(NamedTuple):
+    """Where the parts of an adapter are within a decoder or an encoder, by their names in the model's state dict.
+
+    Its reparameterization is on disk under `reparam`.
+    """
 
     runtime_name: str
     runtime: PrefixRuntime
     layers: dict[str, PrefixExtLayer]
+    reparam: str
 
 
-def find_live(model: nn.Module) -> LiveAdapter:
-    """Finds the prefix modules in a model, wrapped in a `PeftModel` or not."""
+def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
+    """Finds the stacks in which a model has an adapter, wrapped in a `PeftModel` or not."""
     modules = dict(model.named_modules())
-    ((name, runtime),) = ((name, module) for name, module in modules.items() if isinstance(module, PrefixRuntime))
-    return LiveAdapter(
-        name, runtime, {name: module for name, module in modules.items() if isinstance(module, PrefixExtLayer)}
-    )
+    stacks = []
+    for runtime_name, runtime in modules.items():
+        if isinstance(runtime, PrefixRuntime) and adapter_name in runtime.num_virtual_tokens:
+            layers = {
+                name: layer
+                for name, layer in modules.items()
+                if isinstance(layer, PrefixExtLayer)
+                and layer.runtime is runtime
+                and adapter_name in layer.prefix_ext_key
+            }
+            is_encoder = any(layer.attention == ENCODER for layer in layers.values())
+            stacks.append(LiveStack(runtime_name, runtime, layers, REPARAM + "_encoder" * is_encoder))
+    return stacks
 
 
 @torch.no_grad()
 def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, state: State) -> State:
     """Returns the checkpoint of an adapter whose parameters are in `state`, a state dict of `model`."""
-    runtime_name, runtime, layers = find_live(model)
+    saved: State = {}
+    for stack in find_live(model, adapter_name):
+        saved |= _to_checkpoint(stack, config, adapter_name, state)
+    return saved
+
+
+def _to_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str, state: State) -> State:
+    runtime_name, runtime, layers, reparam = stack
     saved: State = {}
     residuals: dict[str, LayerKV] = {}
     if adapter_name in runtime.prefix_ext_reparam:
@@ -56,7 +77,7 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
         mlp.train(was_training)
         residuals = dict(zip(runtime.layer_names[adapter_name], outputs, strict=True))
         if config.save_reparam:
-            saved |= {f"{REPARAM}.{name}": tensor for name, tensor in parameters.items()}
+            saved |= {f"{reparam}.{name}": tensor for name, tensor in parameters.items()}
     for name, layer in layers.items():
         for number, kind in enumerate(LayerKV._fields):
             frozen = state.get(f"{name}.prefix_ext_frozen_{kind}.{adapter_name}")
@@ -76,8 +97,15 @@ def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str
     Raises:
         ValueError: If the checkpoint lacks a layer, or has other shapes than the adapter.
     """
-    runtime_name, runtime, layers = find_live(model)
     state = {name: tensor for name, tensor in saved.items() if "prefix_ext_" not in name}
+    for stack in find_live(model, adapter_name):
+        state |= _from_checkpoint(stack, config, adapter_name, saved)
+    return state
+
+
+def _from_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str, saved: State) -> State:
+    runtime_name, runtime, layers, reparam = stack
+    state: State = {}
     frozen, starts = {}, {}
     for layer in layers.values():
         full = _full_kv(layer, config, adapter_name, saved)
@@ -87,7 +115,7 @@ def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str
     if adapter_name in runtime.prefix_ext_reparam:
         mlp: Any = runtime.prefix_ext_reparam[adapter_name]
         trained = {name: starts[name] for name in runtime.layer_names[adapter_name]}
-        parameters, added_to = _resume(mlp, config, trained, adapter_name, saved)
+        parameters, added_to = _resume(mlp, config, trained, adapter_name, saved, reparam)
         state |= {f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}": parameters[name] for name in parameters}
         starts |= added_to
     for name, layer in layers.items():
@@ -117,7 +145,12 @@ def _full_kv(layer: PrefixExtLayer, config: PrefixExtConfig, adapter_name: str, 
 
 
 def _resume(
-    mlp: PrefixMLP, config: PrefixExtConfig, trained: dict[str, LayerKV], adapter_name: str, saved: State
+    mlp: PrefixMLP,
+    config: PrefixExtConfig,
+    trained: dict[str, LayerKV],
+    adapter_name: str,
+    saved: State,
+    reparam: str,
 ) -> tuple[State, dict[str, LayerKV]]:
     """Returns the parameters that a reparameterization goes on with, and what it adds to, by attention module.
 
@@ -127,14 +160,15 @@ def _resume(
         trained: The K/V that it yielded, by attention module.
         adapter_name: The name of the adapter.
         saved: The checkpoint.
+        reparam: What its parameters are called there.
     """
     zeros = {name: LayerKV(*(torch.zeros_like(state) for state in kv)) for name, kv in trained.items()}
     init_keys = {name: [layer_key(name, f"init_{kind}") for kind in LayerKV._fields] for name in trained}
     has_init = [key in saved for keys in init_keys.values() for key in keys]
-    shapes = {name: saved[f"{REPARAM}.{name}"].shape for name in mlp.state_dict() if f"{REPARAM}.{name}" in saved}
+    shapes = {name: saved[f"{reparam}.{name}"].shape for name in mlp.state_dict() if f"{reparam}.{name}" in saved}
     same_form = all(has_init) if mlp.is_residual else not any(has_init)
     if same_form and shapes == {name: tensor.shape for name, tensor in mlp.state_dict().items()}:
-        parameters = {name: saved[f"{REPARAM}.{name}"] for name in mlp.state_dict()}
+        parameters = {name: saved[f"{reparam}.{name}"] for name in mlp.state_dict()}
         added_to = {name: LayerKV(*(saved[key] for key in keys)) for name, keys in init_keys.items() if mlp.is_residual}
         return parameters, zeros | added_to
     warnings.warn(

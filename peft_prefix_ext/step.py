@@ -38,7 +38,7 @@ class Step:
     dropout: PrefixDropout | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     running: bool = True
-    _masks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
+    _masks: list[tuple[torch.Tensor | None, int | None, torch.Tensor | None]] = field(default_factory=list)
 
     @property
     def is_decoding(self) -> bool:
@@ -47,9 +47,11 @@ class Step:
 
     def mask(self, mask: torch.Tensor | None, kv_length: int, sliding_window: int | None) -> torch.Tensor | None:
         """Returns `prepend_prefix(...)`, computed once for all layers that were given the same mask."""
-        if sliding_window not in self._masks or self._masks[sliding_window][0] is not mask:
-            extended = prepend_prefix(
-                mask, self.rows.num_virtual_tokens, self.positions, kv_length, sliding_window, self.rows.lengths
-            )
-            self._masks[sliding_window] = (mask, extended)
-        return self._masks[sliding_window][1]
+        for given, window, extended in self._masks:
+            if given is mask and window == sliding_window:
+                return extended
+        extended = prepend_prefix(
+            mask, self.rows.num_virtual_tokens, self.positions, kv_length, sliding_window, self.rows.lengths
+        )
+        self._masks.append((mask, sliding_window, extended))
+        return extended

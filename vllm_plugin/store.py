@@ -105,6 +105,10 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
     """
     model = vllm_config.model_config
     p = checkpoint.num_virtual_tokens
+    if checkpoint.is_encoder_decoder:
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} is of an encoder-decoder model, which vLLM does not serve; use `PeftModel.generate`."
+        )
     try:
         checkpoint.check_base(fingerprint(model.hf_config))
     except PrefixCheckpointError as error:

@@ -45,7 +45,8 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Rec
     config.check_sources()
     if config.init in PREFILLED:
         tokens = PREFILLED[config.init](config, model)
-        initial, source = [layer.kv for layer in record_layers(model, tokens.ids)], tokens.report
+        recorded = {layer.module: layer.kv for layer in record_layers(model, tokens.ids)}
+        initial, source = [recorded[layer.module] for layer in layers], tokens.report
     elif config.init == "kv":
         initial, source = given_kv(config, layers), "given K/V"
     elif config.init in ("adapter", "average"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import subprocess
 import sys
@@ -68,6 +69,14 @@ def test_missing_and_corrupt_adapters(model: Path, adapter: Path) -> None:
     refused(model, adapter, "No adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     refused(model, adapter, "is of type 'LORA', not a prefix")
+
+
+def test_an_adapter_of_an_encoder_decoder_model(model: Path, adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["prefix_layers"][1]["attention"] = "cross"
+    path.write_text(json.dumps(config))
+    refused(model, adapter, "is of an encoder-decoder model, which vLLM does not serve")
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,6 @@ def refused() -> dict[str, tuple]:
     t = transformers
     return {
         "mamba": (t.MambaForCausalLM, t.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)),
-        "t5": (t.T5ForConditionalGeneration, t.T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2)),
         "llama4": (
             t.Llama4ForCausalLM,
             t.Llama4TextConfig(**tiny, **heads, intermediate_size_mlp=32, head_dim=16, num_local_experts=2),

@@ -269,6 +269,7 @@ def edit_weights(folder, change):
         (lambda f: edit_config(f, prefix_layers=[{"index": 0}]), "malformed row"),
         (lambda f: edit_rows(f, key_shape=[224]), "malformed row"),
         (lambda f: edit_rows(f, index=True), "malformed row"),
+        (lambda f: edit_rows(f, attention="both"), "malformed row"),
         (lambda f: edit_weights(f, lambda t, k: t.pop(k)), "has no tensor"),
         (lambda f: edit_weights(f, lambda t, k: t.update({k: t[k][:, :3].clone()})), "expected floats of shape"),
         (lambda f: edit_weights(f, lambda t, k: t.update({k: t[k].int()})), "expected floats of shape"),
