@@ -25,9 +25,9 @@ class PrefixDropout:
 
     @classmethod
     @torch.compiler.disable  # a graph knows no generators
-    def draw(cls, rate: float) -> PrefixDropout | None:
-        """Returns the dropout of another forward pass, by torch's random state; `None` where there is nothing to drop."""
-        return cls(rate, int(torch.randint(2**62, ()))) if rate else None
+    def draw(cls, rate: float) -> PrefixDropout:
+        """Returns the dropout of another forward pass, by torch's random state."""
+        return cls(rate, int(torch.randint(2**62, ())))
 
     @torch.compiler.disable
     def __call__(self, state: torch.Tensor, name: str) -> torch.Tensor:

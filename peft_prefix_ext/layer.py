@@ -95,9 +95,10 @@ class PrefixExtLayer(PrefixTunerLayer):
     def check_loaded(self, adapter_name: str, key: torch.Tensor) -> None:
         """Raises `ValueError` if an adapter made from the config of a saved one still has no weights.
 
-        They come in many ways (PEFT's, transformers', `load_state_dict`); until then, they are NaN.
+        They come in many ways (PEFT's, transformers', `load_state_dict`); until then, they are NaN. A compiled graph
+        cannot look.
         """
-        if adapter_name in self.awaiting_weights:
+        if adapter_name in self.awaiting_weights and not torch.compiler.is_compiling():
             if key.is_meta or key.isnan().all():
                 raise ValueError(
                     f"Adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were never "

@@ -93,9 +93,19 @@ class PrefixExtModel(BaseTuner):
             raise
         self.peft_config = self.peft_config  # one's own, not through the model, which loses it when LoRA is merged
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        given = self.peft_config[adapter_name]
+        twin = next(
+            (name for name, config in self.peft_config.items() if config is given and name != adapter_name), None
+        )
         try:
-            super().inject_adapter(*args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if twin is not None:
+                # An adapter from the config of one that is here, such as the reference model of TRL's `DPOTrainer`, which
+                # copies the parameters itself, but not what is frozen: a config alone does not say where it started.
+                for module in model.modules():
+                    if isinstance(module, PrefixTunerLayer):
+                        module.start_as(adapter_name, twin)
         finally:
             self._recorded, self._initial, self._mlps = {}, {}, {}
 

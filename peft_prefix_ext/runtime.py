@@ -142,7 +142,8 @@ class PrefixRuntime(PrefixTunerLayer):
                 "Reentrant gradient checkpointing loses the gradient of K/V that layers share; use "
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
-        dropout = PrefixDropout.draw(self.prefix_dropout[rows.adapters[0]]) if self.training else None
+        rate = self.prefix_dropout[rows.adapters[0]] if self.training else 0.0
+        dropout = PrefixDropout.draw(rate) if rate else None
         states = {name: self._state_of(name) for name in rows.adapters}
         self.step = Step(rows, text_positions, states, dropout=dropout)
         for name in rows.adapters:

@@ -37,7 +37,7 @@ class LiveStack(NamedTuple):
 
 def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
     """Finds the stacks in which a model has an adapter, wrapped in a `PeftModel` or not."""
-    modules = dict(model.named_modules())
+    modules = {_without_wrappers(name): module for name, module in model.named_modules()}
     stacks = []
     for runtime_name, runtime in modules.items():
         if isinstance(runtime, PrefixRuntime) and adapter_name in runtime.num_virtual_tokens:
@@ -53,10 +53,19 @@ def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
     return stacks
 
 
+def _without_wrappers(name: str) -> str:
+    """Takes out what sharding and checkpointing wrap around a module, which they leave out of a state dict's keys too."""
+    return ".".join(
+        part for part in name.split(".") if part not in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    )
+
+
 @torch.no_grad()
 def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, state: State) -> State:
     """Returns the checkpoint of an adapter whose parameters are in `state`, a state dict of `model`."""
     saved: State = {}
+    if not state:  # of a sharded model, which one process saves and the others call with nothing
+        return saved
     for stack in find_live(model, adapter_name):
         saved |= _to_checkpoint(stack, config, adapter_name, state)
     return saved

@@ -31,6 +31,17 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
                 del states[adapter_name]
         self.frozen_peft_weight_names.pop(adapter_name, None)
 
+    @torch.no_grad()
+    def start_as(self, adapter_name: str, twin: str) -> None:
+        """Gives an adapter the weights of another one of the same config."""
+        for name in self.adapter_layer_names + self.other_param_names:
+            states = getattr(self, name)
+            if isinstance(states, nn.ModuleDict):
+                if twin in states:
+                    states[adapter_name].load_state_dict(states[twin].state_dict())
+            elif twin in states:
+                states[adapter_name].copy_(states[twin])
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for name in self.adapter_layer_names + self.other_param_names:
             states = getattr(self, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 from transformers import CompileConfig
@@ -86,8 +87,9 @@ def test_generation_compiles_its_decoding_steps():
     assert torch.equal(model.generate(input_ids=ids, **options), expected)
 
 
-def test_inductor():
-    model = with_prefix(tiny_model("llama", num_hidden_layers=1))
+def test_inductor_compiles_a_loaded_adapter(tmp_path):
+    with_prefix(tiny_model("llama", num_hidden_layers=1)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=1), tmp_path)
     ids = random_ids(1, 8)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(logits(compiled, ids), logits(model, ids), atol=1e-5, rtol=1e-4)
