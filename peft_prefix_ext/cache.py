@@ -16,11 +16,17 @@ class PrefixCacheView:
     Only real tokens are written into the real cache, which therefore never knows of the prefix: its length, its masks and
     whatever `generate` does with it (static shapes, beams, cropping) stay the base model's own. Without a cache, as under
     gradient checkpointing, it stands before the current tokens alone.
+
+    Args:
+        cache: The model's cache.
+        prefix: The K/V of the prefix.
+        order: In which order the columns stand, `[batch, p + k]`; the prefix' own come first when not given.
     """
 
-    def __init__(self, cache: Cache | None, prefix: LayerKV) -> None:
+    def __init__(self, cache: Cache | None, prefix: LayerKV, order: torch.Tensor | None = None) -> None:
         self.cache = cache
         self.prefix = prefix
+        self.order = order
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -28,7 +34,10 @@ class PrefixCacheView:
         """Caches the new states, `[batch, num_kv_heads, num_new, head_dim]`, and returns prefix + cached + new."""
         if self.cache is not None:
             key_states, value_states = self.cache.update(key_states, value_states, *args, **kwargs)
-        return prepend(self.prefix.key, key_states), prepend(self.prefix.value, value_states)
+        keys, values = prepend(self.prefix.key, key_states), prepend(self.prefix.value, value_states)
+        if self.order is None:
+            return keys, values
+        return _reorder(keys, self.order), _reorder(values, self.order)
 
     def get_seq_length(self, *args: Any) -> int:
         """How many tokens stand before the new ones, the prefix included: Llama 4's attention counts positions by it."""
@@ -47,3 +56,7 @@ def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Returns prefix + states, `[batch, num_kv_heads, p + k, head_dim]`, in the dtype and on the device of the states."""
     expanded = prefix.to(device=states.device, dtype=states.dtype).expand(states.shape[0], -1, -1, -1)
     return torch.cat([expanded, states], dim=-2)
+
+
+def _reorder(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return states.gather(2, order.to(states.device)[:, None, :, None].expand_as(states))

@@ -30,6 +30,7 @@ class RecordedLayer:
         kv: The K/V of the recorded tokens, `[num_kv_heads, num_tokens, head_dim]` each, without positions cut off by a
             sliding window.
         sliding_window: How many positions a query of this layer sees, itself included; `None` for all.
+        is_chunked: Whether those are the ones of its own chunk of the sequence, and not the last.
         attention: Its kind, one of `ATTENTIONS`.
     """
 
@@ -38,6 +39,7 @@ class RecordedLayer:
     kv: LayerKV
     sliding_window: int | None
     attention: str = DECODER
+    is_chunked: bool = False
 
     def shapes(self, num_virtual_tokens: int) -> tuple[list[int], list[int]]:
         """Returns the K and V shapes of a prefix for this layer."""
@@ -143,12 +145,14 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
             handle.remove()
     if not caches[DECODER].recorded:
         raise ValueError(f"{type(model).__name__} has no attention layer with a KV cache to give a prefix to.")
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     layers: list[RecordedLayer] = []
     for attention, cache in caches.items():
         before = len(layers)
         for index, (module, kv) in sorted(cache.recorded.items()):
             sliding_window = getattr(cache.layers[index], "sliding_window", None)
-            layers.append(RecordedLayer(module, before + index, kv, sliding_window, attention))
+            is_chunked = attention == DECODER and layer_types[index : index + 1] == ["chunked_attention"]
+            layers.append(RecordedLayer(module, before + index, kv, sliding_window, attention, is_chunked))
     return layers
 
 
@@ -177,10 +181,6 @@ def refuse_unsupported(model: nn.Module) -> None:
     config = model.config.get_text_config(decoder=True)
     name = f"{type(model).__name__} (model type {config.model_type!r})"
     layer_types = getattr(config, "layer_types", None) or []
-    if "chunked_attention" in layer_types:
-        raise ValueError(f"{name} has chunked attention, which PREFIX_EXT does not support yet.")
-    if getattr(config, "alibi", False):
-        raise ValueError(f"{name} tells distances by ALiBi, which PREFIX_EXT does not support yet.")
     implementation = config._attn_implementation
     is_flash = "flash" in implementation
     if implementation not in ("eager", "sdpa") and not is_flash:

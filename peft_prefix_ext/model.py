@@ -17,13 +17,14 @@ from peft.utils import register_peft_method
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_prefix_ext.alibi import has_bias
 from peft_prefix_ext.checkpoint import CROSS, DECODER, ENCODER, FORMAT_VERSION, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime, tells_positions
 from peft_prefix_ext.fingerprint import differences, fingerprint
 from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
-from peft_prefix_ext.layer import PrefixExtLayer, reachable_arguments
+from peft_prefix_ext.layer import reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.reparam import PrefixMLP, new_reparam
@@ -31,6 +32,7 @@ from peft_prefix_ext.runtime import PrefixRuntime, base_alone
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
 from peft_prefix_ext.state_dict import State, from_checkpoint, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
+from peft_prefix_ext.variants import layer_class
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +166,9 @@ class PrefixExtModel(BaseTuner):
         runtime = self._shared_by(adapter_name, peft_config, self._stacks[recorded.attention])
         layer = getattr(target, "prefix_ext", None)
         if layer is None:
-            layer_class = LAYERS[recorded.attention] if isinstance(runtime, StackRuntime) else PrefixExtLayer
-            layer = target.prefix_ext = layer_class(target, recorded, runtime)
+            in_stacks = isinstance(runtime, StackRuntime)
+            kind = LAYERS[recorded.attention] if in_stacks else layer_class(target, recorded)
+            layer = target.prefix_ext = kind(target, recorded, runtime)
         has_reparam = adapter_name in runtime.prefix_ext_reparam
         layer.update_layer(adapter_name, self._initial[current_key], peft_config, has_reparam)
         if peft_config.is_saved:
@@ -290,7 +293,10 @@ def _stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: st
         if holds_all and needed <= parameters.keys():
             if "position_ids" in parameters:
                 return name
-            if model.config.is_encoder_decoder and tells_positions(module, model.get_submodule(names[0])):
+            attention_module = model.get_submodule(names[0])
+            if model.config.is_encoder_decoder and tells_positions(module, attention_module):
+                return name
+            if not model.config.is_encoder_decoder and has_bias(attention_module):
                 return name
     raise ValueError(
         f"{type(model).__name__} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "

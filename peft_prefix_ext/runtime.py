@@ -133,7 +133,9 @@ class PrefixRuntime(PrefixTunerLayer):
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = _default_positions(new, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
-        kwargs["position_ids"] = positions = positions + rows.shift
+        positions = positions + rows.shift
+        if "position_ids" in self._parameters_of_forward:
+            kwargs["position_ids"] = positions
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
@@ -145,7 +147,7 @@ class PrefixRuntime(PrefixTunerLayer):
         rate = self.prefix_dropout[rows.adapters[0]] if self.training else 0.0
         dropout = PrefixDropout.draw(rate) if rate else None
         states = {name: self._state_of(name) for name in rows.adapters}
-        self.step = Step(rows, text_positions, states, dropout=dropout)
+        self.step = Step(rows, text_positions, states, kwargs.get("attention_mask"), dropout=dropout)
         for name in rows.adapters:
             cache = kwargs.get("past_key_values")
             self.step.residuals[name], self.step.projected = self._residuals(self.step, name, is_reentrant, cache)

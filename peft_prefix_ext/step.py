@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from peft_prefix_ext.alibi import columns_behind_padding
 from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.chunks import chunked_mask
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.mask import prepend_prefix
 from peft_prefix_ext.rows import Rows
@@ -24,6 +26,7 @@ class Step:
         rows: The prefixes of the batch.
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
         states: What the reparameterization of each adapter depends on, see `memo.py`.
+        given_mask: The mask that the decoder was given.
         residuals: What it adds to the K/V, by adapter and attention module; empty without one.
         dropout: Of the prefix, in training.
         projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
@@ -34,16 +37,41 @@ class Step:
     rows: Rows
     positions: torch.Tensor
     states: dict[str, Any]
+    given_mask: Any = None
     residuals: dict[str, dict[str, LayerKV]] = field(default_factory=dict)
     dropout: PrefixDropout | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     running: bool = True
     _masks: list[tuple[torch.Tensor | None, int | None, torch.Tensor | None]] = field(default_factory=list)
+    _chunked: torch.Tensor | None = None
 
     @property
     def is_decoding(self) -> bool:
         """Whether a single token is under way."""
         return self.positions.shape[-1] == 1
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """Which real tokens are text, `[b, k]`; `None` when all are."""
+        return self.given_mask if isinstance(self.given_mask, torch.Tensor) and self.given_mask.dim() == 2 else None
+
+    def is_prefix_seen(self, batch_size: int) -> torch.Tensor:
+        """Which virtual tokens each row sees, `[b, p]`."""
+        columns = torch.arange(self.rows.num_virtual_tokens, device=self.positions.device).expand(batch_size, -1)
+        return columns >= 0 if self.rows.lengths is None else columns < self.rows.lengths
+
+    def seen(self, batch_size: int, kv_length: int) -> torch.Tensor:
+        """Which columns of prefix and real tokens are tokens that a row has, `[b, p + k]`."""
+        prefix = self.is_prefix_seen(batch_size)
+        text = prefix.new_ones(batch_size, kv_length) if self.padding is None else self.padding
+        return torch.cat([prefix.long(), text.long()], dim=-1)
+
+    def order(self) -> torch.Tensor | None:
+        """In which order columns must stand where distances are those between columns, `[b, p + k]`, if not as they are."""
+        padding = self.padding
+        if padding is None or (self.rows.lengths is None and bool(padding[:, 0].all())):
+            return None
+        return columns_behind_padding(self.is_prefix_seen(len(padding)), padding)
 
     def mask(self, mask: torch.Tensor | None, kv_length: int, sliding_window: int | None) -> torch.Tensor | None:
         """Returns `prepend_prefix(...)`, computed once for all layers that were given the same mask."""
@@ -55,3 +83,19 @@ class Step:
         )
         self._masks.append((mask, sliding_window, extended))
         return extended
+
+    def chunked_mask(
+        self, mask: torch.Tensor | None, past: int, kv_length: int, kv_offset: int, chunk_size: int
+    ) -> torch.Tensor:
+        """Returns `chunked_mask(...)` in the manner of the layer's own `mask`, computed once for all such layers."""
+        if self._chunked is None:
+            if self.given_mask is not None and self.padding is None:
+                raise ValueError("PREFIX_EXT makes the masks of chunked attention itself: give one of two dimensions.")
+            if self.rows.lengths is not None:
+                raise ValueError("Prefixes of several lengths in one batch do not go with chunked attention.")
+            p = self.rows.num_virtual_tokens
+            self._chunked = chunked_mask(p, self.positions, self.padding, past, kv_length, kv_offset, chunk_size)
+        if mask is None or mask.dtype == torch.bool:
+            return self._chunked
+        lowest = torch.finfo(mask.dtype).min
+        return mask.new_zeros(self._chunked.shape).masked_fill_(~self._chunked, lowest)

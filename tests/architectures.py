@@ -95,6 +95,12 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
             **_SLIDING,
             "sliding_window_pattern": 2,
         },
+        "gpt_neo": {
+            "attention_types": [[["global", "local"], 1]],
+            "num_layers": 2,
+            "window_size": WINDOW,
+            "base_lacks": {"static cache"},
+        },
         "gpt_oss": _SLIDING,
         "granite_swa": _SLIDING,
         "granitemoe_swa": _SLIDING,
@@ -109,6 +115,16 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "qwen2:sliding": {**_SLIDING, "use_sliding_window": True, "max_window_layers": 1},
         "starcoder2:sliding": _SLIDING,
         "vaultgemma": _SLIDING,
+    },
+    "Chunks": {
+        "llama4": {
+            "model_type": "llama4_text",
+            "attention_chunk_size": WINDOW,
+            "num_hidden_layers": 4,
+            "floor_scale": 8,
+            "intermediate_size_mlp": 96,
+            "base_lacks": {"static cache", "left padding"},
+        },
     },
     "K/V shared between layers": {
         "gemma3n": {
@@ -132,6 +148,11 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
             **_SLIDING,
         },
         "gemma4_unified": {"model_type": "gemma4_unified_text", "global_head_dim": 32, **_SLIDING},
+    },
+    "ALiBi": {
+        "bloom": {"base_lacks": {"static cache"}},
+        "falcon:alibi": {"alibi": True, "multi_query": False, "base_lacks": {"static cache"}},
+        "mpt": {"base_lacks": {"chunked prefill", "conversation"}},
     },
     "Latent attention (MLA)": {
         "deepseek_v2": _MLA,

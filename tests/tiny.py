@@ -51,6 +51,24 @@ _COMMON = {
 }
 
 CONFIGS: dict[str, dict] = {name: own for models in ARCHITECTURES.values() for name, own in models.items()}
+# Some of those that stock PEFT gets right, which is the reference for them.
+STOCK = [
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "gemma3",
+        "mistral",
+        "mixtral",
+        "qwen3_moe",
+        "gemma2",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "gptj",
+    ),
+    *("opt", "falcon", "cohere2", "gpt_oss"),
+]
 RECURRENT = list(ARCHITECTURES[HYBRIDS])
 
 

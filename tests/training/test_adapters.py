@@ -138,15 +138,9 @@ def refused() -> dict[str, tuple]:
     t = transformers
     return {
         "mamba": (t.MambaForCausalLM, t.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)),
-        "llama4": (
-            t.Llama4ForCausalLM,
-            t.Llama4TextConfig(**tiny, **heads, intermediate_size_mlp=32, head_dim=16, num_local_experts=2),
-        ),
         "bert": (t.BertForSequenceClassification, t.BertConfig(**tiny, num_attention_heads=2)),
         "bidirectional llama": (t.LlamaForCausalLM, t.LlamaConfig(**tiny, **heads, is_causal=False)),
         "roberta": (t.RobertaForCausalLM, t.RobertaConfig(**tiny, num_attention_heads=2, is_decoder=True)),
-        "bloom": (t.BloomForCausalLM, t.BloomConfig(vocab_size=32, hidden_size=32, n_layer=1, n_head=2)),
-        "falcon with alibi": (t.FalconForCausalLM, t.FalconConfig(**tiny, num_attention_heads=2, alibi=True)),
     }
 
 

@@ -8,27 +8,13 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from prefixed import with_prefix
-from tiny import random_ids, tiny_model
+from tiny import STOCK, random_ids, tiny_model
 
 from peft_prefix_ext.layer import PrefixExtLayer
 
-NAMES = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma3",
-    "mistral",
-    "mixtral",
-    "gemma2",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "falcon",
-]
-CASES = [(name, attention) for name in NAMES for attention in ("eager", "sdpa")] + [
-    ("gpt_oss", "eager"),
-    ("gptj", "eager"),
+EAGER = ("gptj", "gpt_oss")
+CASES = [
+    (name, attention) for name in STOCK for attention in ("eager", "sdpa") if attention == "eager" or name not in EAGER
 ]
 
 
