@@ -72,6 +72,7 @@ def compose(
         index: LayerKV(*(torch.cat(states, dim=1) for states in zip(*(part[index] for part in parts), strict=True)))
         for index in parts[0]
     }
+    lengths = " + ".join(str(prefix.num_virtual_tokens) for prefix in prefixes)
     kept: dict[str, Any] = {name: prefixes[0].config.get(name) for name in KEPT}
     return write_prefix(
         folder,
@@ -80,6 +81,7 @@ def compose(
         prefixes[0].attentions,
         **kept,
         base_fingerprint=base_fingerprint,
+        init_report=f"{length} virtual tokens: prefixes of {lengths} behind one another, positions {positions!r}",
         num_frozen_tokens=min(prefixes[0].config.get("num_frozen_tokens", 0), length - 1),
     )
 

@@ -111,6 +111,7 @@ def import_from_peft(
         modules,
         **kept | {"base_model_name_or_path": kept["base_model_name_or_path"] or base_model.name_or_path or None},
         base_fingerprint=base_fingerprint,
+        init_report=f"{prefix.num_virtual_tokens} virtual tokens: those of a stock {prefix.peft_type} adapter",
         # A cartridge may be frozen as a whole; with us there is always a token to train.
         num_frozen_tokens=min(prefix.config.get("num_frozen_tokens", 0), prefix.num_virtual_tokens - 1),
     )

@@ -47,14 +47,17 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
 
     Raises:
         ValueError: If the model's keys do not turn with their position, as with learned absolute positions, or turn by how
-            long the text is.
+            long the text is, or if it has no such positions.
     """
+    name = f"{type(model).__name__} (model type {model.config.model_type!r})"
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{type(model).__name__} is not given positions, at which its keys could be measured; compose with "
-            "`positions='keep'`."
+            f"{name} is not given positions, at which its keys could be measured: compose with `positions='keep'`."
         )
     last = max(layer.key.shape[1] for layer in layers.values()) - 1
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and offset + last >= limit:
+        raise ValueError(f"{name} has {limit} positions, which {offset + last + 1} virtual tokens do not fit into.")
     before, after = _record(model, 0), _record(model, offset)
     checks_before, checks_after = _record(model, last, seed=1), _record(model, offset + last, seed=1)
     shifted = {}
@@ -65,8 +68,8 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
             rotation = _measure(before[index][number], after[index][number])
             if not _is_close(rotation(checks_before[index][number]), checks_after[index][number]):
                 raise ValueError(
-                    f"{type(model).__name__} (model type {model.config.model_type!r}) does not place what layer {index} "
-                    f"caches by a rotation that could move it {offset} positions; compose with `positions='keep'`."
+                    f"{name} does not place what layer {index} caches by a rotation that could move it {offset} positions: "
+                    "compose with `positions='keep'`."
                 )
             moved.append(rotation(state).to(state.dtype))
         shifted[index] = LayerKV(*moved)

@@ -19,8 +19,8 @@ from peft_prefix_ext.geometry import record_layers
 
 IDS = random_ids(1, 9)
 EAGER = ("gptj", "gpt_oss")
-# One of each way to turn keys: all entries, a part of them, neighbours, by layer, not at all in some layers, and scaled.
-TURNING = ["llama", "phi", "gpt_neox", "gptj", "cohere2", "glm4", "gemma3", "smollm3", "gpt_oss", "falcon"]
+# Each way to turn keys: all entries or a part, halves or neighbours, by layer, in some layers, scaled, or as values.
+TURNING = ["llama", "phi", "gptj", "cohere2", "glm4", "gemma3", "smollm3", "gpt_oss", "deepseek_v3", "lfm2"]
 
 
 def base_of(name, **overrides):
@@ -58,11 +58,10 @@ def test_shifted_texts_are_the_texts_behind_one_another(name, tmp_path):
         write_text(tmp_path / str(number), base, text)
     composed = compose([tmp_path / str(number) for number in range(3)], tmp_path / "all", "shift", base)
     whole = {row.index: row.kv for row in record_layers(base, [*chain(*texts)])}
-    first = min(whole)
     for index, kv in whole.items():
         for found, expected in zip(composed.layers[index], kv, strict=True):
             assert_close(found[:, :5], expected[:, :5])
-            if index == first:
+            if index == 0:
                 assert_close(found, expected)
     # Each text read alone, at its place among the others.
     places = [(texts[1], 5), (texts[2], 16)]
@@ -120,19 +119,29 @@ def test_a_shifted_prefix_is_as_far_from_the_text_as_alone(tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_learned_positions_cannot_be_moved(name, tmp_path):
     with_prefix(base_of(name)).save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match=f"model type '{name}'.*compose with `positions='keep'`"):
+    with pytest.raises(ValueError, match=f"model type '{name}'.*: compose with `positions='keep'`"):
         compose([tmp_path / "one", tmp_path / "one"], tmp_path / "both", "shift", base_of(name))
     compose([tmp_path / "one", tmp_path / "one"], tmp_path / "both")
     assert logits(PeftModel.from_pretrained(base_of(name), tmp_path / "both")).isfinite().all()
 
 
 def test_frequencies_that_depend_on_the_length_are_refused_where_they_change(tmp_path):
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    base = tiny_model("llama", max_position_embeddings=64, rope_parameters=rope)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 8.0}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **factors}
+    base = tiny_model("llama", rope_parameters=rope)
     one = write_text(tmp_path / "one", base, random_ids(20).tolist())
     compose([one, one], tmp_path / "within", "shift", base)
     with pytest.raises(ValueError, match="does not place what layer 0 caches by a rotation"):
         compose([one, one, one, one], tmp_path / "beyond", "shift", base)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj"])
+def test_there_is_no_room_behind_the_last_position(name, tmp_path):
+    base = base_of(name, max_position_embeddings=32)
+    one = write_text(tmp_path / "one", base, random_ids(16).tolist())
+    compose([one, one], tmp_path / "both", "shift", base)
+    with pytest.raises(ValueError, match="has 32 positions, which 48 virtual tokens do not fit into"):
+        compose([one, one, one], tmp_path / "three", "shift", base)
 
 
 def test_in_bfloat16_it_is_exact_up_to_bfloat16(tmp_path):
@@ -155,6 +164,10 @@ def test_stock_and_ours_compose_and_go_on_training(tmp_path):
     composed = compose(sources, tmp_path / "all")
     assert (composed.peft_type, composed.num_virtual_tokens) == ("PREFIX_EXT", 10)
     assert composed.config["task_type"] == "CAUSAL_LM"
+    assert (
+        composed.config["init_report"]
+        == "10 virtual tokens: prefixes of 4 + 3 + 3 behind one another, positions 'keep'"
+    )
     model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "all", is_trainable=True)
     assert model.get_base_model().get_submodule(composed.modules[0]).prefix_ext.prefix_ext_key["default"].shape[1] == 8
     with pytest.raises(ValueError, match=r"`base_model` \(`--base`\) must be given"):
