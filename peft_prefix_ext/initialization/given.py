@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 
-from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.checkpoint import CROSS, DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.geometry import RecordedLayer
 
@@ -41,6 +41,15 @@ def given_kv(config: PrefixExtConfig, layers: list[RecordedLayer]) -> list[Layer
 
 
 def _by_index(given: Any, layers: list[RecordedLayer]) -> dict[int, tuple[Any, Any]]:
+    if isinstance(given, EncoderDecoderCache):
+        caches = {DECODER: given.self_attention_cache, CROSS: given.cross_attention_cache}
+        first: dict[str, int] = {}  # what the layers of each kind of attention count from
+        pairs = {}
+        for layer in layers:
+            number = layer.index - first.setdefault(layer.attention, layer.index)
+            if layer.attention in caches:
+                pairs[layer.index] = _of_cache(caches[layer.attention], number)
+        return pairs
     if isinstance(given, Cache):
         return {layer.index: _of_cache(given, layer.index) for layer in layers if layer.index < len(given)}
     if isinstance(given, Mapping):

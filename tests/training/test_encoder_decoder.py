@@ -295,6 +295,21 @@ def test_text_is_read_and_written(word_tokenizer):
 
 
 @torch.no_grad()
+def test_starts_from_the_cache_of_an_encoder_decoder_model():
+    base = tiny_encoder_decoder("t5")
+    cache = base(input_ids=READ[:1, :7], decoder_input_ids=torch.tensor([VIRTUAL])).past_key_values
+    settings = {"init": "kv", "init_kv": cache, "num_virtual_tokens": 7}
+    layers = prefix_layers(prefixed(base, cross_prefix=True, **settings))
+    written = [layer for part in (cache.self_attention_cache, cache.cross_attention_cache) for layer in part.layers]
+    for layer, given in zip(sorted(layers.values(), key=lambda layer: layer.index), written, strict=True):
+        key, value = layer.materialize("default", None)
+        assert torch.equal(key, given.keys[0])
+        assert torch.equal(value, given.values[0])
+    with pytest.raises(ValueError, match="`init_kv` must have K/V for layers"):
+        prefixed(tiny_encoder_decoder("t5"), **settings, **EVERYWHERE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_half_precision_runs(name):
     model = prefixed(tiny_encoder_decoder(name).bfloat16(), **EVERYWHERE)
