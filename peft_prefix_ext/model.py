@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
@@ -35,6 +35,9 @@ from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.variants import layer_class
 
 logger = logging.getLogger(__name__)
+
+
+_HEADS_ADDED_LATE = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
 
 
 class PrefixExtModel(BaseTuner):
@@ -114,6 +117,10 @@ class PrefixExtModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The user's config may serve several models, and what is recorded of a model belongs to one.
         own = copy.copy(peft_config)
+        # PEFT trains the head of a tagger, too, but says so in the config it was given, and only after this.
+        heads = _HEADS_ADDED_LATE.get(own.task_type, [])
+        if heads:
+            own.modules_to_save = [*dict.fromkeys([*(own.modules_to_save or []), *heads])]
         self.peft_config[self._name_of(peft_config)] = own
         return own
 
