@@ -93,18 +93,30 @@ class PrefixExtLayer(PrefixTunerLayer):
         return LayerKV(*states)
 
     def check_loaded(self, adapter_name: str, key: torch.Tensor) -> None:
-        """Raises `ValueError` if an adapter made from the config of a saved one still has no weights.
+        """Raises `ValueError` if an adapter made from the config of a saved one still has no weights of its own.
 
-        They come in many ways (PEFT's, transformers', `load_state_dict`); until then, they are NaN. A compiled graph
-        cannot look.
+        `load_state_dict` brings them in the form that they have here. transformers' own loading sets tensor after tensor,
+        and knows the form on disk only: K/V that a reparameterization has become part of. A compiled graph cannot look.
         """
-        if adapter_name in self.awaiting_weights and not torch.compiler.is_compiling():
-            if key.is_meta or key.isnan().all():
-                raise ValueError(
-                    f"Adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were never "
-                    "loaded; use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
-                )
-            self.awaiting_weights.discard(adapter_name)
+        if adapter_name not in self.awaiting_weights or torch.compiler.is_compiling():
+            return
+        if key.is_meta or key.isnan().all():
+            raise ValueError(
+                f"Adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were never loaded; "
+                "use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
+            )
+        if adapter_name in self.runtime.prefix_ext_reparam:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has a reparameterization, which transformers cannot load to go on training; use "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`."
+            )
+        self.awaiting_weights.discard(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.awaiting_weights -= {
+            name for name in self.awaiting_weights if f"{prefix}prefix_ext_key.{name}" in state_dict
+        }
 
     def forget(self, adapter_name: str) -> None:
         super().forget(adapter_name)

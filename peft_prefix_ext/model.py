@@ -21,16 +21,18 @@ from peft_prefix_ext.alibi import has_bias
 from peft_prefix_ext.checkpoint import CROSS, DECODER, ENCODER, FORMAT_VERSION, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime, tells_positions
-from peft_prefix_ext.fingerprint import differences, fingerprint
+from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
+from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import PrefixRuntime, base_alone
+from peft_prefix_ext.saved import check_saved_for, with_live_names
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
-from peft_prefix_ext.state_dict import State, from_checkpoint, to_checkpoint
+from peft_prefix_ext.state_dict import WRAPPED, State, from_checkpoint, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.variants import layer_class
 
@@ -134,7 +136,8 @@ class PrefixExtModel(BaseTuner):
             recorded = [layer for layer in probe_layers(model) if layer.attention in peft_config.attentions]
             _check_attentions(peft_config, model, recorded)
             _check_length(peft_config, model)
-            _check_saved_for(peft_config, model, recorded)
+            peft_config._recorded = _record(peft_config, model, recorded)
+            check_saved_for(peft_config, model, peft_config._recorded["prefix_layers"])
             _check_layers_to_train(peft_config, recorded)
             for layer in recorded:
                 reachable_arguments(model.get_submodule(layer.module))
@@ -148,7 +151,6 @@ class PrefixExtModel(BaseTuner):
         self._stacks, self._mlps = stacks, mlps
         self._recorded = {layer.module: layer for layer in recorded}
         self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
-        peft_config._recorded = _record(peft_config, model, recorded)
         if not peft_config.is_saved:
             logger.info("Adapter %r starts as %s", self._name_of(peft_config), peft_config.init_report)
         # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of the same name starts anew.
@@ -270,7 +272,9 @@ class PrefixExtModel(BaseTuner):
         state_dict: State,
         unwanted_adapter_names: list[str],
     ) -> State:
-        return to_checkpoint(model, config, adapter_name, state_dict)
+        saved = to_checkpoint(model, config, adapter_name, state_dict)
+        # transformers, which wraps no model in another, adds the prefix itself.
+        return saved if isinstance(model, PeftModel) else {name.removeprefix(WRAPPED): saved[name] for name in saved}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -281,7 +285,11 @@ class PrefixExtModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
     ) -> State:
-        return from_checkpoint(model, config, adapter_name, state_dict)
+        saved = {
+            WRAPPED + name if "prefix_ext_" in name and not name.startswith(WRAPPED) else name: tensor
+            for name, tensor in state_dict.items()
+        }
+        return from_checkpoint(model, config, adapter_name, with_live_names(config, saved))
 
 
 def _stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str) -> str:
@@ -356,21 +364,5 @@ def _record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Record
     }
 
 
-def _check_saved_for(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> None:
-    if config.format_version != FORMAT_VERSION:
-        raise ValueError(
-            f"The adapter has format version {config.format_version}, this release reads {FORMAT_VERSION}; upgrade "
-            "peft-prefix-ext."
-        )
-    if not config.is_saved:
-        return
-    found = differences(config.base_fingerprint or {}, fingerprint(model.config))
-    if not found and _record(config, model, layers)["prefix_layers"] != config.prefix_layers:
-        found = ["its attention layers have other names or shapes"]
-    if found:
-        raise ValueError(
-            f"The adapter was trained on another base model ({config.base_model_name_or_path}): {'; '.join(found)}."
-        )
-
-
 register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)
+wrap_peft_model()

@@ -19,7 +19,8 @@ from peft_prefix_ext.layer import PrefixExtLayer, assemble
 from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
 
-REPARAM = "base_model.model.prefix_ext.prefix_ext_reparam"
+WRAPPED = "base_model.model."  # what `PeftModel` and a tuner add to the names of the model within
+REPARAM = f"{WRAPPED}prefix_ext.prefix_ext_reparam"
 State = dict[str, torch.Tensor]
 
 
@@ -128,7 +129,6 @@ def _from_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: st
         state |= {f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}": parameters[name] for name in parameters}
         starts |= added_to
     for name, layer in layers.items():
-        layer.awaiting_weights.discard(adapter_name)
         for number, kind in enumerate(LayerKV._fields):
             state[f"{name}.prefix_ext_{kind}.{adapter_name}"] = starts[layer.module_name][number]
             if (kept := frozen[layer.module_name]) is not None:

@@ -1,0 +1,57 @@
+"""What prefixes add to methods of `PeftModel` that call no hook of a tuner: every wrap of PEFT is here."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import wrapt
+from peft import PeftConfig, PeftModel
+
+from peft_prefix_ext.card import write_card
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.saved import check_saved_for
+
+
+def wrap_peft_model() -> None:
+    """Wraps the methods, of which the last is transformers' own and private: without it, cards are just not extended."""
+    for name, wrapper in {
+        "load_adapter": _load_adapter,
+        "create_or_update_model_card": _create_or_update_model_card,
+        "_upload_modified_files": _upload_modified_files,
+    }.items():
+        if hasattr(PeftModel, name):
+            wrapt.wrap_function_wrapper("peft", f"PeftModel.{name}", wrapper)
+
+
+def _has_prefix(model: Any) -> bool:
+    return any(isinstance(config, PrefixExtConfig) for config in model.peft_config.values())
+
+
+def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """PEFT reads no config where the adapter exists, so that weights of another base model would go unnoticed."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    if isinstance(model.peft_config.get(call["adapter_name"]), PrefixExtConfig):
+        hub_options, _ = model._split_kwargs(call.get("kwargs", {}))
+        try:
+            saved = PeftConfig.from_pretrained(call["model_id"], **hub_options)
+        except (OSError, ValueError):
+            saved = None  # weights alone
+        if isinstance(saved, PrefixExtConfig):
+            check_saved_for(saved, model.get_base_model(), layers=None)
+    return wrapped(*args, **kwargs)
+
+
+def _create_or_update_model_card(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    wrapped(*args, **kwargs)
+    if _has_prefix(model):
+        write_card(model, inspect.signature(wrapped).bind(*args, **kwargs).arguments["output_dir"])
+
+
+def _upload_modified_files(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`push_to_hub` writes a template of its own over the card before it uploads; only here is the repository known."""
+    if _has_prefix(model):
+        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        model.create_or_update_model_card(call["working_dir"])
+        write_card(model, call["working_dir"], call["repo_id"])
+    return wrapped(*args, **kwargs)
