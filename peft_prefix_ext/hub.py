@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, PrefixCheckpointError
 
-_REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
 
 
 def resolve(source: str | Path) -> Path:
-    """Returns the folder of an adapter: `source` itself, or a download of the Hub repository `owner/name[@revision]`.
+    """Returns the folder of an adapter: `source` itself, or a download from the Hub, `owner/name[/folder][@revision]`.
 
     Raises:
         PrefixCheckpointError: If it is neither.
@@ -19,15 +19,18 @@ def resolve(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     if folder.exists():
         return folder
-    if not _REPO.fullmatch(str(source)):
+    place = _REPO.fullmatch(str(source))
+    if place is None:
         raise PrefixCheckpointError(
             f"No prefix adapter at {str(source)!r}: it is neither a folder nor a Hub repository."
         )
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = str(source).partition("@")
+    # PEFT saves an adapter that is not called "default" in a folder of its own.
+    subfolder = place["folder"].lstrip("/")
+    files = [str(PurePosixPath(subfolder, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        return Path(snapshot_download(place["repo"], revision=place["revision"], allow_patterns=files)) / subfolder
     except Exception as error:
         # The Hub's errors are many, of several packages, and each means the same to the user.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -15,6 +15,7 @@ from tiny import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from peft_prefix_ext import PrefixExtConfig, read_prefix
+from peft_prefix_ext.hub import resolve
 
 
 @pytest.fixture
@@ -99,14 +100,24 @@ def test_what_is_pushed_is_all_a_server_needs(base, hub):
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_several_adapters_in_one_repository(base, hub):
+def test_several_adapters_in_one_repository(base, hub, monkeypatch):
     model = with_prefix(base)
     model.add_adapter("long", PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=9))
     model.push_to_hub("user/both")
     text = (hub / "user" / "both" / "README.md").read_text()
     assert "--prefix-adapter both=user/both\n" in text
     assert "--prefix-adapter long=user/both/long\n" in text
-    assert read_prefix(hub / "user" / "both" / "long").num_virtual_tokens == 9
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        kept = hub / "downloaded" / repo_id / str(revision)
+        for pattern in allow_patterns:
+            (kept / pattern).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / repo_id / pattern, kept / pattern)
+        return str(kept)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    lengths = {source: read_prefix(resolve(source)).num_virtual_tokens for source in ("user/both", "user/both/long@v1")}
+    assert lengths == {"user/both": 7, "user/both/long@v1": 9}
 
 
 def test_a_prefix_on_lora_is_not_said_to_be_served(base, tmp_path):
