@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_prefix_ext import __version__
+
 if TYPE_CHECKING:
     from peft_prefix_ext.checkpoint import PrefixCheckpoint
 
 EXIT_CODES = "exit codes: 0 it is right, or was written; 1 it was refused, for the reason on stderr; 2 wrong usage"
-PATH = "a folder, or a Hub repository as owner/name[@revision]"
+PATH = "a folder, or one on the Hub as owner/name[/folder][@revision]"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"`prefix-ext COMMAND --help` has examples. Only safetensors is ever read.\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"prefix-ext {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: Any, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
