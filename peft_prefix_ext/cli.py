@@ -188,14 +188,16 @@ def _wrote(prefix: PrefixCheckpoint) -> None:
 
 
 def _load_base(arguments: argparse.Namespace) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     # What it has to say while it loads is not what was asked for.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(arguments.base, dtype=arguments.dtype)
+        writes_only = not AutoConfig.from_pretrained(arguments.base).is_encoder_decoder
+        auto_class: Any = AutoModelForCausalLM if writes_only else AutoModelForSeq2SeqLM
+        return auto_class.from_pretrained(arguments.base, dtype=arguments.dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The base model {arguments.base!r} cannot be loaded: {reason}") from error

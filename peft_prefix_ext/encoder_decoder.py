@@ -79,22 +79,25 @@ class CrossPrefix(PrefixExtLayer):
     def _kv_length(self, step: Step, cache: Cache | None) -> int:
         return 0  # only a mask that the model leaves out would have to be made
 
-    def _view(self, cache: Cache | None, prefix: LayerKV) -> Any:
-        if isinstance(cache, EncoderDecoderCache):
-            return CrossCacheView(cache, prefix)
-        return super()._view(cache, prefix)
+    def _view(self, cache: Any, prefix: LayerKV) -> CrossCacheView:
+        return CrossCacheView(cache, prefix)
 
 
 LAYERS: dict[str, type[PrefixExtLayer]] = {DECODER: DecoderPrefix, CROSS: CrossPrefix, ENCODER: EncoderPrefix}
 
 
 class CrossCacheView(EncoderDecoderCache):
-    """Takes the cache's place inside one cross-attention, which writes the encoder's K/V once and then reads them off."""
+    """Takes the cache's place inside one cross-attention, which writes the encoder's K/V once and then reads them off.
 
-    def __init__(self, cache: EncoderDecoderCache, prefix: LayerKV) -> None:
-        self.is_updated = cache.is_updated
-        self.self_attention_cache = cache.self_attention_cache
-        self.cross_attention_cache: Any = _WrittenView(cache.cross_attention_cache, prefix)
+    Without a cache, as in training, nothing is written.
+    """
+
+    def __init__(self, cache: EncoderDecoderCache | None, prefix: LayerKV) -> None:
+        self.is_updated = {} if cache is None else cache.is_updated
+        written = None if cache is None else cache.cross_attention_cache
+        self.cross_attention_cache: Any = _WrittenView(written, prefix)
+        # Asked for a length that cross-attention has no use for.
+        self.self_attention_cache: Any = self.cross_attention_cache
 
 
 class _WrittenView(PrefixCacheView):

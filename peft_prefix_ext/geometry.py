@@ -127,17 +127,19 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     ids = torch.tensor([token_ids], device=model.device)
     if model.config.is_encoder_decoder:
-        caches = {attention: _RecordingCache(None, running) for attention in ATTENTIONS}
+        # The decoder has a config of its own: another number of layers (T5), sliding windows (T5Gemma).
+        configs = {DECODER: model.get_decoder().config}
+        caches = {attention: _RecordingCache(configs.get(attention), running) for attention in ATTENTIONS}
         both = EncoderDecoderCache(caches[DECODER], caches[CROSS])
         inputs = {"input_ids": ids, "decoder_input_ids": ids, "past_key_values": both, **inputs}
         handles += [_hook_cache(module, caches[ENCODER]) for module in _encoder_attentions(model)]
     else:
         caches = {DECODER: _RecordingCache(model.config, running)}
-        inputs = {"input_ids": ids, "past_key_values": caches[DECODER], **inputs}
+        inputs = {"input_ids": ids, "past_key_values": caches[DECODER], "use_cache": True, **inputs}
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        model(use_cache=True, **inputs)
+        model(**inputs)
     finally:
         for module in in_training:
             module.training = True
@@ -180,6 +182,8 @@ def refuse_unsupported(model: nn.Module) -> None:
         raise ValueError(f"A prefix needs a transformers `PreTrainedModel`, got {type(model).__name__}.")
     config = model.config.get_text_config(decoder=True)
     name = f"{type(model).__name__} (model type {config.model_type!r})"
+    if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
+        raise ValueError(f"{name} reads `{model.main_input_name}` and not text, which PREFIX_EXT does not support.")
     layer_types = getattr(config, "layer_types", None) or []
     implementation = config._attn_implementation
     is_flash = "flash" in implementation

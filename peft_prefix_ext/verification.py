@@ -32,7 +32,8 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
     yield f"the base model fits: {recorded} the ones it was trained on"
 
     tokens = torch.arange(NUM_TOKENS, device=base_model.device)[None] % base_model.config.get_text_config().vocab_size
-    alone = base_model.eval()(input_ids=tokens).logits.float()
+    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if base_model.config.is_encoder_decoder else {})}
+    alone = base_model.eval()(**inputs).logits.float()
     with TemporaryDirectory() as folder:
         path = prefix.path if prefix.peft_type not in STOCK_TYPES else import_from_peft(prefix, folder, base_model).path
         model = PeftModel.from_pretrained(base_model, path)
@@ -43,7 +44,7 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
                 raise ValueError(f"The model does not use the {kind} of layer {index} that is in {prefix.path}.")
     yield "the model loads it, and uses the K/V on disk to the bit"
 
-    logits = model(input_ids=tokens).logits.float()
+    logits = model(**inputs).logits.float()
     if not logits.isfinite().all():
         raise ValueError(f"With the prefix in {prefix.path} the logits are NaN or Inf.")
     change = float((logits - alone).abs().max())

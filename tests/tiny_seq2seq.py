@@ -29,11 +29,27 @@ ENCODER_DECODERS: dict[str, tuple[str, dict]] = {
     "plbart": ("PLBartConfig", _BART_LIKE),
 }
 
+# Their encoders attend in ways of their own, to which no K/V can be given.
+OTHER_ENCODERS: dict[str, tuple[str, dict]] = {
+    "longt5": ("LongT5Config", _T5_LIKE),
+    "led": (
+        "LEDConfig",
+        {
+            **_BART_LIKE,
+            "attention_window": 8,
+            "max_encoder_position_embeddings": 128,
+            "max_decoder_position_embeddings": 128,
+        },
+    ),
+    "bigbird_pegasus": ("BigBirdPegasusConfig", {**_BART_LIKE, "attention_type": "original_full"}),
+    "pegasus_x": ("PegasusXConfig", {**_BART_LIKE, "num_global_tokens": 4, "block_size": 8}),
+}
+
 
 def tiny_encoder_decoder(name: str, seed: int = 0, attention: str = "sdpa", **overrides: object) -> PreTrainedModel:
     """Builds the model without dropout, with weights large enough for attention to matter to its output."""
     torch.manual_seed(seed)
-    config_class, own = ENCODER_DECODERS[name]
+    config_class, own = {**ENCODER_DECODERS, **OTHER_ENCODERS}[name]
     values = {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 128,

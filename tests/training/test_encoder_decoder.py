@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import perturb, with_prefix
 from tiny import random_ids
-from tiny_seq2seq import ENCODER_DECODERS, tiny_encoder_decoder
+from tiny_seq2seq import ENCODER_DECODERS, OTHER_ENCODERS, tiny_encoder_decoder
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -18,6 +18,7 @@ from peft_prefix_ext import PrefixExtConfig, compose, export_to_peft, import_fro
 from peft_prefix_ext.geometry import record_layers
 from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.reparam import PrefixMLP
+from peft_prefix_ext.verification import verify
 
 EVERYWHERE = {"encoder_prefix": True, "cross_prefix": True}
 READ, WRITTEN, VIRTUAL = random_ids(2, 11), random_ids(2, 6, seed=3), [1, *random_ids(6, seed=5).tolist()]
@@ -63,14 +64,29 @@ def base(request):
     return tiny_encoder_decoder(request.param)
 
 
-@torch.no_grad()
-def test_prefix_in_the_decoder_equals_its_tokens_before_the_text(base):
-    """To the bit of distance and position: what the decoder was fed before is what it has as a prefix."""
+def assert_prefix_equals_tokens_before(base):
     before = torch.tensor([VIRTUAL])
     expected = base(input_ids=READ[:1], decoder_input_ids=torch.cat([before, WRITTEN[:1]], dim=1)).logits[:, 7:]
     model = prefixed(copy.deepcopy(base))
     start_from(model, record_layers(base, VIRTUAL, input_ids=READ[:1]))
     torch.testing.assert_close(logits(model, WRITTEN[:1], READ[:1]), expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_prefix_in_the_decoder_equals_its_tokens_before_the_text(base):
+    assert_prefix_equals_tokens_before(base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(OTHER_ENCODERS))
+def test_decoders_of_other_encoders(name):
+    base = tiny_encoder_decoder(name, attention="eager")
+    assert_prefix_equals_tokens_before(base)
+    with pytest.raises(ValueError, match=r"`encoder_prefix` must be False for .*, which has no encoder attention"):
+        prefixed(copy.deepcopy(base), encoder_prefix=True)
+    model = prefixed(base, cross_prefix=True)
+    new = greedy(model)
+    assert torch.equal(logits(model, new, use_cache=False)[:, :-1].argmax(-1), new[:, 1:])
 
 
 @torch.no_grad()
@@ -340,6 +356,18 @@ def test_seq2seq_trainer_trains_and_generates(tmp_path):
     assert trainer.predict(rows[:2]).predictions[:, :7].tolist() == greedy(model, max_new_tokens=6).tolist()
 
 
+def test_a_mixed_batch_is_refused():
+    model = prefixed(tiny_encoder_decoder("t5"))
+    with pytest.raises(ValueError, match="`adapter_names` is not supported for encoder-decoder models"):
+        logits(model, adapter_names=["default", "__base__"])
+
+
+def test_verified_against_its_base(tmp_path):
+    base = tiny_encoder_decoder("t5")
+    prefixed(copy.deepcopy(base), **EVERYWHERE).save_pretrained(tmp_path)
+    assert "it works" in list(verify(tmp_path, base))[-1]
+
+
 def test_where_there_is_no_encoder_says_so(llama):
     for field in EVERYWHERE:
         with pytest.raises(ValueError, match=f"`{field}` must be False for LlamaForCausalLM"):
@@ -349,7 +377,12 @@ def test_where_there_is_no_encoder_says_so(llama):
 def refused():
     t = transformers
     tiny = {"vocab_size": 32, "d_model": 16, "num_heads": 2, "num_layers": 1, "d_ff": 16, "d_kv": 8}
-    return {"umt5": t.UMT5ForConditionalGeneration(t.UMT5Config(**tiny))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    whisper = {"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0, **heads}
+    return {
+        "umt5": t.UMT5ForConditionalGeneration(t.UMT5Config(**tiny)),
+        "whisper": t.WhisperForConditionalGeneration(t.WhisperConfig(**whisper)),
+    }
 
 
 @pytest.mark.parametrize("name", list(refused()))
