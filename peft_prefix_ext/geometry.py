@@ -85,20 +85,23 @@ def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
     placed = record_layers(model, [first], position_ids=at_zero)
     if len({layer.module for layer in short}) < len(short):
         raise ValueError(f"{name} runs one attention module as several layers, which PREFIX_EXT does not support.")
+    # Activations that are rounded to 8 bits are so by what else is in the batch.
+    tolerance = (
+        0.1 if getattr(model, "hf_quantizer", None) is not None else 1e-5 if model.dtype == torch.float32 else 2e-2
+    )
     if not _same_first_token(
-        record_layers(model, [first, second], **read), record_layers(model, [first, third], **read)
+        record_layers(model, [first, second], **read), record_layers(model, [first, third], **read), tolerance
     ):
         raise ValueError(f"{name} is not causal: its first token sees later ones, which PREFIX_EXT does not support.")
-    if not _same_first_token(short, placed):
+    if not _same_first_token(short, placed, tolerance):
         raise ValueError(f"{name} does not count positions from 0, which PREFIX_EXT does not support.")
     return short
 
 
-def _same_first_token(some: list[RecordedLayer], others: list[RecordedLayer]) -> bool:
+def _same_first_token(some: list[RecordedLayer], others: list[RecordedLayer], tolerance: float) -> bool:
     """Whether the first token's K/V are the same, but for rounding (experts are given other tokens at a time)."""
     for one, other in zip(some, others, strict=True):
         for a, b in zip(one.kv, other.kv, strict=True):
-            tolerance = 1e-5 if a.dtype == torch.float32 else 2e-2
             if not torch.allclose(a[:, :1], b[:, :1], rtol=0.0, atol=tolerance * float(a.abs().max())):
                 return False
     return True
@@ -136,13 +139,16 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
     else:
         caches = {DECODER: _RecordingCache(model.config, running)}
         inputs = {"input_ids": ids, "past_key_values": caches[DECODER], "use_cache": True, **inputs}
-    in_training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in modes:
+        # bitsandbytes' 4-bit layers, in eval mode on a CPU, pack their weights in a way that passes no gradient on.
+        module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
         model(**inputs)
     finally:
-        for module in in_training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
     if not caches[DECODER].recorded:
