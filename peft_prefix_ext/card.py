@@ -53,13 +53,16 @@ def _name(repo: str | None) -> str | None:
 
 
 def _section(model: PeftModel, name: str, config: PrefixExtConfig, base: str, repo: str | None) -> str:
-    rows = config.to_dict()["prefix_layers"] or []
+    recorded = config.to_dict()
+    rows = recorded["prefix_layers"] or []
+    is_encoder_decoder = bool((recorded["base_fingerprint"] or {}).get("is_encoder_decoder"))
     served = sum(math.prod(row[shape]) for row in rows for shape in ("key_shape", "value_shape"))
     trained = _num_trained(model, name)
     reparam = f"`{config.reparam}`, folded into the K/V when saved" if config.reparam != "none" else "`none`"
     facts = {
         "base model": f"`{base}`",
         "task": f"`{config.task_type}`" if config.task_type else None,
+        "attention with a prefix": ", ".join(config.attentions) if is_encoder_decoder else None,
         "virtual tokens": f"{config.num_virtual_tokens}, the first {config.num_frozen_tokens} frozen"
         if config.num_frozen_tokens
         else config.num_virtual_tokens,
@@ -79,7 +82,9 @@ Serve it with [vLLM](https://github.com/vllm-project/vllm) (`pip install "peft-p
 vllm serve {base} --prefix-adapter {(_name(repo) if name == "default" else name) or "NAME"}={source}
 ```
 """
-    if config.modules_to_save or _others(model):
+    if is_encoder_decoder:
+        serving = "\nIt is of an encoder-decoder model, which vLLM does not serve.\n"
+    elif config.modules_to_save or _others(model):
         serving = "\nIt needs more than the base model and the prefix, and is not served by vLLM as it is.\n"
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value is not None)
     return f"""

@@ -30,6 +30,7 @@ def as_dict(prefix: PrefixCheckpoint) -> dict[str, Any]:
             {
                 "index": index,
                 "module": prefix.modules.get(index),
+                "attention": prefix.attentions[index],
                 "key_shape": list(layer.key.shape),
                 "value_shape": list(layer.value.shape),
                 "dtype": str(layer.key.dtype).removeprefix("torch."),
@@ -48,7 +49,8 @@ def as_text(prefix: PrefixCheckpoint) -> str:
     layers, base, made = facts["layers"], facts["base_fingerprint"], facts["made"]
     shapes: dict[str, list[int]] = {}
     for layer in layers:
-        shape = f"keys {layer['key_shape']}, values {layer['value_shape']}, {layer['dtype']}"
+        kind = f"{layer['attention']} " if prefix.is_encoder_decoder else ""
+        shape = f"{kind}keys {layer['key_shape']}, values {layer['value_shape']}, {layer['dtype']}"
         shapes.setdefault(shape, []).append(layer["index"])
     frozen = f", the first {facts['num_frozen_tokens']} frozen" if facts["num_frozen_tokens"] else ""
     architecture = f" ({base.get('model_type')}, {base.get('num_hidden_layers')} layers)" if base else ""

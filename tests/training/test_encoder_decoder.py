@@ -18,6 +18,7 @@ from peft_prefix_ext import PrefixExtConfig, compose, export_to_peft, import_fro
 from peft_prefix_ext.geometry import record_layers
 from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.reparam import PrefixMLP
+from peft_prefix_ext.summary import as_text
 from peft_prefix_ext.verification import verify
 
 EVERYWHERE = {"encoder_prefix": True, "cross_prefix": True}
@@ -237,9 +238,13 @@ def test_saved_and_loaded(name, reparam, layers, tmp_path):
 def test_reader_tells_kinds_of_attention_apart(tmp_path):
     model = prefixed(tiny_encoder_decoder("t5"), **EVERYWHERE)
     model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| attention with a prefix | decoder, cross, encoder |" in card
+    assert "vllm serve" not in card
     read = read_prefix(tmp_path)
     assert read.is_encoder_decoder
     assert list(read.attentions.values()) == ["decoder"] * 2 + ["cross"] * 2 + ["encoder"] * 3
+    assert "2-3: cross keys [4, 7, 24], values [4, 7, 24]" in as_text(read)
     for layer in prefix_layers(model).values():
         assert read.attentions[layer.index] == layer.attention
         for ours, theirs in zip(layer.materialize("default", None), read.layers[layer.index], strict=True):
