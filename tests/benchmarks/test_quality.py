@@ -10,7 +10,7 @@ from records import Records
 from summary import BEGIN, END, variant_table, write_report
 from tiny import tiny_model
 
-TESTED = [method for method in METHODS if method.name in ("ours-mlp-exemplars", "stock-flat", "lora-r8")]
+TESTED = [method for method in METHODS if method.name in ("ours-mlp-exemplars", "stock-zero", "lora-r8")]
 
 
 @pytest.fixture(scope="module")
