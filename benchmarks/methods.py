@@ -94,19 +94,19 @@ METHODS = (
 # One choice of the first method changed at a time, compared by the loss on held-out rows, never on the test split. The
 # learning rate stays what the first method chose.
 CHANGES: dict[str, dict[str, Any]] = {
-    "16 tokens": {"num_virtual_tokens": 16},
-    "32 tokens": {"num_virtual_tokens": 32},
-    "no frozen token": {"num_frozen_tokens": 0},
+    "text": {"init": "text", "init_text": TASK_WORDS},
     "MLP of width 512": {"reparam_hidden_size": 512},
-    "MLP of width 128": {"reparam_hidden_size": 128},
+    "K and V apart": {"reparam_joint_kv": False},
+    "a trunk per layer": {"reparam_shared_trunk": False},
     "two hidden layers": {"reparam_num_layers": 2},
+    "no frozen token": {"num_frozen_tokens": 0},
+    "16 tokens": {"num_virtual_tokens": 16},
+    "128 tokens": {"num_virtual_tokens": 128},
+    "prefix dropout 0.1": {"prefix_dropout": 0.1},
+    "MLP dropout 0.1": {"reparam_dropout": 0.1},
     "latent of 256": {"reparam_latent_size": 256},
     "GELU": {"reparam_activation": "gelu"},
-    "a trunk per layer": {"reparam_shared_trunk": False},
-    "K and V apart": {"reparam_joint_kv": False},
-    "MLP dropout 0.1": {"reparam_dropout": 0.1},
-    "prefix dropout 0.1": {"prefix_dropout": 0.1},
-    "128 tokens": {"num_virtual_tokens": 128},
+    "MLP of width 128": {"reparam_hidden_size": 128},
 }
 
 

@@ -125,11 +125,16 @@ class Benchmark:
             print(f"{number} of {len(left)}: {run.name}: {scores}", flush=True)
 
     def vary(self, method: Method) -> None:
-        """Measures what each choice of a method does to its held-out loss."""
+        """Measures what each choice of a method does to its held-out loss, with the most data and the first seed."""
+        size, seed = self.settings.sizes[0], self.settings.seeds[0]
         for variant in variants(method, self._learning_rate(method)):
-            learning_rate = self._learning_rate(variant)
-            found = self._searched(variant, learning_rate)[0]
-            print(f"{variant.name}: {found['held_out_loss']}", flush=True)
+            run = Run(variant, size, seed)
+            if not self.records.find(kind="variant", **run.key):
+                learning_rate = self._learning_rate(variant)
+                model, _ = self._train(run, learning_rate)
+                loss = self._held_out_loss(model)
+                self.records.add({"kind": "variant", **run.key, "learning_rate": learning_rate, "held_out_loss": loss})
+                print(f"{variant.name}: {loss}", flush=True)
 
     def _run(self, run: Run) -> Record:
         start = time.process_time()
@@ -150,19 +155,17 @@ class Benchmark:
 
     def _learning_rate(self, method: Method) -> float:
         """Returns the method's learning rate of the smallest held-out loss, out of the records as far as it is there."""
+        if len(method.learning_rates) == 1:
+            return method.learning_rates[0]
         losses = {}
         for candidate in method.learning_rates:
-            if not self._searched(method, candidate):
-                run = Run(method, self.settings.search, seed=0)
+            run = Run(method, self.settings.search, seed=0)
+            key = {"kind": "search", **run.key, "learning_rate": candidate}
+            if not self.records.find(**key):
                 model, _ = self._train(run, candidate)
-                loss = self._held_out_loss(model)
-                self.records.add({"kind": "search", **run.key, "learning_rate": candidate, "held_out_loss": loss})
-            losses[candidate] = self._searched(method, candidate)[0]["held_out_loss"]
+                self.records.add({**key, "held_out_loss": self._held_out_loss(model)})
+            losses[candidate] = self.records.find(**key)[0]["held_out_loss"]
         return min(losses, key=lambda candidate: losses[candidate])
-
-    def _searched(self, method: Method, learning_rate: float) -> list[Record]:
-        key = Run(method, self.settings.search, seed=0).key
-        return self.records.find(kind="search", **key, learning_rate=learning_rate)
 
     def _train(self, run: Run, learning_rate: float) -> tuple[PeftModel, list[float]]:
         pairs = random.Random(run.seed).sample(self.pairs, run.size.rows or len(self.pairs))

@@ -74,17 +74,18 @@ def table(content: Record, methods: Sequence[Method]) -> str:
 
 def variant_table(content: Record, method: Method) -> str:
     """Returns the held-out loss of a method and of its variants, or nothing when none was measured."""
-    searched = [record for record in content["records"] if record["kind"] == "search"]
-    own = [r for r in searched if r["method"] == method.name and r["options"] == method.options]
+    settings = content["settings"]
+    seed = settings["seeds"][0]
+    own = [run for run in _runs(content, method, _name(settings["sizes"][0])) if run["seed"] == seed]
     if not own:
         return ""
-    best = min(own, key=lambda record: record["held_out_loss"])
     rows = []
-    for variant in variants(method, best["learning_rate"]):
-        wanted = {"method": variant.name, "options": variant.options, "learning_rate": best["learning_rate"]}
-        rows += [_row([variant.title, f"{r['held_out_loss']:.3f}"]) for r in searched if wanted.items() <= r.items()]
-    header = [f"{method.title}, changed", "held-out loss"]
-    lines = [_row(header), _row(["---"] * 2), _row(["nothing", f"{best['held_out_loss']:.3f}"]), *rows]
+    for variant in variants(method, own[0]["learning_rate"]):
+        wanted = {"kind": "variant", "options": variant.options, "learning_rate": own[0]["learning_rate"]}
+        found = [record for record in content["records"] if wanted.items() <= record.items()]
+        rows += [_row([variant.title, f"{record['held_out_loss']:.3f}"]) for record in found]
+    header = [f"{method.title}, changed (seed {seed})", "loss on held-out rows"]
+    lines = [_row(header), _row(["---"] * 2), _row(["nothing", f"{own[0]['held_out_loss']:.3f}"]), *rows]
     return "\n".join(lines) if rows else ""
 
 
