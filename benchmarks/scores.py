@@ -1,6 +1,6 @@
 """The scores of a set of answers, each against all the sentences that people wrote for the same facts.
 
-METEOR and CIDEr are left out: NLTK's METEOR needs WordNet, which no package brings, and of the packages with CIDEr one is
+METEOR and CIDEr are left out: NLTK's METEOR needs WordNet, which no kept package brings, and of those with CIDEr one is
 unkept since 2020 and the other installs two audio models' libraries with it.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -35,14 +36,15 @@ def write_report(results: Path, methods: Sequence[Method], plot: Path, readme: P
 def caption(settings: Record) -> str:
     """Returns under which budget the results were made."""
     budgets = "; ".join(
-        f"{_name(size)} rows: {size['steps']} steps, {size['tests']} meaning representations"
+        f"{_name(size)} rows: {size['steps']} steps, scored on {size['tests']} meaning representations"
         for size in settings["sizes"]
     )
-    return (
-        f"{settings['model']} ({settings['dtype']}), batches of {settings['batch_size']} rows, and how many meaning "
-        f"representations of the test split are answered greedily ({budgets}). Mean ± standard deviation over "
-        f"{len(settings['seeds'])} seeds; each method has its own learning rate, the best of its candidates on held-out rows."
+    text = (
+        f"{settings['model']} in {settings['dtype']}, {settings['batch_size']} rows a step. {budgets.capitalize()}. Greedy "
+        "answers. Each method has its own learning rate, of its candidates the one with the smallest loss on rows that "
+        f"nothing trains on. Mean ± standard deviation over {len(settings['seeds'])} seeds, or over as many as are done."
     )
+    return textwrap.fill(text, 120)
 
 
 def table(content: Record, methods: Sequence[Method]) -> str:
@@ -67,7 +69,10 @@ def table(content: Record, methods: Sequence[Method]) -> str:
             continue
         seeds = len(settings["seeds"])
         cells = [_cell([run["scores"]["bleu"] for run in group], seeds) for group in runs]
-        cells += [_cell([run["scores"][name] for run in runs[-1]], seeds) for name in ("nist", "rouge_l")]
+        cells += [
+            _cell([run["scores"][name] for run in runs[-1]], seeds, digits)
+            for name, digits in (("nist", 2), ("rouge_l", 1))
+        ]
         lines.append(_row([method.title, f"{done[0]['trained']:,}", f"{done[0]['learning_rate']:g}", *cells]))
     return "\n".join(lines)
 
@@ -121,11 +126,11 @@ def _name(size: Record) -> str:
     return "all" if size["rows"] is None else str(size["rows"])
 
 
-def _cell(values: Sequence[float], seeds: int) -> str:
+def _cell(values: Sequence[float], seeds: int, digits: int = 1) -> str:
     if not values:
         return ""
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{spread}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
 
 
 def _row(cells: Sequence[str]) -> str:
