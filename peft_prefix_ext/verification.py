@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.checkpoint import STOCK_TYPES, PrefixCheckpoint
@@ -23,6 +22,9 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
     Raises:
         ValueError: At the first check that fails, with what is wrong in one sentence.
     """
+    # Not at the top: PEFT is told of our type when it is imported, unless by a module of ours that is half imported itself.
+    from peft import PeftModel
+
     prefix = read_source(source)
     p, num_layers = prefix.num_virtual_tokens, len(prefix.layers)
     yield f"the file is whole: {p} virtual tokens for {num_layers} layers, all of them finite"

@@ -45,6 +45,21 @@ def test_training_writes_an_adapter(folder):
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
 
 
+def test_several_prefixes_in_one_batch(folder):
+    run(block("python", "__base__").replace(BASE, "./base"), folder)
+
+
+def test_adapters_on_disk(folder):
+    for line in block("bash", "prefix-ext verify").replace(BASE, "./base").splitlines():
+        command = shlex.split(line)
+        assert command[0] == "prefix-ext"
+        done = subprocess.run(
+            [sys.executable, "-m", "peft_prefix_ext", *command[1:]], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "both" / "adapter_model.safetensors").exists()
+
+
 def test_offline(folder):
     settings = "".join(f"{name}={value!r}, " for name, value in ENGINE.items())
     code = block("python", "LLM(model=").replace(f'model="{BASE}", ', f'model="./base", {settings}')
