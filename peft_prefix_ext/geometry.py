@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
+from peft_prefix_ext.flash import uses_flash
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,5 @@ def refuse_unsupported(model: nn.Module) -> None:
     if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
         raise ValueError(f"{name} reads `{model.main_input_name}` and not text, which PREFIX_EXT does not support.")
     layer_types = getattr(config, "layer_types", None) or []
-    implementation = config._attn_implementation
-    is_flash = "flash" in implementation
-    if implementation not in ("eager", "sdpa") and not is_flash:
-        raise ValueError(
-            f"PREFIX_EXT needs attn_implementation 'sdpa', 'eager' or flash attention, got {implementation!r}."
-        )
-    if is_flash and (getattr(config, "sliding_window", None) or "sliding_attention" in layer_types):
+    if uses_flash(config) and (getattr(config, "sliding_window", None) or "sliding_attention" in layer_types):
         raise ValueError(f"{name} has sliding windows: load it with attn_implementation='sdpa' for PREFIX_EXT.")

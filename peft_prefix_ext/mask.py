@@ -23,8 +23,7 @@ def prepend_prefix(
     between prefix and text must not push the prefix out.
 
     Args:
-        mask: The model's own mask: `None` (causal, or a single query that sees all), `[b, k]` (flash attention), or
-            `[b or 1, 1, q, k]`, bool or additive.
+        mask: The model's own mask: `None` (causal, or a single query that sees all), or `[b or 1, 1, q, k]`, bool or additive.
         num_virtual_tokens: p.
         positions: `[b or 1, q]`, of the queries, counted from the first virtual token.
         kv_length: k.
@@ -32,8 +31,6 @@ def prepend_prefix(
         lengths: How many of the virtual tokens each row has, `[b, 1]`; `None` when all have p.
     """
     p, q = num_virtual_tokens, positions.shape[-1]
-    if mask is not None and mask.dim() == 2:
-        return torch.cat([mask.new_ones(mask.shape[0], p), mask], dim=-1)
     if mask is None:
         if q == 1 and sliding_window is None and lengths is None:
             return None

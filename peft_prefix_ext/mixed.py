@@ -26,7 +26,7 @@ def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Ite
         call: The other arguments of `forward` or `generate`, which say how many rows become of an input.
 
     Raises:
-        ValueError: If the model is in training mode, has no such adapter, or cannot tell rows apart.
+        ValueError: If the model is in training mode, or has no such adapter.
     """
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
@@ -39,9 +39,6 @@ def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Ite
     (runtime,) = runtimes_of(model)
     if unknown := set(names) - runtime.num_virtual_tokens.keys() - {BASE}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    if "flash" in implementation:
-        raise ValueError(f"`adapter_names` needs attn_implementation 'sdpa' or 'eager', got {implementation!r}.")
     rows = Rows.mixed(names, runtime.num_virtual_tokens, model.device, _rows_per_input(call))
     with ExitStack() as stack:
         stack.enter_context(runtime.mixed(rows))

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.dropout import PrefixDropout
+from peft_prefix_ext.flash import flash_or_refuse
 from peft_prefix_ext.memo import remembered
 from peft_prefix_ext.reentrant import gather_gradient, uses_checkpointing, uses_reentrant_checkpointing
 from peft_prefix_ext.rows import Rows
@@ -147,7 +148,8 @@ class PrefixRuntime(PrefixTunerLayer):
         rate = self.prefix_dropout[rows.adapters[0]] if self.training else 0.0
         dropout = PrefixDropout.draw(rate) if rate else None
         states = {name: self._state_of(name) for name in rows.adapters}
-        self.step = Step(rows, text_positions, states, kwargs.get("attention_mask"), dropout=dropout)
+        is_flash = flash_or_refuse(decoder.config, kwargs, text_positions)
+        self.step = Step(rows, text_positions, states, kwargs.get("attention_mask"), is_flash=is_flash, dropout=dropout)
         for name in rows.adapters:
             cache = kwargs.get("past_key_values")
             self.step.residuals[name], self.step.projected = self._residuals(self.step, name, is_reentrant, cache)

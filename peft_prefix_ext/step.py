@@ -11,6 +11,7 @@ from peft_prefix_ext.alibi import columns_behind_padding
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.chunks import chunked_mask
 from peft_prefix_ext.dropout import PrefixDropout
+from peft_prefix_ext.flash import flash_mask
 from peft_prefix_ext.mask import prepend_prefix
 from peft_prefix_ext.rows import Rows
 
@@ -27,6 +28,7 @@ class Step:
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
         states: What the reparameterization of each adapter depends on, see `memo.py`.
         given_mask: The mask that the decoder was given.
+        is_flash: Whether the attention is flash attention.
         residuals: What it adds to the K/V, by adapter and attention module; empty without one.
         dropout: Of the prefix, in training.
         projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
@@ -38,6 +40,7 @@ class Step:
     positions: torch.Tensor
     states: dict[str, Any]
     given_mask: Any = None
+    is_flash: bool = False
     residuals: dict[str, dict[str, LayerKV]] = field(default_factory=dict)
     dropout: PrefixDropout | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -74,13 +77,17 @@ class Step:
         return columns_behind_padding(self.is_prefix_seen(len(padding)), padding)
 
     def mask(self, mask: torch.Tensor | None, kv_length: int, sliding_window: int | None) -> torch.Tensor | None:
-        """Returns `prepend_prefix(...)`, computed once for all layers that were given the same mask."""
+        """Returns the mask over prefix and real tokens, computed once for all layers that were given the same mask."""
         for given, window, extended in self._masks:
             if given is mask and window == sliding_window:
                 return extended
-        extended = prepend_prefix(
-            mask, self.rows.num_virtual_tokens, self.positions, kv_length, sliding_window, self.rows.lengths
-        )
+        if self.is_flash:
+            rows = self.rows.lengths if mask is None else mask
+            extended = flash_mask(mask, None if rows is None else self.is_prefix_seen(len(rows)), kv_length)
+        else:
+            extended = prepend_prefix(
+                mask, self.rows.num_virtual_tokens, self.positions, kv_length, sliding_window, self.rows.lengths
+            )
         self._masks.append((mask, sliding_window, extended))
         return extended
 
