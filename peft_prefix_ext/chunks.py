@@ -43,7 +43,7 @@ def chunked_mask(
         visible = visible & text[:, None, kv_offset : kv_offset + kv_length]
     elif past == 0 and kv_length == q:
         key_positions = positions
-        text_number = (positions.diff(prepend=positions[:, :1]) < 0).cumsum(dim=-1)
+        text_number = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(dim=-1)
         visible = visible & (text_number[:, None] == text_number[..., None])
     else:
         key_positions = columns[None] + num_virtual_tokens

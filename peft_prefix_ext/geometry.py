@@ -8,6 +8,8 @@ for a fair share of architectures (see PEFT's failures on MLA, multi-query and h
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ class RecordedLayer:
         sliding_window: How many positions a query of this layer sees, itself included; `None` for all.
         is_chunked: Whether those are the ones of its own chunk of the sequence, and not the last.
         attention: Its kind, one of `ATTENTIONS`.
+        in_hybrid: Whether the model has recurrent or convolutional layers besides.
     """
 
     module: str
@@ -41,6 +44,7 @@ class RecordedLayer:
     sliding_window: int | None
     attention: str = DECODER
     is_chunked: bool = False
+    in_hybrid: bool = False
 
     def shapes(self, num_virtual_tokens: int) -> tuple[list[int], list[int]]:
         """Returns the K and V shapes of a prefix for this layer."""
@@ -53,6 +57,7 @@ class _RecordingCache(DynamicCache):
         super().__init__(config=config)
         self.running = running
         self.recorded: dict[int, tuple[str, LayerKV]] = {}
+        self.has_states = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -65,6 +70,14 @@ class _RecordingCache(DynamicCache):
         # A layer that shares the K/V of another one does not write; the first writer owns the cache.
         self.recorded.setdefault(layer_idx, (self.running[-1], LayerKV(key_states[0], value_states[0])))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.has_states = True
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.has_states = True
+        return super().update_recurrent_state(*args, **kwargs)
 
 
 def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
@@ -140,16 +153,10 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
     else:
         caches = {DECODER: _RecordingCache(model.config, running)}
         inputs = {"input_ids": ids, "past_key_values": caches[DECODER], "use_cache": True, **inputs}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in modes:
-        # bitsandbytes' 4-bit layers, in eval mode on a CPU, pack their weights in a way that passes no gradient on.
-        module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
-        model(**inputs)
+        with evaluating(model):
+            model(**inputs)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for handle in handles:
             handle.remove()
     if not caches[DECODER].recorded:
@@ -161,8 +168,25 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
         for index, (module, kv) in sorted(cache.recorded.items()):
             sliding_window = getattr(cache.layers[index], "sliding_window", None)
             is_chunked = attention == DECODER and layer_types[index : index + 1] == ["chunked_attention"]
-            layers.append(RecordedLayer(module, before + index, kv, sliding_window, attention, is_chunked))
+            layers.append(
+                RecordedLayer(module, before + index, kv, sliding_window, attention, is_chunked, cache.has_states)
+            )
     return layers
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs `model` without dropout and the like, and leaves each module's mode as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes:
+        # bitsandbytes' 4-bit layers, in eval mode on a CPU, pack their weights in a way that passes no gradient on.
+        module.training = hasattr(getattr(module, "weight", None), "quant_state")
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _encoder_attentions(model: PreTrainedModel) -> list[nn.Module]:

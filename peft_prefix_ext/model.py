@@ -28,6 +28,7 @@ from peft_prefix_ext.layer import reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
+from peft_prefix_ext.rehearsal import rehearse
 from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import PrefixRuntime, base_alone
 from peft_prefix_ext.saved import check_saved_for, with_live_names
@@ -141,6 +142,8 @@ class PrefixExtModel(BaseTuner):
             _check_layers_to_train(peft_config, recorded)
             for layer in recorded:
                 reachable_arguments(model.get_submodule(layer.module))
+            if not model.config.is_encoder_decoder and not _has_prefix(model):
+                rehearse(model, model.get_submodule(_stack_of(model, recorded, DECODER)))
             initial, peft_config.init_report = initial_kv(peft_config, model, recorded)
             peft_config.forget_sources()  # a model is copied and pickled without them
             stacks = {attention: _stack_of(model, recorded, attention) for attention in peft_config.attentions}
@@ -290,6 +293,10 @@ class PrefixExtModel(BaseTuner):
             for name, tensor in state_dict.items()
         }
         return from_checkpoint(model, config, adapter_name, with_live_names(config, saved))
+
+
+def _has_prefix(model: nn.Module) -> bool:
+    return any(isinstance(module, PrefixTunerLayer) for module in model.modules())
 
 
 def _stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 WINDOW = 24
 HYBRIDS = "Hybrids with recurrent layers; their attention layers have the prefix"
 
@@ -210,3 +212,46 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         },
     },
 }
+
+# What is refused, each with what the error says.
+REFUSED: dict[str, dict] = {
+    "bert": {"why": "not causal"},
+    "cpmant": {"why": "not causal"},
+    "deepseek_v32": {**_MLA, "n_group": 2, "topk_group": 1, "why": "does not run with a prefix"},
+    "falcon_mamba": {"why": "no attention layer"},
+    "glm_moe_dsa": {**_MLA, "why": "does not run with a prefix"},
+    "hrm_text": {"why": "runs one attention module as several layers"},
+    "mamba": {"why": "no attention layer"},
+    "minimax": {"why": "cache of its own"},
+    "openai-gpt": {"why": "no attention layer"},
+    "recurrent_gemma": {"why": "does not count positions from 0"},
+    "roberta": {"why": "does not count positions from 0", "is_decoder": True},
+    "rwkv": {"why": "no attention layer"},
+    "trocr": {"why": "does not take `position_ids`"},
+    "xlnet": {"why": "no attention layer"},
+    "zaya": {"why": "does not run with a prefix", "num_experts_per_tok": 1},
+}
+
+BEGIN, END = "<!-- architectures: python tests/architectures.py -->\n", "<!-- end -->\n"
+
+
+def table() -> str:
+    """Returns the README's table of what the sweep runs."""
+    rows = ["| Layers | Model types |", "| --- | --- |"]
+    for kind, models in ARCHITECTURES.items():
+        names = dict.fromkeys(name.partition(":")[0] for name in models)
+        rows.append(f"| {kind} ({len(names)}) | {', '.join(names)} |")
+    rows.append(f"| Refused | {', '.join(REFUSED)} |")
+    return "\n".join(rows) + "\n"
+
+
+def rewritten(readme: str) -> str:
+    """Returns the README with its table made anew."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    path = Path(__file__).parents[1] / "README.md"
+    path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")

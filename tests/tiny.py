@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from architectures import ARCHITECTURES, HYBRIDS
+from architectures import ARCHITECTURES, HYBRIDS, REFUSED
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -73,8 +73,9 @@ RECURRENT = list(ARCHITECTURES[HYBRIDS])
 
 
 def tiny_config(name: str, **overrides: object) -> PreTrainedConfig:
-    own = {**CONFIGS[name], **overrides}
-    own.pop("base_lacks", None)
+    own = {**{**CONFIGS, **REFUSED}[name], **overrides}
+    for about in ("base_lacks", "why"):
+        own.pop(about, None)
     config_class = CONFIG_MAPPING[own.pop("model_type", name.partition(":")[0])]
     known = {field.name for field in dataclasses.fields(config_class)}
     names = {standard: name for standard, name in config_class.attribute_map.items() if name in known}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from pathlib import Path
 
 import pytest
 import torch
+from architectures import rewritten
 from peft import PeftModel
 from prefixed import perturb, with_prefix, with_prefix_of
 from tiny import CONFIGS, RECURRENT, random_ids, tiny_model
@@ -193,3 +195,10 @@ def test_saves_and_loads(case, tmp_path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(case.base), tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=case.ids).logits, model(input_ids=case.ids).logits)
+
+
+def test_the_table_in_the_readme_is_that_of_the_sweep():
+    """Rewrite it with `python tests/architectures.py`."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert rewritten(readme) == readme
+    assert len({name.partition(":")[0] for name in CONFIGS}) >= 100
