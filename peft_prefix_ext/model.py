@@ -220,7 +220,11 @@ class PrefixExtModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._refuse_others([adapter_name])
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        remaining = sorted(name for name, config in self.peft_config.items() if config.peft_type == PREFIX_EXT)
+        if was_active and remaining:  # each layer chose for itself, and need not have them all
+            self.set_adapter(remaining[0])
 
     def _refuse_others(self, names: list[str]) -> None:
         """The configs of a model are shared by all that was put on it, such as LoRA under a prefix."""

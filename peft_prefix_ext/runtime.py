@@ -87,8 +87,12 @@ class PrefixRuntime(PrefixTunerLayer):
             self._bypassed = before
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
         self.forget(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # Not every adapter has a reparameterization; the next active one is chosen among them all.
+        return sorted(self.num_virtual_tokens)
 
     def forget(self, adapter_name: str) -> None:
         """Drops what is known of an adapter besides its parameters."""
