@@ -185,6 +185,9 @@ def test_what_cannot_be_says_so(llama):
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(input_ids=ids, adapter_names=["default", "long"])
     model.eval()(input_ids=ids)  # nothing of a refused call stays behind
+    mpt = three_prefixes(tiny_model("mpt", attention="eager"))
+    with pytest.raises(ValueError, match="not supported for MptForCausalLM"):
+        mpt(input_ids=ids, adapter_names=["default", "long"])
 
 
 @torch.no_grad()
