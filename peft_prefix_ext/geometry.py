@@ -155,7 +155,8 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
         inputs = {"input_ids": ids, "past_key_values": caches[DECODER], "use_cache": True, **inputs}
     try:
         with evaluating(model):
-            model(**inputs)
+            # Heads for classification ask for an end-of-sequence token, which need not be among the tokens.
+            (model.base_model if model.config.is_encoder_decoder else model)(**inputs)
     finally:
         for handle in handles:
             handle.remove()

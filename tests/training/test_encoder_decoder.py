@@ -361,6 +361,20 @@ def test_seq2seq_trainer_trains_and_generates(tmp_path):
     assert trainer.predict(rows[:2]).predictions[:, :7].tolist() == greedy(model, max_new_tokens=6).tolist()
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_classifiers(name):
+    config = tiny_encoder_decoder(name).config
+    config.eos_token_id = 5
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    ids = torch.cat([READ, torch.full((2, 1), 5)], dim=1)
+    prefixed = with_prefix(model, task_type="SEQ_CLS", **EVERYWHERE)
+    prefixed(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in prefixed.parameters() if p.requires_grad)
+    with prefixed.disable_adapter():
+        base = prefixed(input_ids=ids).logits
+    assert not torch.allclose(prefixed(input_ids=ids).logits, base)
+
+
 def test_a_mixed_batch_is_refused():
     model = prefixed(tiny_encoder_decoder("t5"))
     with pytest.raises(ValueError, match="`adapter_names` is not supported for encoder-decoder models"):
