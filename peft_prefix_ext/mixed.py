@@ -12,7 +12,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.alibi import has_inverted_mask
+from peft_prefix_ext.alibi import counts_columns
 from peft_prefix_ext.rows import BASE, Rows
 from peft_prefix_ext.runtime import runtimes_of
 
@@ -37,7 +37,7 @@ def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Ite
         raise ValueError(
             "`adapter_names` is not supported for encoder-decoder models; use `set_adapter` for the batch."
         )
-    if any(has_inverted_mask(module) for module in model.modules()):
+    if any(counts_columns(module) for module in model.modules()):
         raise ValueError(
             f"`adapter_names` is not supported for {type(model).__name__}; use `set_adapter` for the batch."
         )
