@@ -7,7 +7,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -259,6 +259,11 @@ class PrefixExtModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("A prefix changes no weight, so there is nothing to merge.")
+
+    def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        # PEFT takes `adapter_names` off before it comes here, except for MPT.
+        with self._enable_peft_forward_hooks(adapter_names=adapter_names) if adapter_names else nullcontext():
+            return super().forward(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -126,6 +126,13 @@ def test_sampling_draws_as_a_batch_of_one_adapter_does(model):
     assert torch.equal(sample(adapter_names=["long"] * 4), alone(model, "long", sample))
 
 
+@pytest.mark.parametrize("name", ["mpt", "gpt_neo"])
+def test_models_that_count_columns_say_so(name):
+    model = three_prefixes(tiny_model(name, attention="eager"))
+    with pytest.raises(ValueError, match="`adapter_names` is not supported for"):
+        model(input_ids=random_ids(4, 9), adapter_names=NAMES)
+
+
 @torch.no_grad()
 def test_all_rows_without_a_prefix(model):
     ids = random_ids(2, LENGTH)
@@ -185,9 +192,6 @@ def test_what_cannot_be_says_so(llama):
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(input_ids=ids, adapter_names=["default", "long"])
     model.eval()(input_ids=ids)  # nothing of a refused call stays behind
-    mpt = three_prefixes(tiny_model("mpt", attention="eager"))
-    with pytest.raises(ValueError, match="not supported for MptForCausalLM"):
-        mpt(input_ids=ids, adapter_names=["default", "long"])
 
 
 @torch.no_grad()
