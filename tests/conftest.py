@@ -18,10 +18,15 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WOR
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n`, keeps whatever starts engines on one worker: they share them, and two at a time would starve."""
+    """Under `-n`, keeps together what shares something that is slow to make: engines, or an architecture's models.
+
+    Two engines at a time would starve, too.
+    """
     for item in items:
         if "training" not in item.path.parts:
             item.add_marker(pytest.mark.xdist_group("engines"))
+        elif "case" in (parameters := getattr(getattr(item, "callspec", None), "params", {})):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {parameters['case']}"))
 
 
 @pytest.fixture(scope="session")
