@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from tiny import VOCABULARY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no compilation
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -17,16 +19,21 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n`, keeps together what shares something that is slow to make: engines, or an architecture's models.
+class TogetherWhatShares(LoadScopeScheduling):
+    """Under `-n`, keeps on one worker what shares something that is slow to make, or would starve side by side.
 
-    Two engines at a time would starve, too.
+    That is a file, an architecture of the sweep, and everything that starts engines.
     """
-    for item in items:
-        if "training" not in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("engines"))
-        elif "case" in (parameters := getattr(getattr(item, "callspec", None), "params", {})):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {parameters['case']}"))
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, test = nodeid.partition("::")
+        if "/training/" not in path:
+            return "engines"
+        return path + test.partition("[")[2].partition("-")[0] if "test_architectures" in path else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherWhatShares:
+    return TogetherWhatShares(config, log)
 
 
 @pytest.fixture(scope="session")
