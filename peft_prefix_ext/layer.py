@@ -118,6 +118,11 @@ class PrefixExtLayer(PrefixTunerLayer):
             name for name in self.awaiting_weights if f"{prefix}prefix_ext_key.{name}" in state_dict
         }
 
+    def start_as(self, adapter_name: str, twin: str) -> None:
+        super().start_as(adapter_name, twin)
+        if twin not in self.awaiting_weights:
+            self.awaiting_weights.discard(adapter_name)
+
     def forget(self, adapter_name: str) -> None:
         super().forget(adapter_name)
         self.awaiting_weights.discard(adapter_name)

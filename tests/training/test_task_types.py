@@ -91,7 +91,9 @@ def test_a_trained_adapter_comes_back_with_its_head(task_type, reparam, word_tok
         model.train()(input_ids=IDS, **LABELS[task_type]).loss.backward()
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == (name in trained), name
-            assert parameter.grad is None or parameter.grad.abs().max() > 0, name
+            # What is added to the logits of every position alike moves no answer: that bias has a gradient of rounding.
+            moves_nothing = name.endswith("qa_outputs.modules_to_save.default.bias")
+            assert parameter.grad is None or moves_nothing or parameter.grad.abs().max() > 0, name
     model.eval().save_pretrained(tmp_path)
     back = PeftModel.from_pretrained(base_model(task_type), tmp_path)
     for ours, theirs in zip(outputs(back, IDS), outputs(model, IDS), strict=True):
