@@ -205,7 +205,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(folder: Path) -> None:
     _, errors = server.communicate(timeout=240)
     assert server.returncode == 1
     assert errors.strip().splitlines()[-1] == (
-        "prefix-serve: error: No prefix adapter at '/nowhere': it is neither a folder nor a Hub repository."
+        "prefix-serve: error: Prefix adapter 'x': No prefix adapter at '/nowhere': it is neither a folder nor a Hub repository."
     )
     assert "Traceback" not in errors
 
