@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,19 +13,17 @@ from peft import PeftModel, PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
-from transformers import PreTrainedModel
 
-from peft_prefix_ext.alibi import has_bias
-from peft_prefix_ext.checkpoint import CROSS, DECODER, ENCODER, FORMAT_VERSION, LayerKV
+from peft_prefix_ext.checkpoint import DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime, tells_positions
-from peft_prefix_ext.fingerprint import fingerprint
+from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
 from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
+from peft_prefix_ext.placement import check_attentions, check_layers_to_train, check_length, record, stack_of
 from peft_prefix_ext.rehearsal import rehearse
 from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import PrefixRuntime, base_alone
@@ -135,18 +131,18 @@ class PrefixExtModel(BaseTuner):
         """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
         with base_alone(model):
             recorded = [layer for layer in probe_layers(model) if layer.attention in peft_config.attentions]
-            _check_attentions(peft_config, model, recorded)
-            _check_length(peft_config, model)
-            peft_config._recorded = _record(peft_config, model, recorded)
+            check_attentions(peft_config, model, recorded)
+            check_length(peft_config, model)
+            peft_config._recorded = record(peft_config, model, recorded)
             check_saved_for(peft_config, model, peft_config._recorded["prefix_layers"])
-            _check_layers_to_train(peft_config, recorded)
+            check_layers_to_train(peft_config, recorded)
             for layer in recorded:
                 reachable_arguments(model.get_submodule(layer.module))
             if not model.config.is_encoder_decoder and not _has_prefix(model):
-                rehearse(model, model.get_submodule(_stack_of(model, recorded, DECODER)))
+                rehearse(model, model.get_submodule(stack_of(model, recorded, DECODER)))
             initial, peft_config.init_report = initial_kv(peft_config, model, recorded)
             peft_config.forget_sources()  # a model is copied and pickled without them
-            stacks = {attention: _stack_of(model, recorded, attention) for attention in peft_config.attentions}
+            stacks = {attention: stack_of(model, recorded, attention) for attention in peft_config.attentions}
             mlps = {}
             for stack in dict.fromkeys(stacks.values()):
                 inside = [number for number, layer in enumerate(recorded) if stacks[layer.attention] == stack]
@@ -306,78 +302,6 @@ class PrefixExtModel(BaseTuner):
 
 def _has_prefix(model: nn.Module) -> bool:
     return any(isinstance(module, PrefixTunerLayer) for module in model.modules())
-
-
-def _stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str) -> str:
-    """Returns the name of the innermost module around all layers of a kind that is given tokens, positions and the cache.
-
-    The encoder of an encoder-decoder model has no cache, and its stacks count positions by themselves.
-    """
-    names = [layer.module for layer in layers if layer.attention == attention]
-    needed = {"input_ids"} if attention == ENCODER else {"input_ids", "past_key_values"}
-    name = names[0]
-    while name:
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        parameters = inspect.signature(module.forward).parameters
-        holds_all = all(inner.startswith(f"{name}." if name else "") for inner in names)
-        if holds_all and needed <= parameters.keys():
-            if "position_ids" in parameters:
-                return name
-            attention_module = model.get_submodule(names[0])
-            if model.config.is_encoder_decoder and tells_positions(module, attention_module):
-                return name
-            if not model.config.is_encoder_decoder and has_bias(attention_module):
-                return name
-    raise ValueError(
-        f"{type(model).__name__} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
-        "its input; PREFIX_EXT does not support it."
-    )
-
-
-def _check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> None:
-    for attention, field in ((ENCODER, "encoder_prefix"), (CROSS, "cross_prefix")):
-        if attention in config.attentions and not any(layer.attention == attention for layer in layers):
-            raise ValueError(
-                f"`{field}` must be False for {type(model).__name__}, which has no {attention} attention that can be given "
-                "K/V."
-            )
-
-
-def _check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
-    text_config = model.config.get_text_config(decoder=True)
-    limit = getattr(text_config, "max_position_embeddings", None)
-    if limit and config.num_virtual_tokens >= limit:
-        raise ValueError(
-            f"`num_virtual_tokens` must be < the {limit} positions of {type(model).__name__}, got "
-            f"{config.num_virtual_tokens}."
-        )
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        warnings.warn(
-            f"{type(model).__name__} turns its keys by how long the text is (rope_type={rope['rope_type']!r}): a prefix is "
-            "exact only up to the length that its frequencies were computed for.",
-            stacklevel=2,
-        )
-
-
-def _check_layers_to_train(config: PrefixExtConfig, layers: list[RecordedLayer]) -> None:
-    indices = sorted({layer.index for layer in layers})
-    if unknown := sorted(set(config.layers_to_train or ()) - set(indices)):
-        raise ValueError(f"`layers_to_train` must be among the layers with a prefix, {indices}, got {unknown}.")
-
-
-def _record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> dict[str, Any]:
-    rows = []
-    for layer in layers:
-        key, value = layer.shapes(config.num_virtual_tokens)
-        row = {"index": layer.index, "module": layer.module, "key_shape": key, "value_shape": value}
-        rows.append(row if layer.attention == DECODER else {**row, "attention": layer.attention})
-    return {
-        "prefix_layers": rows,
-        "base_fingerprint": fingerprint(model.config),
-        "format_version": FORMAT_VERSION,
-    }
 
 
 register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)

@@ -1,0 +1,88 @@
+"""Where in a model a prefix stands, whether this one fits there, and what a saved adapter records of it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from peft_prefix_ext.alibi import has_bias
+from peft_prefix_ext.checkpoint import CROSS, DECODER, ENCODER, FORMAT_VERSION
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.encoder_decoder import tells_positions
+from peft_prefix_ext.fingerprint import fingerprint
+from peft_prefix_ext.geometry import RecordedLayer
+
+
+def stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str) -> str:
+    """Returns the name of the innermost module around all layers of a kind that is given tokens, positions and the cache.
+
+    The encoder of an encoder-decoder model has no cache, and its stacks count positions by themselves.
+    """
+    names = [layer.module for layer in layers if layer.attention == attention]
+    needed = {"input_ids"} if attention == ENCODER else {"input_ids", "past_key_values"}
+    name = names[0]
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        parameters = inspect.signature(module.forward).parameters
+        holds_all = all(inner.startswith(f"{name}." if name else "") for inner in names)
+        if holds_all and needed <= parameters.keys():
+            if "position_ids" in parameters:
+                return name
+            attention_module = model.get_submodule(names[0])
+            if model.config.is_encoder_decoder and tells_positions(module, attention_module):
+                return name
+            if not model.config.is_encoder_decoder and has_bias(attention_module):
+                return name
+    raise ValueError(
+        f"{type(model).__name__} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
+        "its input; PREFIX_EXT does not support it."
+    )
+
+
+def check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> None:
+    for attention, field in ((ENCODER, "encoder_prefix"), (CROSS, "cross_prefix")):
+        if attention in config.attentions and not any(layer.attention == attention for layer in layers):
+            raise ValueError(
+                f"`{field}` must be False for {type(model).__name__}, which has no {attention} attention that can be given "
+                "K/V."
+            )
+
+
+def check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
+    text_config = model.config.get_text_config(decoder=True)
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if limit and config.num_virtual_tokens >= limit:
+        raise ValueError(
+            f"`num_virtual_tokens` must be < the {limit} positions of {type(model).__name__}, got "
+            f"{config.num_virtual_tokens}."
+        )
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        warnings.warn(
+            f"{type(model).__name__} turns its keys by how long the text is (rope_type={rope['rope_type']!r}): a prefix is "
+            "exact only up to the length that its frequencies were computed for.",
+            stacklevel=2,
+        )
+
+
+def check_layers_to_train(config: PrefixExtConfig, layers: list[RecordedLayer]) -> None:
+    indices = sorted({layer.index for layer in layers})
+    if unknown := sorted(set(config.layers_to_train or ()) - set(indices)):
+        raise ValueError(f"`layers_to_train` must be among the layers with a prefix, {indices}, got {unknown}.")
+
+
+def record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> dict[str, Any]:
+    rows = []
+    for layer in layers:
+        key, value = layer.shapes(config.num_virtual_tokens)
+        row = {"index": layer.index, "module": layer.module, "key_shape": key, "value_shape": value}
+        rows.append(row if layer.attention == DECODER else {**row, "attention": layer.attention})
+    return {
+        "prefix_layers": rows,
+        "base_fingerprint": fingerprint(model.config),
+        "format_version": FORMAT_VERSION,
+    }
