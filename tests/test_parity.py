@@ -14,9 +14,10 @@ import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import perturb, with_prefix
+from serving.engines import start
 from tiny import random_ids, tiny_model
 from transformers import DynamicCache, PreTrainedModel
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 
 from vllm_plugin import PrefixAdapterRequest, prefix_adapters
 
@@ -103,13 +104,8 @@ class Line:
             for length in PROMPT_LENGTHS
         ]
         self.expected = [self.reference(name, prompt) for name, prompt in self.requests]
-        self.llm = LLM(
-            model=str(folder / "base"),
-            dtype="float32",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            block_size=32,
-            max_model_len=512,
+        self.llm = start(
+            folder / "base",
             # Far fewer than the 36 requests need together, so that every pass preempts.
             num_gpu_blocks_override=40,
             disable_log_stats=False,

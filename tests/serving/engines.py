@@ -72,6 +72,32 @@ class Engine:
         return {request.request_id: manager.get_block_ids(request.request_id)[0] for request in self.scheduler.running}
 
 
+def start(model: Path, **settings: Any) -> Any:
+    """Starts an `LLM` in this process, where it has all requests of a batch before its first step.
+
+    So what it schedules, and what it preempts, depends on no machine's speed.
+    """
+    from vllm import LLM
+
+    with pytest.MonkeyPatch.context() as environment:
+        # Read when an engine starts: no compiler, a small cache, and the engine in this process.
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        environment.setenv("VLLM_CPU_CI_ENV", "1")
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        environment.setenv("VLLM_NO_USAGE_STATS", "1")
+        return LLM(
+            **{
+                "model": str(model),
+                "skip_tokenizer_init": True,
+                "enforce_eager": True,
+                "block_size": support.BLOCK_SIZE,
+                "max_model_len": 512,
+                "dtype": "float32",
+                **settings,
+            }
+        )
+
+
 def make_engine(
     folder: Path,
     config: Any,
@@ -80,30 +106,13 @@ def make_engine(
     **overrides: Any,
 ) -> Engine:
     """Starts an offline engine with one adapter per length, named `p<length>`."""
-    from vllm import LLM
-
     from vllm_plugin import prefix_adapters
 
     if not (folder / "model").exists():
         support.write_model(folder / "model", config)
     prefixes = {f"p{length}": support.random_prefix(config, length, seed=length) for length in lengths}
     paths = {name: str(support.write_adapter(folder / name, config, kv)) for name, kv in prefixes.items()}
-    settings: dict[str, Any] = {
-        "model": str(folder / "model"),
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "block_size": support.BLOCK_SIZE,
-        "max_model_len": 512,
-        "dtype": "float32",
-        **prefix_adapters(paths, kv_transfer_config),
-    }
-    with pytest.MonkeyPatch.context() as environment:
-        # Read when an engine starts: no compiler, a small cache, and the engine in this process.
-        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        environment.setenv("VLLM_CPU_CI_ENV", "1")
-        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        environment.setenv("VLLM_NO_USAGE_STATS", "1")
-        llm = LLM(**{**settings, **overrides})
+    llm = start(folder / "model", **prefix_adapters(paths, kv_transfer_config), **overrides)
     return Engine(llm, folder / "model", config, prefixes)
 
 
