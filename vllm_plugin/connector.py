@@ -19,9 +19,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from vllm_plugin.bank import PrefixBank
 from vllm_plugin.config import specs_in
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.geometry import cache_layers
+from vllm_plugin.geometry import cache_layers, stacks_of
 from vllm_plugin.scheduler import PrefixLoad, PrefixScheduler
 from vllm_plugin.worker import PrefixWriter
 
@@ -46,28 +47,29 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        specs = specs_in(vllm_config.kv_transfer_config)
         self.scheduler: PrefixScheduler | None = None
         self.writer: PrefixWriter | None = None
         if role == KVConnectorRole.SCHEDULER:
             _check_only_engine(vllm_config)
-            self.scheduler = PrefixScheduler(specs)
+            self.scheduler = PrefixScheduler()
             return
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         parallel = vllm_config.parallel_config
-        modules = vllm_config.compilation_config.static_forward_context
-        # Now rather than in `register_kv_caches`: vLLM calls that inside the memory pool that sleep mode throws away.
-        self.writer = PrefixWriter(
-            list(specs.values()),
-            cache_layers(kv_cache_config),
-            modules,
+        stacks = stacks_of(cache_layers(kv_cache_config))
+        device = _device(vllm_config)
+        bank = PrefixBank(
+            stacks,
             tp_rank=get_tensor_model_parallel_rank(),
             tp_size=parallel.tensor_parallel_size,
             whole_model=parallel.pipeline_parallel_size == 1,
             dtype=cast(torch.dtype, vllm_config.model_config.dtype),
-            device=_device(vllm_config),
+            device=device,
         )
+        # Now rather than in `register_kv_caches`: vLLM calls that inside the memory pool that sleep mode throws away.
+        for spec in specs_in(vllm_config.kv_transfer_config).values():
+            bank.get(spec)
+        self.writer = PrefixWriter(bank, stacks, vllm_config.compilation_config.static_forward_context, device)
 
     # Scheduler side
 

@@ -37,6 +37,30 @@ class CacheLayer:
     value_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class LayerStack:
+    """Layers of one KV cache group and of the same shape: what is written to one can be written to all.
+
+    Args:
+        group: Their KV cache group.
+        block_size: Tokens per block of that group.
+        layers: The layers, at least one.
+    """
+
+    group: int
+    block_size: int
+    layers: tuple[CacheLayer, ...]
+
+
+def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
+    """Sorts layers into as few stacks as possible."""
+    stacks: dict[tuple[int, ...], list[CacheLayer]] = {}
+    for layer in layers:
+        shape = (layer.group, layer.block_size, layer.num_kv_heads, layer.key_size, layer.value_size)
+        stacks.setdefault(shape, []).append(layer)
+    return [LayerStack(group, block_size, tuple(alike)) for (group, block_size, *_), alike in stacks.items()]
+
+
 def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
     """Lists the layers of a `KVCacheConfig` that own a KV cache.
 

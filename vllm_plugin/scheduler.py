@@ -7,7 +7,6 @@ this class says that they can be loaded; either way the model never runs them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,13 +21,13 @@ class PrefixLoad:
     """One copy of virtual tokens `start..stop-1` of a prefix into a request's blocks.
 
     Args:
-        name: The adapter.
+        spec: The prefix.
         start: First virtual token to copy; those before it are cached already.
         stop: One past the last, p.
         block_ids: The request's block ids per KV cache group, from position 0; 0 is vLLM's null block.
     """
 
-    name: str
+    spec: PrefixSpec
     start: int
     stop: int
     block_ids: tuple[list[int], ...]
@@ -43,32 +42,22 @@ class LoadStats:
 
 
 class PrefixScheduler:
-    """Bookkeeping of one engine.
+    """Bookkeeping of one engine, which knows an adapter by what its requests bring along only."""
 
-    Args:
-        specs: The adapters, by name.
-    """
-
-    def __init__(self, specs: Mapping[str, PrefixSpec]) -> None:
-        self.specs = dict(specs)
+    def __init__(self) -> None:
         self.stats = LoadStats()
+        self._specs: dict[str, PrefixSpec] = {}
         self._promised: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
 
-    def spec_of(self, request: Request) -> PrefixSpec | None:
-        """Returns the prefix a request runs with, or None for the base model."""
-        # To release what a connector may hold for a request that the front end refused, vLLM sends it here, aborted and
-        # with the client's own parameters. It never runs.
-        if getattr(request, "abort_immediately", False):
-            return None
-        name = (request.kv_transfer_params or {}).get(ADAPTERS)
-        return None if name is None else self.specs[name]
-
     def admit(self, request: Request) -> None:
         """Puts the placeholders in front of a new request's prompt and salts its block hashes."""
-        spec = self.spec_of(request)
-        if spec is None:
+        # To release what a connector may hold for a request that the front end refused, vLLM sends it here, aborted and
+        # with the client's own parameters. It never runs.
+        fields = (request.kv_transfer_params or {}).get(ADAPTERS)
+        if fields is None or getattr(request, "abort_immediately", False):
             return
+        spec = self._specs[request.request_id] = PrefixSpec(**fields)
         p = spec.num_virtual_tokens
         tokens = request._all_token_ids
         prompt = list(tokens)
@@ -87,7 +76,7 @@ class PrefixScheduler:
 
     def num_loadable(self, request: Request, num_computed: int) -> int:
         """Returns how many tokens past the `num_computed` cached ones can be loaded."""
-        spec = self.spec_of(request)
+        spec = self._specs.get(request.request_id)
         if spec is None:
             return 0
         missing = max(0, spec.num_virtual_tokens - num_computed)
@@ -101,7 +90,7 @@ class PrefixScheduler:
             block_ids: Its block ids per KV cache group.
             num_external: How many tokens the scheduler takes as loaded.
         """
-        spec = self.spec_of(request)
+        spec = self._specs.get(request.request_id)
         if spec is None:
             return
         _count_real_tokens(request, spec.num_virtual_tokens)
@@ -114,7 +103,7 @@ class PrefixScheduler:
                 f"vLLM takes {num_external} tokens of the prefix {spec.name!r} as loaded instead of {promised}."
             )
         p = spec.num_virtual_tokens
-        self._loads.append(PrefixLoad(spec.name, p - promised, p, block_ids))
+        self._loads.append(PrefixLoad(spec, p - promised, p, block_ids))
         self.stats.loads[spec.name] += 1
         self.stats.loaded_tokens[spec.name] += promised
 
@@ -125,6 +114,7 @@ class PrefixScheduler:
 
     def finished(self, request: Request) -> None:
         """Forgets a request, whether it ran or not."""
+        self._specs.pop(request.request_id, None)
         self._promised.pop(request.request_id, None)
 
 

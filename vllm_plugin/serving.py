@@ -1,13 +1,13 @@
 """`model=NAME`: publishes the adapters on the server, checks each request, and routes it to the engine.
 
-A client can only name an adapter. What reaches the engine is that name in the request's KV transfer parameters, which a
-client may not set itself.
+A client can only name an adapter. What reaches the engine is all there is to know of it, in the request's KV transfer
+parameters, which a client may not set itself: the engine holds no table of adapters.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, adapters_in, specs_in
@@ -15,7 +15,7 @@ from vllm_plugin.errors import request_error_type
 from vllm_plugin.store import check_served_names
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Prompt:
     """What the checks need to know of a prompt that vLLM has rendered."""
 
@@ -148,7 +148,8 @@ def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     room = max_model_len - spec.num_virtual_tokens - len(request.prompt_token_ids)
     params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
     extra_args = dict(params.extra_args or {})
-    extra_args["kv_transfer_params"] = {**(extra_args.get("kv_transfer_params") or {}), ADAPTERS: spec.name}
+    transfer = extra_args.get("kv_transfer_params") or {}
+    extra_args["kv_transfer_params"] = {**transfer, ADAPTERS: dataclasses.asdict(spec)}
     params.extra_args = extra_args
 
 

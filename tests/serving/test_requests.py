@@ -10,6 +10,7 @@ from serving.engines import Engine
 from serving.support import prompt_ids
 
 from vllm_plugin import PrefixAdapterRequest, serving
+from vllm_plugin.config import specs_in
 
 
 def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any) -> Any:
@@ -95,7 +96,7 @@ def checks() -> list[tuple[Callable[[], serving.Prompt], Callable[[], Any], str]
 
 @pytest.mark.parametrize(("prompt", "params", "message"), checks())
 def test_checks(llama: Engine, prompt: Any, params: Any, message: str) -> None:
-    spec = llama.bookkeeping.specs["p7"]
+    spec = specs_in(llama.llm.llm_engine.vllm_config.kv_transfer_config)["p7"]
     with pytest.raises(ValueError, match=message):
         serving.check(spec, prompt(), params(), 512)
 
