@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from peft_prefix_ext.base_adapters import BaseAdapter, read_base_adapters
 from peft_prefix_ext.fingerprint import differences
 
 CONFIG_NAME = "adapter_config.json"
@@ -64,6 +65,7 @@ class PrefixCheckpoint:
         base_fingerprint: See `fingerprint.py`; empty in a stock adapter.
         digest: SHA-256 of the weights file, in hex: another content is another prefix.
         modules: The attention module of each layer, by layer index; empty in a stock adapter.
+        base_adapters: The adapters of the base model without which it is wrong, such as LoRA.
         config: The whole of `adapter_config.json`.
     """
 
@@ -75,6 +77,7 @@ class PrefixCheckpoint:
     base_fingerprint: dict[str, Any]
     digest: str
     modules: dict[int, str]
+    base_adapters: tuple[BaseAdapter, ...]
     config: dict[str, Any]
 
     @property
@@ -149,6 +152,7 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
         base_fingerprint=config.get("base_fingerprint") or {},
         digest=digest.hexdigest(),
         modules={} if peft_type in STOCK_TYPES else {row["index"]: row["module"] for row in config["prefix_layers"]},
+        base_adapters=_base_adapters(config, folder),
         config=config,
     )
 
@@ -232,6 +236,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "peft-prefix-ext."
         )
     return config
+
+
+def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, ...]:
+    try:
+        return read_base_adapters(config.get("base_adapters") or [])
+    except ValueError as error:
+        raise PrefixCheckpointError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
 
 
 def _refuse_other_weights(tensors: Any, weights: Path) -> None:

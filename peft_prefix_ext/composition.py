@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peft_prefix_ext.base_adapters import are_alike, model_with
 from peft_prefix_ext.checkpoint import LayerKV, PrefixCheckpoint, write_prefix
 from peft_prefix_ext.fingerprint import differences
 from peft_prefix_ext.interop import KEPT, check_fits, read_source
@@ -81,6 +82,7 @@ def compose(
         prefixes[0].attentions,
         **kept,
         base_fingerprint=base_fingerprint,
+        base_adapters=[adapter._asdict() for adapter in prefixes[0].base_adapters],
         init_report=f"{length} virtual tokens: prefixes of {lengths} behind one another, positions {positions!r}",
         num_frozen_tokens=min(prefixes[0].config.get("num_frozen_tokens", 0), length - 1),
     )
@@ -98,6 +100,11 @@ def _common_base(
                 f"The prefix adapters in {first.path} and {other.path} were trained on different base models "
                 f"({first.base_model_name_or_path} and {other.base_model_name_or_path}): "
                 f"{'; '.join(found) or 'their layers or K/V shapes differ'}."
+            )
+        if not are_alike(first.base_adapters, other.base_adapters):
+            raise ValueError(
+                f"The prefix adapters in {first.path} and {other.path} were trained on different models: "
+                f"{model_with(first.base_adapters)}, and {model_with(other.base_adapters)}."
             )
         one, two = first.base_model_name_or_path, other.base_model_name_or_path
         if one and two and Path(one).name != Path(two).name:

@@ -120,6 +120,8 @@ class PrefixExtConfig(PeftConfig):
             Recorded when saved, not to be set: the index, attention module and K/V shapes of each layer.
         base_fingerprint (`dict`, *optional*):
             Recorded when saved, not to be set: the architecture of the base model.
+        base_adapters (`list[dict]`, *optional*):
+            Recorded when saved, not to be set: which other adapters were at work in the base model, such as LoRA.
         format_version (`int`):
             Recorded when saved, not to be set: the version of the checkpoint format.
     """
@@ -183,6 +185,9 @@ class PrefixExtConfig(PeftConfig):
     )
     base_fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Recorded when saved: the architecture of the base model."}
+    )
+    base_adapters: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Recorded when saved: the other adapters at work in the base model."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "The version of the checkpoint format."})
 

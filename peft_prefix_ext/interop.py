@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peft_prefix_ext.base_adapters import model_with
 from peft_prefix_ext.checkpoint import STOCK_TYPES, PrefixCheckpoint, read_prefix, write_adapter, write_prefix
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.hub import resolve
@@ -55,6 +56,11 @@ def export_to_peft(
         raise ValueError(
             f"The prefix in {prefix.path} cannot be exported to stock PEFT, where layers of an encoder-decoder model share "
             "their prefixes."
+        )
+    if prefix.base_adapters:
+        raise ValueError(
+            f"The prefix in {prefix.path} cannot be exported to stock PEFT, which does not know that it was trained on "
+            f"{model_with(prefix.base_adapters)}."
         )
     task_type = prefix.config.get("task_type") or task_type
     if task_type is None:

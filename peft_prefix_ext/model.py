@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
 
+from peft_prefix_ext.below import adapters_below, warn_of_other_adapters
 from peft_prefix_ext.checkpoint import DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
@@ -135,6 +136,7 @@ class PrefixExtModel(BaseTuner):
             check_length(peft_config, model)
             peft_config._recorded = record(peft_config, model, recorded)
             check_saved_for(peft_config, model, peft_config._recorded["prefix_layers"])
+            warn_of_other_adapters(peft_config, model)
             check_layers_to_train(peft_config, recorded)
             for layer in recorded:
                 reachable_arguments(model.get_submodule(layer.module))
@@ -280,6 +282,9 @@ class PrefixExtModel(BaseTuner):
         state_dict: State,
         unwanted_adapter_names: list[str],
     ) -> State:
+        if state_dict:  # not in a process that saves nothing
+            # The config is saved right after this: with what is below the prefix now, which may have been trained with it.
+            config._recorded["base_adapters"] = [adapter._asdict() for adapter in adapters_below(model)]
         saved = to_checkpoint(model, config, adapter_name, state_dict)
         # transformers, which wraps no model in another, adds the prefix itself.
         return saved if isinstance(model, PeftModel) else {name.removeprefix(WRAPPED): saved[name] for name in saved}

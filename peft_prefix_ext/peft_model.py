@@ -8,6 +8,7 @@ from typing import Any
 import wrapt
 from peft import PeftConfig, PeftModel
 
+from peft_prefix_ext.below import warn_of_other_adapters
 from peft_prefix_ext.card import write_card
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.saved import check_saved_for
@@ -31,7 +32,8 @@ def _has_prefix(model: Any) -> bool:
 def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """PEFT reads no config where the adapter exists, so that weights of another base model would go unnoticed."""
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    if isinstance(model.peft_config.get(call["adapter_name"]), PrefixExtConfig):
+    live = model.peft_config.get(call["adapter_name"])
+    if isinstance(live, PrefixExtConfig):
         hub_options, _ = model._split_kwargs(call.get("kwargs", {}))
         try:
             saved = PeftConfig.from_pretrained(call["model_id"], **hub_options)
@@ -39,6 +41,8 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
             saved = None  # weights alone
         if isinstance(saved, PrefixExtConfig):
             check_saved_for(saved, model.get_base_model(), layers=None)
+            if saved.base_adapters != live.base_adapters:  # else it was said when this one was put on
+                warn_of_other_adapters(saved, model)
     return wrapped(*args, **kwargs)
 
 

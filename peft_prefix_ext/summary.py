@@ -23,6 +23,7 @@ def as_dict(prefix: PrefixCheckpoint) -> dict[str, Any]:
         "num_frozen_tokens": config.get("num_frozen_tokens", 0),
         "base_model_name_or_path": prefix.base_model_name_or_path,
         "base_fingerprint": prefix.base_fingerprint,
+        "base_adapters": [adapter._asdict() for adapter in prefix.base_adapters],
         "num_bytes": prefix.num_bytes,
         "digest": prefix.digest,
         "made": {name: config[name] for name in MADE if config.get(name) is not None},
@@ -57,6 +58,7 @@ def as_text(prefix: PrefixCheckpoint) -> str:
     rows = [
         ("type", f"{facts['peft_type']}, task type {facts['task_type']}"),
         ("base model", f"{facts['base_model_name_or_path'] or 'not recorded'}{architecture}"),
+        *(("on top of", str(adapter)) for adapter in prefix.base_adapters),
         ("prefix", f"{facts['num_virtual_tokens']} virtual tokens{frozen}"),
         *(("layers", f"{_ranges(indices)}: {shape}") for shape, indices in shapes.items()),
         ("norms", f"keys {_span(layers, 'key_norm')}, values {_span(layers, 'value_norm')}"),

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import PreTrainedModel
 
+from peft_prefix_ext.base_adapters import are_alike, model_with
 from peft_prefix_ext.checkpoint import STOCK_TYPES, PrefixCheckpoint
 from peft_prefix_ext.interop import check_fits, import_from_peft, read_source
 
@@ -25,12 +26,20 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
     # Not at the top: PEFT is told of our type when it is imported, unless by a module of ours that is half imported itself.
     from peft import PeftModel
 
+    from peft_prefix_ext.below import adapters_below
+
     prefix = read_source(source)
     p, num_layers = prefix.num_virtual_tokens, len(prefix.layers)
     yield f"the file is whole: {p} virtual tokens for {num_layers} layers, all of them finite"
 
     check_fits(prefix, base_model)
     recorded = "architecture and shapes are" if prefix.base_fingerprint else "shapes are (it records no architecture)"
+    present = adapters_below(base_model)
+    if not are_alike(prefix.base_adapters, present):
+        raise ValueError(
+            f"The prefix in {prefix.path} was trained on {model_with(prefix.base_adapters)}, and this is "
+            f"{model_with(present)}."
+        )
     yield f"the base model fits: {recorded} the ones it was trained on"
 
     tokens = torch.arange(NUM_TOKENS, device=base_model.device)[None] % base_model.config.get_text_config().vocab_size

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_prefix_ext.base_adapters import model_with
 from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.hub import resolve
@@ -113,6 +114,11 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
         checkpoint.check_base(fingerprint(model.hf_config))
     except PrefixCheckpointError as error:
         raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
+    if checkpoint.base_adapters:
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} was trained on {model_with(checkpoint.base_adapters)}, and the server has the base "
+            "model alone; merge the adapter into it (`merge_and_unload`), and save both the model and the prefix again."
+        )
     trained_on = checkpoint.base_model_name_or_path
     if trained_on and Path(trained_on).name != Path(model.model).name:
         logger.warning(

@@ -79,6 +79,15 @@ def test_an_adapter_of_an_encoder_decoder_model(model: Path, adapter: Path) -> N
     refused(model, adapter, "is of an encoder-decoder model, which vLLM does not serve")
 
 
+def test_an_adapter_that_stands_on_another_one(model: Path, adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    below = {"name": "tone", "peft_type": "LORA", "digest": "ab" * 32, "base_model_name_or_path": None}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_adapters": [below]}))
+    refused(
+        model, adapter, "trained on the base model with LORA adapter 'tone' (sha256 abababababababab), and the server"
+    )
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

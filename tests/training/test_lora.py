@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -9,7 +12,8 @@ from prefixed import perturb
 from safetensors.torch import load_file
 from tiny import random_ids, tiny_model
 
-from peft_prefix_ext import PrefixExtConfig, read_prefix
+from peft_prefix_ext import PrefixCheckpointError, PrefixExtConfig, compose, export_to_peft, read_prefix
+from peft_prefix_ext.cli import main
 
 IDS = random_ids(2, 9)
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
@@ -60,6 +64,10 @@ def test_lora_that_was_loaded_stays_frozen(lora, tmp_path):
     assert trainable(both) == {"prefix_ext_"}
 
 
+SILENT = pytest.mark.filterwarnings("error:The prefix was trained on")
+
+
+@SILENT
 @pytest.mark.parametrize("handle", ["lora", "both"])
 def test_both_are_saved_and_loaded(handle, lora, both, tmp_path):
     expected = logits(both)
@@ -79,6 +87,12 @@ def test_both_are_saved_and_loaded(handle, lora, both, tmp_path):
     )
     assert trainable(resumed) == {"lora_", "prefix_ext_"}
     torch.testing.assert_close(logits(resumed), expected, atol=1e-5, rtol=1e-5)
+    lean = {"low_cpu_mem_usage": True}
+    first = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, adapter_name="lora", **lean)
+    second = PeftModel.from_pretrained(first, tmp_path / "prefix", **lean)
+    torch.testing.assert_close(logits(second), expected, atol=1e-5, rtol=1e-5)
+    second.load_adapter(tmp_path / "prefix", "again", **lean)
+    second.load_adapter(tmp_path / "prefix", "again")
 
 
 def test_each_alone(lora, both, tmp_path):
@@ -86,7 +100,8 @@ def test_each_alone(lora, both, tmp_path):
     both.save_pretrained(tmp_path)
     with both.disable_adapter():
         assert torch.equal(logits(both), logits(tiny_model("llama")))
-    prefix_alone = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "prefix")
+    with pytest.warns(UserWarning, match="and is loaded on the base model alone"):
+        prefix_alone = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "prefix")
     assert not torch.allclose(logits(prefix_alone), logits(both), atol=1e-2)
     both.unload()
     assert list(lora.peft_config) == ["default"]
@@ -101,6 +116,72 @@ def test_lora_merges_under_the_prefix(lora, both):
     torch.testing.assert_close(logits(both), expected, atol=1e-4, rtol=1e-4)
 
 
+def save_both(both, folder):
+    """Saves LoRA and the prefix; returns the phrase for LoRA."""
+    both.save_pretrained(folder)
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert read_prefix(folder / "prefix").base_adapters == (("default", "LORA", digest, None),)
+    return f"the base model with LORA adapter 'default' \\(sha256 {digest[:16]}\\)"
+
+
+def test_what_is_below_is_recorded(lora, both, tmp_path):
+    save_both(both, tmp_path / "on")
+    lora.base_model.disable_adapter_layers()
+    both.save_pretrained(tmp_path / "off")
+    assert read_prefix(tmp_path / "off" / "prefix").base_adapters == ()
+    lora.base_model.enable_adapter_layers()
+    lora.merge_and_unload()
+    both.save_pretrained(tmp_path / "merged")
+    assert read_prefix(tmp_path / "merged" / "prefix").base_adapters == ()
+
+
+def test_another_model_below_is_told(lora, both, tmp_path):
+    phrase = save_both(both, tmp_path)
+    prefix = tmp_path / "prefix"
+    alone = f"The prefix was trained on {phrase} and is loaded on the base model alone"
+    with pytest.warns(UserWarning, match=alone) as told:
+        model = PeftModel.from_pretrained(tiny_model("llama"), prefix)
+    assert len([warning for warning in told if "is loaded on" in str(warning.message)]) == 1
+    model.save_pretrained(tmp_path / "alone")
+    with pytest.warns(UserWarning, match=alone):
+        model.load_adapter(prefix, "again")
+    with pytest.warns(UserWarning, match=alone):
+        get_peft_model(tiny_model("llama"), PREFIX).load_adapter(prefix, "default")
+    with pytest.warns(UserWarning, match=alone):
+        tiny_model("llama").load_adapter(str(prefix))
+    other = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, is_trainable=True)
+    perturb(other)
+    with pytest.warns(UserWarning, match=rf"{phrase} and is loaded on the base model with LORA adapter 'default' "):
+        PeftModel.from_pretrained(other, prefix, adapter_name="prefix")
+    first = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    with pytest.warns(UserWarning, match=r"trained on the base model alone and is loaded .* take them off"):
+        PeftModel.from_pretrained(first, tmp_path / "alone", adapter_name="prefix")
+
+
+def test_nothing_loses_sight_of_what_is_below(lora, both, tmp_path, capsys):
+    phrase = save_both(both, tmp_path)
+    prefix = str(tmp_path / "prefix")
+    assert compose([prefix, prefix], tmp_path / "twice").base_adapters == read_prefix(prefix).base_adapters
+    with pytest.raises(ValueError, match=f"stock PEFT, which does not know that it was trained on {phrase}"):
+        export_to_peft(prefix, tmp_path / "stock")
+    main(["inspect", prefix])
+    assert "  on top of   LORA adapter 'default' (sha256 " in capsys.readouterr().out
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", prefix, "--base", str(tmp_path / "base")])
+    assert "'default'" in (told := capsys.readouterr().err)
+    assert told.endswith(", and this is the base model alone.\n")
+    with pytest.warns(UserWarning, match="is loaded on the base model alone"):
+        PeftModel.from_pretrained(tiny_model("llama"), prefix).save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match=f"trained on different models: {phrase}, and the base model alone"):
+        compose([prefix, tmp_path / "alone"], tmp_path / "mixed")
+    path = tmp_path / "prefix" / "adapter_config.json"
+    for wrong in ({"peft_type": "LORA"}, [3], [{"name": "x", "peft_type": "LORA", "digest": 5}]):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_adapters": wrong}))
+        with pytest.raises(PrefixCheckpointError, match="`base_adapters` must be a list of dicts with"):
+            read_prefix(prefix)
+
+
 def test_lora_on_top_of_a_prefix(llama, tmp_path):
     prefix = get_peft_model(llama, PREFIX)
     perturb(prefix)
@@ -109,7 +190,8 @@ def test_lora_on_top_of_a_prefix(llama, tmp_path):
     perturb(both)
     expected = logits(both)
     both.save_pretrained(tmp_path)
-    first = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    with pytest.warns(UserWarning, match=r"LORA adapter 'lora' .* is loaded on the base model alone"):  # not yet
+        first = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
     second = PeftModel.from_pretrained(first.get_base_model(), tmp_path / "lora", adapter_name="lora")
     torch.testing.assert_close(logits(second), expected, atol=1e-5, rtol=1e-5)
 

@@ -1,0 +1,62 @@
+"""The adapters at work in a live model besides its prefixes, such as LoRA under a prefix."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_prefix_ext.base_adapters import BaseAdapter, are_alike, model_with, read_base_adapters
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.tuner_layer import PrefixTunerLayer
+
+
+def adapters_below(model: Any) -> list[BaseAdapter]:
+    """Returns the adapters at work in a base model, or in what PEFT wrapped around one, besides its prefixes."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    at_work = dict.fromkeys(
+        name
+        for layer in base.modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, PrefixTunerLayer) and not layer.disable_adapters
+        for name in layer.active_adapters
+        if name in layer._all_available_adapter_names()
+    )
+    return [
+        BaseAdapter(name, config.peft_type.value, _digest(base, name), config.base_model_name_or_path)
+        for name in at_work
+        for config in [base.peft_config[name]]
+    ]
+
+
+def _digest(base: nn.Module, name: str) -> str | None:
+    # Not by `state_dict`, which other processes would have to call as well where a model is sharded.
+    parameters: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False))
+    parameters |= base.named_buffers(remove_duplicate=False)
+    state = get_peft_model_state_dict(base, parameters, name, save_embedding_layers=False)
+    if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in state.values()):
+        return None
+    tensors = {f"base_model.model.{key}": tensor.detach().cpu().clone() for key, tensor in state.items()}
+    return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
+
+
+def warn_of_other_adapters(config: PrefixExtConfig, model: nn.Module) -> None:
+    """Warns if the prefix of `config`, a saved one, was trained with other adapters below it than `model` has now.
+
+    No error: they may come later, and of LoRA that was merged into the weights there is no trace.
+    """
+    if config.base_adapters is None:  # saved by an earlier release
+        return
+    recorded, present = read_base_adapters(config.base_adapters), adapters_below(model)
+    if not are_alike(recorded, present):
+        remedy = "load what is missing too, unless it is merged into the weights" if recorded else "take them off"
+        warnings.warn(
+            f"The prefix was trained on {model_with(recorded)} and is loaded on {model_with(present)}, where it says "
+            f"something else: {remedy}.",
+            stacklevel=2,
+        )
