@@ -194,6 +194,20 @@ def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*call.args, **call.kwargs)
 
 
+def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from vllm_plugin.prompt_logprobs import expect
+
+    processor = wrapped(*args, **kwargs)
+    expect(processor, kwargs["request"] if "request" in kwargs else args[1])
+    return processor
+
+
+def _update_prompt_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from vllm_plugin.prompt_logprobs import real_rows
+
+    return wrapped(real_rows(instance, kwargs["prompt_logprobs_tensors"] if kwargs else args[0]))
+
+
 async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     from vllm_plugin.serving import publish
 
@@ -211,6 +225,18 @@ SEAMS = (
         "InputProcessor.process_inputs",
         ("prompt", "params", "lora_request"),
         _process_inputs,
+    ),
+    Seam(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor.from_new_request",
+        ("tokenizer", "request"),
+        _new_logprobs,
+    ),
+    Seam(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor._update_prompt_logprobs",
+        ("prompt_logprobs_tensors",),
+        _update_prompt_logprobs,
     ),
     Seam(
         "vllm.v1.engine.async_llm",

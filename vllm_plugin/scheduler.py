@@ -49,6 +49,7 @@ class PrefixScheduler:
         self._specs: dict[str, PrefixSpec] = {}
         self._promised: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
+        self._private: list[Request] = []
 
     def admit(self, request: Request) -> None:
         """Puts the placeholders in front of a new request's prompt and salts its block hashes."""
@@ -62,7 +63,9 @@ class PrefixScheduler:
         tokens = request._all_token_ids
         prompt = list(tokens)
         request.cache_salt = spec.salt(request.cache_salt)
-        request.skip_reading_prefix_cache = False
+        if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
+            # Each real token has to run, whatever the client says.
+            request.skip_reading_prefix_cache = True
         # The blocks that the prefix fills are hashed over a constant, so that all requests share them.
         request.block_hashes.clear()
         tokens[:] = [0] * p
@@ -79,6 +82,11 @@ class PrefixScheduler:
         spec = self._specs.get(request.request_id)
         if spec is None:
             return 0
+        if request.skip_reading_prefix_cache:
+            # vLLM has not looked into its cache for this request, and would not take what we load either. For the rest
+            # of this step it may: after a preemption vLLM looks, or does not, again.
+            request.skip_reading_prefix_cache = False
+            self._private.append(request)
         missing = max(0, spec.num_virtual_tokens - num_computed)
         self._promised[request.request_id] = missing
         return missing
@@ -109,6 +117,9 @@ class PrefixScheduler:
 
     def take_loads(self) -> list[PrefixLoad]:
         """Returns the loads of the step that was just scheduled, and forgets them."""
+        for request in self._private:
+            request.skip_reading_prefix_cache = True
+        self._private.clear()
         loads, self._loads = self._loads, []
         return loads
 

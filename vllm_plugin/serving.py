@@ -99,16 +99,8 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
     adapter = f"the prefix adapter {spec.name!r}"
     if isinstance(params, PoolingParams):
         raise error(f"Embedding, scoring and other pooling requests cannot use {adapter}; use the base model.")
-    if (
-        getattr(params, "prompt_logprobs", None) is not None
-        or getattr(params, "prompt_logprob_token_ids", None) is not None
-    ):
-        raise error(
-            f"Log-probabilities of the prompt (`prompt_logprobs`, or `echo` with `logprobs`) are not supported with "
-            f"{adapter}; leave them out."
-        )
-    if getattr(params, "skip_reading_prefix_cache", None):
-        raise error(f"`skip_reading_prefix_cache` is not possible with {adapter}, which is read from that cache.")
+    if getattr(params, "prompt_logprob_token_ids", None) is not None:
+        raise error(f"`prompt_logprob_token_ids` is not supported with {adapter}; use `prompt_logprobs`.")
     if prompt is None:
         return
     if prompt.has_embeds or prompt.num_tokens is None:

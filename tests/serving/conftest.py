@@ -1,15 +1,18 @@
-"""Engines for the tests of the serving half: in this process, where tests can look into them, and one at a time."""
+"""Engines for the tests of the serving half: in this process, where tests can look into them, one at a time; a server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import openai
 import pytest
-from serving import support
+
+from serving import server, support
 from serving.engines import Engine, Pool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     pool = Pool(tmp_path_factory)
     yield pool
@@ -30,3 +33,14 @@ def llama(pool: Pool) -> Engine:
     engine.stats.loads.clear()
     engine.stats.loaded_tokens.clear()
     return engine
+
+
+@pytest.fixture(scope="package")
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return server.write_models(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="package")
+def client(server_folder: Path) -> Iterator[openai.OpenAI]:
+    with server.serve(server_folder) as client:
+        yield client

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from serving import support
 
 LENGTHS = (1, 7, 32, 33, 130)
@@ -65,6 +66,22 @@ class Engine:
             prefix = None if name is None else self.prefixes[name]
             assert list(output.outputs[0].token_ids) == self.reference.greedy(prompt, prefix, max_tokens), name
             assert output.prompt_token_ids == prompt
+
+    def check_prompt_logprobs(self, outputs: list[Any], names: list[str | None]) -> None:
+        """Compares every log-probability of prompts with transformers', and says nothing of virtual tokens."""
+        for name, output in zip(names, outputs, strict=True):
+            prompt = output.prompt_token_ids
+            logits = self.reference.logits(prompt, None if name is None else self.prefixes[name])
+            first, *rows = output.prompt_logprobs
+            assert not first
+            assert len(rows) == len(prompt) - 1
+            for token, row, expected in zip(prompt[1:], rows, logits.log_softmax(-1), strict=False):
+                assert {id: entry.logprob for id, entry in row.items()} == pytest.approx(
+                    {id: float(expected[id]) for id in row}, abs=1e-3
+                ), name
+                assert token in row
+                best = {id for id, entry in row.items() if entry.rank == 1}
+                assert best <= {int(expected.argmax())}
 
     def block_ids(self) -> dict[str, list[int]]:
         """Returns the physical blocks of each running request, of the first KV cache group."""

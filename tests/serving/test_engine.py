@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
 from serving import support
 from serving.engines import LENGTHS, Engine, make_engine
 from serving.support import prompt_ids
@@ -137,17 +139,29 @@ def test_client_salts_do_not_share(llama: Engine) -> None:
 
 def test_survives_preemption_and_eviction_in_a_small_cache(engine_factory: Callable[..., Engine]) -> None:
     # 17 blocks of 32 tokens, one of them vLLM's null block: eight requests of 33 + 20 + 60 tokens do not fit at once.
-    engine = engine_factory(support.llama_config(), (33, 64), num_gpu_blocks_override=17, max_model_len=256)
-    preempted = []
+    engine = engine_factory(
+        support.llama_config(), (33, 64), num_gpu_blocks_override=17, max_model_len=352, max_num_batched_tokens=48
+    )
+    preempted: list[Any] = []
     original = engine.scheduler._preempt_request
-    engine.scheduler._preempt_request = lambda request, *args, **kwargs: (
-        preempted.append(request.request_id),
-        original(request, *args, **kwargs),
-    )[1]
+
+    def preempt(request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append((request.num_computed_tokens, request.num_prompt_tokens))
+        original(request, *args, **kwargs)
+
+    engine.scheduler._preempt_request = preempt
     names = ["p33", "p64", None, "p33", "p64", "p33", None, "p64"]
     engine.check(names, [prompt_ids(20, seed=seed) for seed in range(8)], max_tokens=60)
     assert preempted
     assert engine.stats.loads["p33"] > 3
+
+    # Five short prompts take 6 blocks and soon want 5 more; the long one, in chunks, needs all that are left.
+    names = ["p33", None, None, None, None, "p33"]
+    prompts = [*(prompt_ids(28, seed=seed) for seed in range(5)), prompt_ids(280)]
+    for _ in range(2):
+        preempted.clear()
+        engine.check_prompt_logprobs(engine.generate(names, prompts, max_tokens=30, prompt_logprobs=1), names)
+        assert any(33 < computed < prompt == 313 for computed, prompt in preempted)
 
 
 def test_chunked_prefill_and_no_prefix_caching(engine_factory: Callable[..., Engine]) -> None:

@@ -1,4 +1,4 @@
-"""Requests that cannot be answered correctly: refused in one sentence, and the engine goes on."""
+"""What a request may ask for, and those that cannot be answered correctly: refused in one sentence, the engine goes on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from serving.engines import Engine
 from serving.support import prompt_ids
-
 from vllm_plugin import PrefixAdapterRequest, serving
 from vllm_plugin.config import specs_in
 
@@ -24,13 +24,55 @@ def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any)
     )
 
 
+@pytest.mark.parametrize("name", ["p1", "p7", "p32", "p33", "p130"])
+def test_prompt_logprobs_are_those_of_real_tokens(llama: Engine, name: str) -> None:
+    names = [name, None, name, None, name, name]
+    prompts = [prompt_ids(count, seed=count) for count in (1, 40, 2, 31, 70, 70)]
+    for _ in range(2):
+        # The second time over blocks that others may read, and this request may not.
+        outputs = llama.generate(names, prompts, max_tokens=3, prompt_logprobs=2, logprobs=1)
+        llama.check_prompt_logprobs(outputs, names)
+        assert [output.num_cached_tokens for output in outputs] == [0] * 6
+        for output, prompt, who in zip(outputs, prompts, names, strict=True):
+            prefix = None if who is None else llama.prefixes[who]
+            assert output.outputs[0].token_ids == llama.reference.greedy(prompt, prefix, 3)
+    llama.check(names, prompts)
+
+
+def test_prompt_logprobs_come_in_every_form(llama: Engine) -> None:
+    names = ["p33", None]
+    prompts = [prompt_ids(20)] * 2
+    whole = llama.generate(names, prompts, max_tokens=1, prompt_logprobs=0)
+    llama.check_prompt_logprobs(whole, names)
+    assert all(len(row) == 1 for output in whole for row in output.prompt_logprobs[1:])
+    flat = llama.generate(names, prompts, max_tokens=1, prompt_logprobs=3, flat_logprobs=True)
+    assert [len(output.prompt_logprobs) for output in flat] == [20, 20]
+    llama.check_prompt_logprobs(flat, names)
+
+
+def test_who_wants_prompt_logprobs_reads_no_cache_whatever_it_says(llama: Engine) -> None:
+    prompt = prompt_ids(80)
+    for _ in range(2):
+        outputs = llama.generate(["p33"], [prompt], prompt_logprobs=1, skip_reading_prefix_cache=False)
+        llama.check_prompt_logprobs(outputs, ["p33"])
+
+
+def test_a_request_may_leave_the_cache_alone(llama: Engine) -> None:
+    prompt = prompt_ids(80)
+    for _ in range(2):
+        (output,) = llama.generate(["p33"], [prompt], skip_reading_prefix_cache=True)
+        assert output.num_cached_tokens == 0
+        assert output.outputs[0].token_ids == llama.reference.greedy(prompt, llama.prefixes["p33"], 10)
+    assert llama.stats.loads == {"p33": 2}
+    # What it computed others may read.
+    assert llama.generate(["p33"], [prompt])[0].num_cached_tokens == 63
+
+
 @pytest.mark.parametrize(
     ("name", "prompt", "params", "message"),
     [
         ("nobody", {}, {}, "'nobody' does not exist; this engine has: p1, p7"),
         ("p130", {"prompt_token_ids": prompt_ids(382)}, {}, "shorten the prompt to at most 381 tokens"),
-        ("p33", {}, {"prompt_logprobs": 0}, "Log-probabilities of the prompt"),
-        ("p33", {}, {"skip_reading_prefix_cache": True}, "`skip_reading_prefix_cache` is not possible"),
         ("p33", {}, {"min_tokens": 475, "max_tokens": 500}, "`min_tokens` must be <= 474"),
         ("p33", {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),
         (None, {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from serving import support
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
+from serving import support
 from vllm_plugin import cli, compat, config, geometry, prefix_adapters
 from vllm_plugin.errors import PrefixServeError
 
