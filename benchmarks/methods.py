@@ -52,8 +52,6 @@ def _ours(reparam: str, init: str, learning_rates: tuple[float, ...]) -> Method:
     options: dict[str, Any] = {"num_virtual_tokens": VIRTUAL_TOKENS, "reparam": reparam, "init": init}
     if init == "text":
         options["init_text"] = TASK_WORDS
-    if init != "random":
-        options["num_frozen_tokens"] = 1
     shape = {"none": "flat", "mlp": "MLP"}[reparam]
     return Method(f"ours-{shape.lower()}-{init}", f"ours, {shape}, {init}", PrefixExtConfig, options, learning_rates)
 
@@ -99,7 +97,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "K and V apart": {"reparam_joint_kv": False},
     "a trunk per layer": {"reparam_shared_trunk": False},
     "two hidden layers": {"reparam_num_layers": 2},
-    "no frozen token": {"num_frozen_tokens": 0},
+    "first token frozen": {"num_frozen_tokens": 1},
     "16 tokens": {"num_virtual_tokens": 16},
     "128 tokens": {"num_virtual_tokens": 128},
     "prefix dropout 0.1": {"prefix_dropout": 0.1},
