@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix, write_prefix
+    from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix
     from peft_prefix_ext.composition import compose
     from peft_prefix_ext.config import PrefixExtConfig
     from peft_prefix_ext.interop import export_to_peft, import_from_peft
     from peft_prefix_ext.model import PrefixExtModel
+    from peft_prefix_ext.writing import write_prefix
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,7 @@ _EXPORTS = {
     "export_to_peft": "interop",
     "import_from_peft": "interop",
     "read_prefix": "checkpoint",
-    "write_prefix": "checkpoint",
+    "write_prefix": "writing",
 }
 
 __all__ = [

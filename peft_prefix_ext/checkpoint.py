@@ -1,4 +1,4 @@
-"""The on-disk contract between training and serving: reads and checks a prefix, whoever wrote it, and writes ours.
+"""The on-disk contract between training and serving: reads and checks a prefix, whoever wrote it.
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. In a `PREFIX_EXT` adapter every layer
 that owns a KV cache has two float tensors, `[num_kv_heads, num_virtual_tokens, head_dim]` each (keys after rotary
@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from peft_prefix_ext.base_adapters import BaseAdapter, read_base_adapters
 from peft_prefix_ext.fingerprint import differences
@@ -155,61 +153,6 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
         base_adapters=_base_adapters(config, folder),
         config=config,
     )
-
-
-def write_prefix(
-    path: str | Path,
-    layers: Mapping[int, LayerKV],
-    modules: Mapping[int, str],
-    attentions: Mapping[int, str] | None = None,
-    **config: Any,
-) -> PrefixCheckpoint:
-    """Writes a `PREFIX_EXT` adapter, as `save_pretrained` writes one without a reparameterization, and reads it back.
-
-    Args:
-        path: The folder, made if need be. An adapter that is there already is replaced, even if `layers` were read from
-            it.
-        layers: K/V by layer index, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
-        modules: The name of each layer's attention module within the base model.
-        attentions: The kind of each layer, one of `ATTENTIONS`; the decoder's self-attention where it is not said.
-        config: Further fields of `adapter_config.json`; `base_model_name_or_path`, `base_fingerprint` and `task_type` are
-            what loading it with PEFT and serving it ask for.
-
-    Raises:
-        PrefixCheckpointError: If what was written is not a prefix: shapes that do not fit together, NaN or Inf.
-    """
-    kinds = dict(attentions or {})
-    rows: list[dict[str, Any]] = []
-    tensors: dict[str, torch.Tensor] = {}
-    for index, layer in sorted(layers.items()):
-        rows.append({"index": index, "module": modules[index]})
-        if kinds.get(index, DECODER) != DECODER:
-            rows[-1]["attention"] = kinds[index]
-        for kind, tensor in zip(layer._fields, layer, strict=True):
-            rows[-1][f"{kind}_shape"] = list(tensor.shape)
-            tensors[layer_key(modules[index], kind)] = tensor
-    recorded = {
-        "peft_type": "PREFIX_EXT",
-        "num_virtual_tokens": rows[0]["key_shape"][1],
-        "prefix_layers": rows,
-        "cross_prefix": CROSS in kinds.values(),
-        "encoder_prefix": ENCODER in kinds.values(),
-        "format_version": FORMAT_VERSION,
-        "inference_mode": True,
-    }
-    write_adapter(path, {**config, **recorded}, tensors)
-    return read_prefix(path)
-
-
-def write_adapter(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a folder in PEFT's layout: `config` as JSON, `tensors` as safetensors."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not in place: tensors that were read from there are still mapped to the file.
-    new = folder / f".{WEIGHTS_NAME}.new"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata={"format": "pt"})
-    new.replace(folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

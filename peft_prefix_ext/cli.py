@@ -73,7 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         "Reads and checks an adapter of any of the three types, and says what it is. Needs no base model.",
         "  prefix-ext inspect ./describe\n  prefix-ext inspect user/repo@v2 --json | jq .num_virtual_tokens",
     )
-    inspect.add_argument("path", metavar="PATH_OR_REPO", help=PATH)
     inspect.add_argument("--json", action="store_true", help="print it as JSON, layer by layer")
 
     verify = command(
@@ -84,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         "it was trained on, that the model uses exactly the K/V on disk, and that they change its logits, to finite ones.",
         "  prefix-ext verify ./describe --base HuggingFaceTB/SmolLM2-135M-Instruct",
     )
-    verify.add_argument("path", metavar="PATH_OR_REPO", help=PATH)
 
     export = command(
         "export",
@@ -94,8 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         "all layers: a prefix with several (Gemma 4, MLA, hybrid models) is refused.",
         "  prefix-ext export ./describe ./describe-peft\n  prefix-ext export ./describe ./cartridge --type CARTRIDGE",
     )
-    export.add_argument("path", metavar="PATH_OR_REPO", help=PATH)
-    export.add_argument("out", metavar="OUT", help="the folder to write")
     export.add_argument(
         "--type",
         choices=("PREFIX_TUNING", "CARTRIDGE"),
@@ -114,8 +110,6 @@ def _parser() -> argparse.ArgumentParser:
         "to use it where stock PEFT fails: gradient checkpointing, static caches, padded batches with sliding windows.",
         "  prefix-ext import ./stock ./ours --base HuggingFaceTB/SmolLM2-135M-Instruct",
     )
-    import_.add_argument("path", metavar="PATH_OR_REPO", help=PATH)
-    import_.add_argument("out", metavar="OUT", help="the folder to write")
 
     compose = command(
         "compose",
@@ -132,6 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     compose.add_argument("--out", required=True, help="the folder to write")
     compose.add_argument("--positions", choices=("keep", "shift"), default="keep", help="default: %(default)s")
 
+    for parser_of in (inspect, verify, export, import_):
+        parser_of.add_argument("path", metavar="PATH_OR_REPO", help=PATH)
+    for parser_of in (export, import_):
+        parser_of.add_argument("out", metavar="OUT", help="the folder to write")
     for parser_of, required in ((verify, True), (import_, True), (compose, False)):
         parser_of.add_argument(
             "--base", metavar="MODEL", required=required, help="the base model: a folder, or a repository on the Hub"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_prefix_ext.base_adapters import are_alike, model_with
-from peft_prefix_ext.checkpoint import LayerKV, PrefixCheckpoint, write_prefix
+from peft_prefix_ext.checkpoint import LayerKV, PrefixCheckpoint
 from peft_prefix_ext.fingerprint import differences
 from peft_prefix_ext.interop import KEPT, check_fits, read_source
+from peft_prefix_ext.writing import write_prefix
 
 if TYPE_CHECKING:
     from peft import PeftModel

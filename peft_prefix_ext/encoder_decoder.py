@@ -44,23 +44,15 @@ class StackRuntime(PrefixRuntime):
 class DecoderPrefix(PrefixExtLayer):
     """The prefix of a self-attention in the decoder."""
 
-    def _before_attention(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
         cache = named.get(self._cache_argument)
         if isinstance(cache, EncoderDecoderCache):
-            named[self._cache_argument] = cache.self_attention_cache
-        changed = super()._before_attention(attention, (), named)
-        if changed is None:
-            return None
-        _, named = changed
+            cache = named[self._cache_argument] = cache.self_attention_cache
+        super()._put_prefix(attention, step, named)
         # T5's first layer makes the bias, the others are handed it.
         if getattr(attention, "has_relative_attention_bias", False) and named.get("position_bias") is None:
-            step = self.runtime.step_of(named.get("position_ids"))
-            cache = named[self._cache_argument].cache
             past = 0 if cache is None else cache.get_seq_length(self.index)
-            kv_length = self._kv_length(step, cache)
-            named["position_bias"] = relative_bias(attention, step, past, kv_length)
-        return (), named
+            named["position_bias"] = relative_bias(attention, step, past, self._kv_length(step, cache))
 
 
 class EncoderPrefix(DecoderPrefix):

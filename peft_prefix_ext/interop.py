@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_prefix_ext.base_adapters import model_with
-from peft_prefix_ext.checkpoint import STOCK_TYPES, PrefixCheckpoint, read_prefix, write_adapter, write_prefix
+from peft_prefix_ext.checkpoint import STOCK_TYPES, PrefixCheckpoint, read_prefix
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.hub import resolve
+from peft_prefix_ext.writing import write_adapter, write_prefix
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -151,18 +151,20 @@ class PrefixExtLayer(PrefixTunerLayer):
         self._handle.remove()
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        rows = self.runtime.current_rows
-        if rows is None or not rows.adapters:
+        named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        step = self.runtime.step_of(named.get("position_ids"))
+        # A cross-attention need not have a prefix.
+        if step is None or step.rows.adapters[0] not in self.prefix_ext_key:
             return None
-        kwargs = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        step = self.runtime.step_of(kwargs.get("position_ids"))
-        if step.rows.adapters[0] not in self.prefix_ext_key:
-            return None  # a cross-attention need not have a prefix
-        cache = kwargs.get(self._cache_argument)
+        self._put_prefix(attention, step, named)
+        return (), named
+
+    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+        """Puts the prefix into the arguments of the attention module, `named`."""
+        cache = named.get(self._cache_argument)
         kv_length = self._kv_length(step, cache)
-        kwargs[self._cache_argument] = self._view(cache, self._prefix_of(step, cache))
-        kwargs[self._mask_argument] = self._mask(step, kwargs.get(self._mask_argument), kv_length)
-        return (), kwargs
+        named[self._cache_argument] = self._view(cache, self._prefix_of(step, cache))
+        named[self._mask_argument] = self._mask(step, named.get(self._mask_argument), kv_length)
 
     def _kv_length(self, step: Step, cache: Cache | None) -> int:
         """Returns the number of real tokens that the attention sees, cached and new."""

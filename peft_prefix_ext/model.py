@@ -14,21 +14,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
 
-from peft_prefix_ext.below import adapters_below, warn_of_other_adapters
-from peft_prefix_ext.checkpoint import DECODER, LayerKV
+from peft_prefix_ext.below import adapters_below
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
-from peft_prefix_ext.geometry import RecordedLayer, probe_layers
-from peft_prefix_ext.initialization import initial_kv
-from peft_prefix_ext.layer import reachable_arguments
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
-from peft_prefix_ext.placement import check_attentions, check_layers_to_train, check_length, record, stack_of
-from peft_prefix_ext.rehearsal import rehearse
-from peft_prefix_ext.reparam import PrefixMLP, new_reparam
-from peft_prefix_ext.runtime import PrefixRuntime, base_alone
-from peft_prefix_ext.saved import check_saved_for, with_live_names
+from peft_prefix_ext.plan import Plan, make_plan
+from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.saved import with_live_names
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
 from peft_prefix_ext.state_dict import WRAPPED, State, from_checkpoint, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
@@ -66,12 +60,7 @@ class PrefixExtModel(BaseTuner):
     prefix: str = "prefix_ext_"
     tuner_layer_cls = PrefixTunerLayer
 
-    # Set while an adapter is being injected: the names of the stacks (the decoder, and the encoder if any) by kind of
-    # attention, the others by module name.
-    _stacks: dict[str, str]
-    _recorded: dict[str, RecordedLayer]
-    _initial: dict[str, LayerKV]
-    _mlps: dict[str, PrefixMLP | None]
+    _plan: Plan  # while an adapter is being injected
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(model, PeftModel):
@@ -112,7 +101,7 @@ class PrefixExtModel(BaseTuner):
                     if isinstance(module, PrefixTunerLayer):
                         module.start_as(adapter_name, twin)
         finally:
-            self._recorded, self._initial, self._mlps = {}, {}, {}
+            vars(self).pop("_plan", None)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The user's config may serve several models, and what is recorded of a model belongs to one.
@@ -129,29 +118,7 @@ class PrefixExtModel(BaseTuner):
         return [name for name, config in self.peft_config.items() if config is peft_config][-1]
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        """Finds the attention layers and the initial K/V; nothing is attached to the model before both are known."""
-        with base_alone(model):
-            recorded = [layer for layer in probe_layers(model) if layer.attention in peft_config.attentions]
-            check_attentions(peft_config, model, recorded)
-            check_length(peft_config, model)
-            peft_config._recorded = record(peft_config, model, recorded)
-            check_saved_for(peft_config, model, peft_config._recorded["prefix_layers"])
-            warn_of_other_adapters(peft_config, model)
-            check_layers_to_train(peft_config, recorded)
-            for layer in recorded:
-                reachable_arguments(model.get_submodule(layer.module))
-            if not model.config.is_encoder_decoder and not _has_prefix(model):
-                rehearse(model, model.get_submodule(stack_of(model, recorded, DECODER)))
-            initial, peft_config.init_report = initial_kv(peft_config, model, recorded)
-            peft_config.forget_sources()  # a model is copied and pickled without them
-            stacks = {attention: stack_of(model, recorded, attention) for attention in peft_config.attentions}
-            mlps = {}
-            for stack in dict.fromkeys(stacks.values()):
-                inside = [number for number, layer in enumerate(recorded) if stacks[layer.attention] == stack]
-                mlps[stack] = new_reparam(peft_config, [recorded[n] for n in inside], [initial[n] for n in inside])
-        self._stacks, self._mlps = stacks, mlps
-        self._recorded = {layer.module: layer for layer in recorded}
-        self._initial = {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)}
+        self._plan = make_plan(peft_config, model)
         if not peft_config.is_saved:
             logger.info("Adapter %r starts as %s", self._name_of(peft_config), peft_config.init_report)
         # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of the same name starts anew.
@@ -160,7 +127,7 @@ class PrefixExtModel(BaseTuner):
                 module.forget(self._name_of(peft_config))
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._recorded
+        return key in self._plan.layers
 
     def _create_and_replace(
         self,
@@ -172,15 +139,15 @@ class PrefixExtModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        recorded = self._recorded[current_key]
-        runtime = self._shared_by(adapter_name, peft_config, self._stacks[recorded.attention])
+        recorded = self._plan.layers[current_key]
+        runtime = self._shared_by(adapter_name, peft_config, self._plan.stacks[recorded.attention])
         layer = getattr(target, "prefix_ext", None)
         if layer is None:
             in_stacks = isinstance(runtime, StackRuntime)
             kind = LAYERS[recorded.attention] if in_stacks else layer_class(target, recorded)
             layer = target.prefix_ext = kind(target, recorded, runtime)
         has_reparam = adapter_name in runtime.prefix_ext_reparam
-        layer.update_layer(adapter_name, self._initial[current_key], peft_config, has_reparam)
+        layer.update_layer(adapter_name, self._plan.initial[current_key], peft_config, has_reparam)
         if peft_config.is_saved:
             layer.awaiting_weights.add(adapter_name)
 
@@ -193,7 +160,8 @@ class PrefixExtModel(BaseTuner):
             runtime_class = StackRuntime if self.model.config.is_encoder_decoder else PrefixRuntime
             runtime = module.prefix_ext = runtime_class(module)
             runtime.shared_layers = [
-                SharedKVLayer(attention, owner, runtime) for attention, owner in find_shared(self.model, self._recorded)
+                SharedKVLayer(attention, owner, runtime)
+                for attention, owner in find_shared(self.model, self._plan.layers)
             ]
         if adapter_name in runtime.num_virtual_tokens:
             return runtime
@@ -201,10 +169,10 @@ class PrefixExtModel(BaseTuner):
         runtime.prefix_dropout[adapter_name] = config.prefix_dropout
         runtime.layer_names[adapter_name] = [
             layer.module
-            for layer in self._recorded.values()
-            if self._stacks[layer.attention] == stack and config.trains(layer.index)
+            for layer in self._plan.layers.values()
+            if self._plan.stacks[layer.attention] == stack and config.trains(layer.index)
         ]
-        mlp = self._mlps[stack]
+        mlp = self._plan.mlps[stack]
         if mlp is not None:
             runtime.prefix_ext_reparam[adapter_name] = mlp
         return runtime
@@ -303,10 +271,6 @@ class PrefixExtModel(BaseTuner):
             for name, tensor in state_dict.items()
         }
         return from_checkpoint(model, config, adapter_name, with_live_names(config, saved))
-
-
-def _has_prefix(model: nn.Module) -> bool:
-    return any(isinstance(module, PrefixTunerLayer) for module in model.modules())
 
 
 register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)

@@ -101,12 +101,15 @@ class PrefixRuntime(PrefixTunerLayer):
         self.prefix_dropout.pop(adapter_name, None)
         self.layer_names.pop(adapter_name, None)
 
-    def step_of(self, position_ids: torch.Tensor | None) -> Step:
-        """Returns the forward pass that an attention layer with these positions belongs to.
+    def step_of(self, position_ids: torch.Tensor | None) -> Step | None:
+        """Returns the forward pass that an attention layer with these positions belongs to; `None` for one without prefix.
 
         A checkpointed layer runs again in the backward pass, when other forward passes may have come in between: the
         positions, which it is given again, tell. Where a model does not hand them down there may be only one.
         """
+        rows = self.current_rows
+        if rows is None or not rows.adapters:
+            return None
         step: Step | None = getattr(position_ids, STEP, None)
         if step is not None:
             return step

@@ -33,10 +33,9 @@ class SharedKVLayer:
         self._handle.remove()
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        rows = self.runtime.current_rows
-        if rows is None or not rows.adapters:
-            return None
         step = self.runtime.step_of(kwargs.get("position_ids"))
+        if step is None:
+            return None
         # The owner extended the same mask before; the length of its K/V counts only where there is no cache.
         num_new = step.positions.shape[-1]
         return args, {**kwargs, "attention_mask": step.mask(kwargs["attention_mask"], num_new, self.sliding_window)}

@@ -25,34 +25,25 @@ def layer_class(attention: nn.Module, recorded: RecordedLayer) -> type[PrefixExt
 class BiasedPrefix(PrefixExtLayer):
     """The prefix where a bias by key may tell distances (Bloom, Falcon)."""
 
-    def _before_attention(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        changed = super()._before_attention(attention, args, kwargs)
-        if changed is None or changed[1].get("alibi") is None:
-            return changed
-        _, named = changed
-        bias = named["alibi"]
-        step = self.runtime.step_of(named.get("position_ids"))
-        seen = step.seen(bias.numel() // (attention.num_heads * bias.shape[-1]), bias.shape[-1])
-        named["alibi"], named["attention_mask"] = extend_bias(attention, bias, named["attention_mask"], seen)
-        return (), named
+    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+        super()._put_prefix(attention, step, named)
+        bias = named.get("alibi")
+        if bias is not None:
+            seen = step.seen(bias.numel() // (attention.num_heads * bias.shape[-1]), bias.shape[-1])
+            named["alibi"], named["attention_mask"] = extend_bias(attention, bias, named["attention_mask"], seen)
 
 
 class ColumnPrefix(PrefixExtLayer):
     """The prefix where distances are those between columns (MPT, GPT-Neo): it stands behind a row's left padding."""
 
-    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        changed = super()._before_attention(attention, args, kwargs)
-        if changed is None:
-            return None
-        _, named = changed
-        mask = named["attention_mask"]
-        order = self.runtime.step_of(named.get("position_ids")).order()
+    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+        super()._put_prefix(attention, step, named)
+        mask, order = named["attention_mask"], step.order()
         if order is not None:
             named[self._cache_argument].order = order
             mask = mask.expand(len(order), -1, -1, -1)
             mask = mask.gather(-1, order[:, None, None].expand_as(mask))
         named["attention_mask"] = ~mask if has_inverted_mask(attention) else mask
-        return (), named
 
     def _mask(self, step: Step, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         inverted = mask is not None and mask.dtype == torch.bool  # only MPT's
@@ -62,14 +53,10 @@ class ColumnPrefix(PrefixExtLayer):
 class ChunkedPrefix(PrefixExtLayer):
     """The prefix where queries see their own chunk of positions (Llama 4)."""
 
-    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        changed = super()._before_attention(attention, args, kwargs)
-        if changed is None:
-            return None
-        _, named = changed
-        step, cache = self.runtime.step_of(named.get("position_ids")), named[self._cache_argument].cache
+    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+        cache = named.get(self._cache_argument)
+        super()._put_prefix(attention, step, named)
         past, sizes = 0, (step.positions.shape[-1], 0)
         if cache is not None:
             past, sizes = cache.get_seq_length(self.index), cache.get_mask_sizes(step.positions.shape[-1], self.index)
         named["attention_mask"] = step.chunked_mask(named["attention_mask"], past, *sizes, self.sliding_window or 1)
-        return (), named

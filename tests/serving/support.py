@@ -9,56 +9,32 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
+from tiny import VOCABULARY as VOCAB_SIZE
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, layer_key
 from peft_prefix_ext.fingerprint import fingerprint
 
 BLOCK_SIZE = 32
-VOCAB_SIZE = 128
+# What vLLM takes: heads of 32 on CPUs.
+_SERVED = {"intermediate_size": 128, "head_dim": 32, "max_position_embeddings": 1024, "eos_token_id": 2}
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB_SIZE - 3))]
 
 
-def llama_config(**overrides: Any) -> LlamaConfig:
+def llama_config(**overrides: Any) -> PreTrainedConfig:
     """Returns the config of a two-layer Llama with grouped-query attention."""
-    fields: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
-    return LlamaConfig(**{**fields, **overrides})
+    return tiny_config("llama", **{**_SERVED, "num_hidden_layers": 2, "pad_token_id": None, **overrides})
 
 
-def gemma3_config(**overrides: Any) -> Gemma3TextConfig:
+def gemma3_config(**overrides: Any) -> PreTrainedConfig:
     """Returns the config of a small Gemma 3: five sliding-window layers of 64 tokens, one full one."""
-    fields: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 64,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        # Tied, a random Gemma repeats one token whatever it reads.
-        "tie_word_embeddings": False,
-    }
-    return Gemma3TextConfig(**{**fields, **overrides})
+    fields = {"num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 32}
+    windows = {"sliding_window": 64, "sliding_window_pattern": 6}
+    return tiny_config("gemma3", **{**_SERVED, **fields, **windows, **overrides})
 
 
 def write_model(folder: Path, config: Any, *, tokenizer: bool = False, seed: int = 0) -> Path:

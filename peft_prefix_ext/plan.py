@@ -1,0 +1,75 @@
+"""What is settled about an adapter before the model is touched: where it goes, and what it starts as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_prefix_ext.below import warn_of_other_adapters
+from peft_prefix_ext.checkpoint import DECODER, LayerKV
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.geometry import RecordedLayer, probe_layers
+from peft_prefix_ext.initialization import initial_kv
+from peft_prefix_ext.layer import reachable_arguments
+from peft_prefix_ext.placement import check_attentions, check_layers_to_train, check_length, record, stack_of
+from peft_prefix_ext.rehearsal import rehearse
+from peft_prefix_ext.reparam import PrefixMLP, new_reparam
+from peft_prefix_ext.runtime import base_alone
+from peft_prefix_ext.saved import check_saved_for
+from peft_prefix_ext.tuner_layer import PrefixTunerLayer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where one adapter goes.
+
+    Args:
+        stacks: The names of the stacks (the decoder, and the encoder if any) by kind of attention.
+        layers: The attention layers by module name.
+        initial: The K/V that each of them starts at, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
+        mlps: The reparameterization of each stack, by its name; `None` without one.
+    """
+
+    stacks: dict[str, str]
+    layers: dict[str, RecordedLayer]
+    initial: dict[str, LayerKV]
+    mlps: dict[str, PrefixMLP | None]
+
+
+def make_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Plan:
+    """Finds the attention layers and the initial K/V; `config` learns what is recorded of them.
+
+    Raises:
+        ValueError: If the model has no place for this prefix, or is not the one that it was trained on.
+    """
+    with base_alone(model):
+        recorded = [layer for layer in probe_layers(model) if layer.attention in config.attentions]
+        check_attentions(config, model, recorded)
+        check_length(config, model)
+        config._recorded = record(config, model, recorded)
+        check_saved_for(config, model, config._recorded["prefix_layers"])
+        warn_of_other_adapters(config, model)
+        check_layers_to_train(config, recorded)
+        for layer in recorded:
+            reachable_arguments(model.get_submodule(layer.module))
+        if not model.config.is_encoder_decoder and not _has_prefix(model):
+            rehearse(model, model.get_submodule(stack_of(model, recorded, DECODER)))
+        initial, config.init_report = initial_kv(config, model, recorded)
+    config.forget_sources()  # a model is copied and pickled without them
+    stacks = {attention: stack_of(model, recorded, attention) for attention in config.attentions}
+    mlps = {}
+    for stack in dict.fromkeys(stacks.values()):
+        inside = [number for number, layer in enumerate(recorded) if stacks[layer.attention] == stack]
+        mlps[stack] = new_reparam(config, [recorded[n] for n in inside], [initial[n] for n in inside])
+    return Plan(
+        stacks,
+        {layer.module: layer for layer in recorded},
+        {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)},
+        mlps,
+    )
+
+
+def _has_prefix(model: nn.Module) -> bool:
+    return any(isinstance(module, PrefixTunerLayer) for module in model.modules())
