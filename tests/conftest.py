@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from typing import Any
 
+# Before anything imports torch, which reads it then, and for the processes that tests start. What is tiny gains nothing
+# from a second thread; two workers of two threads on two cores wait for each other, at ten times the cost.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # nor a core of its own for each server
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no compilation
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 from tiny import VOCABULARY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
-
-os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no compilation
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 class TogetherWhatShares(LoadScopeScheduling):
