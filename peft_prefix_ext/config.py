@@ -12,23 +12,11 @@ from typing import Any
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
+from peft_prefix_ext.arguments import check_at_least, check_integers, check_one_of
 from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.peft_type import PREFIX_EXT
+from peft_prefix_ext.sources import ADAPTER_PARTS, AUTO, INITS, PRIVATE, check_sources, init_of_source
 
-# Every initialisation, with the argument that says what it starts from.
-INITS: dict[str, str | None] = {
-    "random": None,
-    "vocab": None,
-    "tokens": "init_token_ids",
-    "text": "init_text",
-    "exemplars": "init_exemplars",
-    "kv": "init_kv",
-    "adapter": "init_adapter",
-    "average": "init_adapter",
-}
-# What does not go where an adapter is shared.
-PRIVATE = ("init_exemplars", "init_kv")
-ADAPTER_PARTS = ("all", "keys")
 REPARAMS = ("none", "mlp")
 
 
@@ -44,8 +32,8 @@ class PrefixExtConfig(PeftConfig):
             Where the prefix starts. As the K/V that a prefill of the frozen base model writes for token ids: `"vocab"`
             (drawn at random), `"tokens"` (`init_token_ids`), `"text"` (the words of `init_text`) or `"exemplars"` (the
             rows of `init_exemplars`). As K/V: `"random"` (normal with `init_std`), `"kv"` (`init_kv`), `"adapter"`
-            (another prefix, `init_adapter`) or `"average"` (the mean of several). What is drawn follows
-            `torch.manual_seed`.
+            (another prefix, `init_adapter`) or `"average"` (the mean of several). `"auto"` is what uses the one of these
+            arguments that is given, or `"random"`. What is drawn follows `torch.manual_seed`.
         init_token_ids (`list[int]`, *optional*):
             The token ids for `init="tokens"`, taken as they are: repeated when shorter than the prefix, cut when longer.
         init_text (`str`, *optional*):
@@ -127,7 +115,10 @@ class PrefixExtConfig(PeftConfig):
     """
 
     num_virtual_tokens: int = field(default=16, metadata={"help": "The length of the prefix."})
-    init: str = field(default="random", metadata={"help": f"Where the prefix starts, one of {tuple(INITS)}."})
+    init: str = field(
+        default=AUTO,
+        metadata={"help": f"Where the prefix starts, one of {tuple(INITS)}; by default as the source given says."},
+    )
     init_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids, for `init='tokens'`."})
     init_text: str | None = field(default=None, metadata={"help": "The words of the task, for `init='text'`."})
     init_chat_template: bool = field(
@@ -205,27 +196,29 @@ class PrefixExtConfig(PeftConfig):
         # What the tuner learns about the base model. It becomes part of the dict that is saved, not of the live config,
         # so that one config object can be used for several models.
         self._recorded: dict[str, Any] = {}
-        _check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
-        _check_one_of("init", self.init, tuple(INITS))
-        self.check_sources()
+        check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
+        if self.init == AUTO:
+            self.init = init_of_source(self)
+        check_one_of("init", self.init, INITS)
+        check_sources(self)
         if not self.init_std >= 0:
             raise ValueError(f"`init_std` must be >= 0, got {self.init_std}.")
-        _check_at_least("num_frozen_tokens", self.num_frozen_tokens, 0)
+        check_at_least("num_frozen_tokens", self.num_frozen_tokens, 0)
         if self.num_frozen_tokens >= self.num_virtual_tokens:
             raise ValueError(
                 "`num_frozen_tokens` must be < `num_virtual_tokens`, got "
                 f"{self.num_frozen_tokens} and {self.num_virtual_tokens}."
             )
-        _check_one_of("reparam", self.reparam, REPARAMS)
+        check_one_of("reparam", self.reparam, REPARAMS)
         for name in ("reparam_latent_size", "reparam_hidden_size", "reparam_num_layers"):
-            _check_at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         if self.reparam_activation not in ACT2FN:
             raise ValueError(f"`reparam_activation` must be one of {sorted(ACT2FN)}, got {self.reparam_activation!r}.")
         for name in ("reparam_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.layers_to_train is not None:
-            _check_integers("layers_to_train", self.layers_to_train)
+            check_integers("layers_to_train", self.layers_to_train)
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -251,49 +244,3 @@ class PrefixExtConfig(PeftConfig):
         shared = copy.copy(self)
         shared.forget_sources()
         return {**super(PrefixExtConfig, shared).to_dict(), **self._recorded}
-
-    def check_sources(self) -> None:
-        """Raises `ValueError` if what the prefix starts from is missing, or of another initialisation."""
-        needed = INITS[self.init]
-        for name in dict.fromkeys(filter(None, INITS.values())):
-            given = getattr(self, name) is not None
-            if name == needed and not given and not self.is_saved:
-                raise ValueError(f"`{name}` must be given when `init={self.init!r}`.")
-            if name != needed and given:
-                uses = " or ".join(f"`init={init!r}`" for init, source in INITS.items() if source == name)
-                raise ValueError(f"`{name}` is only used with {uses}, got `init={self.init!r}`.")
-        if self.init_chat_template and self.init != "text":
-            raise ValueError(f"`init_chat_template` is only used with `init='text'`, got `init={self.init!r}`.")
-        _check_one_of("init_adapter_part", self.init_adapter_part, ADAPTER_PARTS)
-        if self.init_adapter_part != "all" and needed != "init_adapter":
-            raise ValueError(
-                f"`init_adapter_part` is only used with `init='adapter'` or `init='average'`, got `init={self.init!r}`."
-            )
-        if self.init_token_ids is not None:
-            _check_integers("init_token_ids", self.init_token_ids)
-        if isinstance(self.init_exemplars, (str, dict)) or not isinstance(self.init_exemplars, (Iterable, type(None))):
-            raise ValueError(
-                "`init_exemplars` must be rows, as a list or one split of a data set, got "
-                f"{type(self.init_exemplars).__name__}."
-            )
-        if self.init == "adapter" and not isinstance(self.init_adapter, (str, type(None))):
-            raise ValueError(f"`init_adapter` must be a path or a repository, got {self.init_adapter!r}.")
-        if self.init == "average" and (isinstance(self.init_adapter, str) or self.init_adapter == []):
-            raise ValueError(
-                f"`init_adapter` must be a list of paths or repositories for `init='average'`, got {self.init_adapter!r}."
-            )
-
-
-def _check_at_least(name: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}.")
-
-
-def _check_integers(name: str, value: Any) -> None:
-    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
-        raise ValueError(f"`{name}` must be a list of integers, got {value!r}.")
-
-
-def _check_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")

@@ -13,6 +13,7 @@ from peft_prefix_ext.initialization.exemplars import exemplar_tokens
 from peft_prefix_ext.initialization.given import given_kv
 from peft_prefix_ext.initialization.tokens import given_tokens, text_tokens, vocabulary_tokens
 from peft_prefix_ext.initialization.transfer import adapter_kv
+from peft_prefix_ext.sources import check_sources
 
 
 class Initial(NamedTuple):
@@ -42,7 +43,7 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Rec
     if config.is_saved:
         # The weights of a saved adapter are about to be loaded, which must not move the random state.
         return Initial([_new(config, layer, float("nan")) for layer in layers], config.init_report)
-    config.check_sources()
+    check_sources(config)
     if config.init in PREFILLED:
         tokens = PREFILLED[config.init](config, model)
         recorded = {layer.module: layer.kv for layer in record_layers(model, tokens.ids)}

@@ -15,7 +15,8 @@ from peft_prefix_ext import PrefixExtConfig
         ({"num_virtual_tokens": None}, "`num_virtual_tokens` must be an integer >= 1, got None"),
         ({"init": "zero"}, r"`init` must be one of \('random', .*\), got 'zero'"),
         ({"init": "text"}, "`init_text` must be given when `init='text'`"),
-        ({"init_text": "x"}, "`init_text` is only used with `init='text'`, got `init='random'`"),
+        ({"init": "random", "init_text": "x"}, "`init_text` is only used with `init='text'`, got `init='random'`"),
+        ({"init_text": "x", "init_token_ids": [1]}, "`init_text` is only used with `init='text'`, got `init='tokens'`"),
         ({"init": "exemplars"}, "`init_exemplars` must be given when `init='exemplars'`"),
         ({"init": "exemplars", "init_exemplars": "a row"}, "`init_exemplars` must be rows, .* got str"),
         ({"init": "exemplars", "init_exemplars": {"train": []}}, "`init_exemplars` must be rows, .* got dict"),
@@ -27,7 +28,10 @@ from peft_prefix_ext import PrefixExtConfig
         ({"init": "average", "init_adapter": "a/b"}, "must be a list of paths or repositories .*, got 'a/b'"),
         ({"init": "average", "init_adapter": []}, r"must be a list of paths or repositories .*, got \[\]"),
         ({"init": "adapter", "init_adapter": ["a/b"]}, "`init_adapter` must be a path or a repository, got"),
-        ({"init_adapter": "a/b"}, "only used with `init='adapter'` or `init='average'`, got `init='random'`"),
+        (
+            {"init": "random", "init_adapter": "a/b"},
+            "only used with `init='adapter'` or `init='average'`, got `init='random'`",
+        ),
         ({"init_adapter_part": "keys"}, "`init_adapter_part` is only used with `init='adapter'` or"),
         (
             {"init": "adapter", "init_adapter": "a/b", "init_adapter_part": "values"},
@@ -50,6 +54,22 @@ from peft_prefix_ext import PrefixExtConfig
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         PrefixExtConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "init"),
+    [
+        ({}, "random"),
+        ({"init_text": "Summarize:"}, "text"),
+        ({"init_token_ids": [1, 2]}, "tokens"),
+        ({"init_exemplars": ["a row"]}, "exemplars"),
+        ({"init_kv": []}, "kv"),
+        ({"init_adapter": "a/b"}, "adapter"),
+        ({"init_adapter": ["a/b", "c/d"]}, "average"),
+    ],
+)
+def test_what_is_given_says_where_the_prefix_starts(given, init):
+    assert PrefixExtConfig(**given).init == init
 
 
 def test_round_trip(tmp_path):
