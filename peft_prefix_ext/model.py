@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType, TaskType
+from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
@@ -20,6 +20,7 @@ from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
+from peft_prefix_ext.placement import HEADS
 from peft_prefix_ext.plan import Plan, make_plan
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.saved import with_live_names
@@ -29,9 +30,6 @@ from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.variants import layer_class
 
 logger = logging.getLogger(__name__)
-
-
-_HEADS_ADDED_LATE = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
 
 
 class PrefixExtModel(BaseTuner):
@@ -77,7 +75,7 @@ class PrefixExtModel(BaseTuner):
         if taken is not None and taken.peft_type != PREFIX_EXT:
             raise ValueError(
                 f"The model has an adapter {adapter_name!r} of type {PeftType(taken.peft_type).value} already; give the prefix a name "
-                'of its own, as `adapter_name="prefix"`.'
+                'of its own, as `adapter_name="task"`.'
             )
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -87,13 +85,22 @@ class PrefixExtModel(BaseTuner):
             raise
         self.peft_config = self.peft_config  # one's own, not through the model, which loses it when LoRA is merged
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: State | None = None,  # by which PEFT finds the targets of other adapters
+    ) -> None:
+        if "." in adapter_name:
+            raise ValueError(f"The name of an adapter must not have a dot in it, got {adapter_name!r}.")
         given = self.peft_config[adapter_name]
         twin = next(
             (name for name, config in self.peft_config.items() if config is given and name != adapter_name), None
         )
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             if twin is not None:
                 # An adapter from the config of one that is here, such as the reference model of TRL's `DPOTrainer`, which
                 # copies the parameters itself, but not what is frozen: a config alone does not say where it started.
@@ -106,8 +113,8 @@ class PrefixExtModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The user's config may serve several models, and what is recorded of a model belongs to one.
         own = copy.copy(peft_config)
-        # PEFT trains the head of a tagger, too, but says so in the config it was given, and only after this.
-        heads = _HEADS_ADDED_LATE.get(own.task_type, [])
+        # PEFT trains the head, too, but of a tagger it says so in the config it was given, and only after this.
+        heads = HEADS.get(own.task_type, ())
         if heads:
             own.modules_to_save = [*dict.fromkeys([*(own.modules_to_save or []), *heads])]
         self.peft_config[self._name_of(peft_config)] = own
@@ -225,6 +232,9 @@ class PrefixExtModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("A prefix changes no weight, so there is nothing to merge.")
+
+    def unmerge_adapter(self) -> None:
+        raise ValueError("A prefix changes no weight, so there is nothing to unmerge.")
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         # PEFT takes `adapter_names` off before it comes here, except for MPT.

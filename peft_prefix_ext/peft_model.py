@@ -7,16 +7,19 @@ from typing import Any
 
 import wrapt
 from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from peft_prefix_ext.below import warn_of_other_adapters
 from peft_prefix_ext.card import write_card
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.placement import check_task
 from peft_prefix_ext.saved import check_saved_for
 
 
 def wrap_peft_model() -> None:
     """Wraps the methods, of which the last is transformers' own and private: without it, cards are just not extended."""
     for name, wrapper in {
+        "__init__": _init,
         "load_adapter": _load_adapter,
         "create_or_update_model_card": _create_or_update_model_card,
         "_upload_modified_files": _upload_modified_files,
@@ -27,6 +30,14 @@ def wrap_peft_model() -> None:
 
 def _has_prefix(model: Any) -> bool:
     return any(isinstance(config, PrefixExtConfig) for config in model.peft_config.values())
+
+
+def _init(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    base = call["model"].get_base_model() if isinstance(call["model"], PeftModel) else call["model"]
+    if isinstance(call["peft_config"], PrefixExtConfig) and isinstance(base, PreTrainedModel):
+        check_task(call["peft_config"], base)
+    wrapped(*args, **kwargs)
 
 
 def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -43,7 +54,16 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
             check_saved_for(saved, model.get_base_model(), layers=None)
             if saved.base_adapters != live.base_adapters:  # else it was said when this one was put on
                 warn_of_other_adapters(saved, model)
-    return wrapped(*args, **kwargs)
+    try:
+        return wrapped(*args, **kwargs)
+    except KeyError as error:
+        config = model.peft_config.get(call["adapter_name"])
+        if not isinstance(config, PrefixExtConfig):
+            raise
+        raise ValueError(
+            f"The adapter in {call['model_id']} has no weights {error} for a module that `task_type` or `modules_to_save` "
+            "would have with it: load it with a `config` whose `task_type` is None, or the one it was trained with."
+        ) from error
 
 
 def _create_or_update_model_card(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from typing import Any
 
+from peft import TaskType
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.alibi import has_bias
@@ -14,6 +15,13 @@ from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import tells_positions
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.geometry import RecordedLayer
+
+# What PEFT calls the heads that it trains with an adapter, by task type.
+HEADS: dict[Any, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 def stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str) -> str:
@@ -50,6 +58,27 @@ def check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: li
                 f"`{field}` must be False for {type(model).__name__}, which has no {attention} attention that can be given "
                 "K/V."
             )
+
+
+def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
+    """Checks that the model has what PEFT's task type and `modules_to_save` ask for, which PEFT itself would go without."""
+    name, task_type = type(model).__name__, TaskType(config.task_type).value if config.task_type else None
+    if task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        if not hasattr(model, "prepare_inputs_for_generation"):
+            raise ValueError(f"`task_type` must not be {task_type} for {name}, which does not generate text.")
+        fitting = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+        if task_type != fitting:
+            raise ValueError(f"`task_type` must be {fitting.value} for {name}, got {task_type}.")
+    modules = [module for module, _ in model.named_modules()]
+    heads = HEADS.get(config.task_type, ())
+    own = set(config.modules_to_save or ()).difference(*HEADS.values())
+    if missing := sorted(name for name in own if not any(module.endswith(name) for module in modules)):
+        raise ValueError(f"`modules_to_save` must be modules of {name}, got {missing}.")
+    if heads and not own and not any(module.endswith(heads) for module in modules):
+        raise ValueError(
+            f"`task_type={task_type!r}` trains a head called {' or '.join(map(repr, heads))}, which {name} has not: load the "
+            "model with its head, or name it in `modules_to_save`."
+        )
 
 
 def check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:

@@ -42,6 +42,7 @@ class PrefixRuntime(PrefixTunerLayer):
         self._bypassed = False
         self._mixed: Rows | None = None
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
+        self._num_positions = _num_embedded_positions(decoder)
         # What holds the hooks of layers that share the K/V of others.
         self.shared_layers: list[Any] = []
         self._handles = [
@@ -64,9 +65,9 @@ class PrefixRuntime(PrefixTunerLayer):
             return None
         if self._mixed is not None:
             return self._mixed
-        name = self.active_adapters[0]
-        # An encoder need not have a prefix.
-        return Rows((name,), self.num_virtual_tokens[name]) if name in self.num_virtual_tokens else None
+        # An encoder need not have a prefix, and there may be adapters of other types beside it.
+        name = next((name for name in self.active_adapters if name in self.num_virtual_tokens), None)
+        return None if name is None else Rows((name,), self.num_virtual_tokens[name])
 
     @contextmanager
     def mixed(self, rows: Rows) -> Iterator[None]:
@@ -146,6 +147,7 @@ class PrefixRuntime(PrefixTunerLayer):
             kwargs["position_ids"] = positions
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
+        self._check_room(text_positions, rows)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
         if is_reentrant and self.shared_layers:
             raise ValueError(
@@ -173,6 +175,15 @@ class PrefixRuntime(PrefixTunerLayer):
             if kwargs.get("inputs_embeds") is not None:
                 kwargs["inputs_embeds"] = self._require_gradient(kwargs["inputs_embeds"])
         return (), kwargs
+
+    def _check_room(self, positions: torch.Tensor, rows: Rows) -> None:
+        if self._num_positions is None or torch.compiler.is_compiling():
+            return
+        if (last := int(positions.max())) >= self._num_positions:
+            raise ValueError(
+                f"The text ends at position {last}, behind {rows.num_virtual_tokens} virtual tokens, and the model has "
+                f"{self._num_positions} positions: shorten it."
+            )
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         if self.step is not None:
@@ -232,6 +243,15 @@ class PrefixRuntime(PrefixTunerLayer):
 def runtimes_of(model: nn.Module) -> list[PrefixRuntime]:
     """Returns the runtimes in a model: one, or those of an encoder-decoder model's stacks."""
     return [module for module in model.modules() if isinstance(module, PrefixRuntime)]
+
+
+def _num_embedded_positions(decoder: nn.Module) -> int | None:
+    """Returns how many positions a decoder has learned embeddings for; `None` where they are told otherwise."""
+    for name in ("wpe", "embed_positions"):
+        embedding = getattr(decoder, name, None)
+        if isinstance(embedding, nn.Embedding):
+            return int(embedding.num_embeddings - getattr(embedding, "offset", 0))
+    return None
 
 
 def _default_positions(new: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor:

@@ -14,6 +14,8 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
         device: Where the part of the model is that it belongs to.
     """
 
+    cast_input_dtype_enabled = True  # what `disable_input_dtype_casting` turns off and on again in every tuner layer
+
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
@@ -22,6 +24,14 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         # Without this, PEFT's `weight` property looks for the weight of the wrapped layer in this layer, without end.
         raise AttributeError("A prefix wraps no layer.")
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        # transformers calls each layer, with names of adapters of other types among them.
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        own = [name for name in names if name in self._all_available_adapter_names()]
+        if len(own) > 1:
+            raise ValueError(f"PREFIX_EXT has one active adapter at a time, got {own}.")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def forget(self, adapter_name: str) -> None:
         """Drops an adapter that is about to be made anew."""

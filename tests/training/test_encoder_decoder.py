@@ -367,7 +367,9 @@ def test_classifiers(name):
     config.eos_token_id = 5
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     ids = torch.cat([READ, torch.full((2, 1), 5)], dim=1)
-    prefixed = with_prefix(model, task_type="SEQ_CLS", **EVERYWHERE)
+    with pytest.raises(ValueError, match=r"a head called 'classifier' or 'score', which .* has not"):
+        with_prefix(model, task_type="SEQ_CLS")
+    prefixed = with_prefix(model, task_type="SEQ_CLS", modules_to_save=["classification_head"], **EVERYWHERE)
     prefixed(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
     assert all(p.grad.abs().max() > 0 for p in prefixed.parameters() if p.requires_grad)
     with prefixed.disable_adapter():

@@ -183,6 +183,18 @@ def test_a_config_in_the_place_of_the_saved_one(model, tmp_path):
         PeftModel.from_pretrained(tiny_model("llama"), tmp_path, config={"peft_type": "PREFIX_EXT"})
 
 
+def test_trainable_parameters_are_counted(model, capsys):
+    trained, total = model.get_nb_trainable_parameters()
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith(f"trainable params: {trained:,} || all params: {total:,} ||")
+
+
+def test_injection_by_a_state_dict(model):
+    base = inject_adapter_in_model(another(), tiny_model("llama"), state_dict=get_peft_model_state_dict(model))
+    assert logits(base).isfinite().all()
+
+
 def test_injection_without_a_peft_model(model):
     base = inject_adapter_in_model(another(), tiny_model("llama"))
     assert base(input_ids=IDS).logits.shape == logits(model).shape

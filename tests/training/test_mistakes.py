@@ -1,0 +1,114 @@
+"""What users get wrong is refused in one sentence, before the model is touched where that can be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from peft.utils.hotswap import hotswap_adapter
+from prefixed import with_prefix
+from tiny import random_ids, tiny_config, tiny_model
+from tiny_seq2seq import tiny_encoder_decoder
+from transformers import AutoModelForSequenceClassification
+
+from peft_prefix_ext import PrefixExtConfig
+
+IDS = random_ids(2, 9)
+PREFIX = {"num_virtual_tokens": 4, "init_std": 1.0}
+
+
+def classifier():
+    return AutoModelForSequenceClassification.from_config(tiny_config("llama"))
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(
+    ("base", "task_type", "more", "message"),
+    [
+        (
+            classifier,
+            "CAUSAL_LM",
+            {},
+            "must not be CAUSAL_LM for LlamaForSequenceClassification, which does not generate",
+        ),
+        (lambda: tiny_model("llama"), "SEQ_2_SEQ_LM", {}, "must be CAUSAL_LM for LlamaForCausalLM, got SEQ_2_SEQ_LM"),
+        (lambda: tiny_encoder_decoder("t5"), "CAUSAL_LM", {}, "must be SEQ_2_SEQ_LM for T5ForCond.*, got CAUSAL_LM"),
+        (
+            lambda: tiny_model("llama"),
+            "SEQ_CLS",
+            {},
+            "a head called 'classifier' or 'score', which LlamaForCausalLM has not",
+        ),
+        (lambda: tiny_model("llama"), "QUESTION_ANS", {}, "a head called 'qa_outputs', which LlamaForCausalLM has not"),
+        (classifier, "SEQ_CLS", {"modules_to_save": ["scores"]}, r"must be modules of .*, got \['scores'\]"),
+    ],
+)
+def test_a_task_type_of_another_model(base, task_type, more, message):
+    model = base()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, PrefixExtConfig(task_type=task_type, **PREFIX, **more))
+    assert not any("prefix_ext" in name for name, _ in model.named_modules())
+
+
+def test_an_adapter_without_the_head_of_its_task_type(tmp_path):
+    with_prefix(tiny_model("llama")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must not be CAUSAL_LM for LlamaForSequenceClassification"):
+        PeftModel.from_pretrained(classifier(), tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.task_type = "SEQ_CLS"
+    with pytest.raises(ValueError, match=r"no weights 'base_model.model.score.weight' for a module that `task_type`"):
+        PeftModel.from_pretrained(classifier(), tmp_path, config=config)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_text_that_is_longer_than_the_models_positions(name):
+    model = with_prefix(tiny_model(name, max_position_embeddings=32), num_virtual_tokens=7)
+    assert logits(model, random_ids(1, 25)).shape[1] == 25
+    with pytest.raises(
+        ValueError, match="ends at position 32, behind 7 virtual tokens, and the model has 32 positions"
+    ):
+        logits(model, random_ids(1, 26))
+    with pytest.raises(ValueError, match="ends at position 32"):
+        model.generate(input_ids=random_ids(1, 24), max_new_tokens=4, do_sample=False)
+    assert logits(model, random_ids(1, 25)).isfinite().all()
+
+
+def test_names(llama):
+    with pytest.raises(ValueError, match=r"must not have a dot in it, got 'a\.b'"):
+        get_peft_model(llama, PrefixExtConfig(**PREFIX), adapter_name="a.b")
+    assert not any("prefix_ext" in name for name, _ in llama.named_modules())
+
+
+def test_what_is_of_lora_alone(llama, tmp_path):
+    model = with_prefix(llama)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but PREFIX_EXT was passed"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    with pytest.raises(ValueError, match="nothing to unmerge"):
+        model.unmerge_adapter()
+    assert not model.supports_lora_conversion()
+    with disable_input_dtype_casting(model):
+        logits(model)
+    for wrap in (PeftMixedModel, lambda base, config: get_peft_model(base, config, mixed=True)):
+        with pytest.raises(ValueError, match="'PREFIX_EXT' is not compatible with the `PeftMixedModel`"):
+            wrap(tiny_model("llama"), PrefixExtConfig(**PREFIX))
+
+
+def test_several_adapters_by_transformers_own_methods(llama):
+    llama.add_adapter(LoraConfig(init_lora_weights=False, target_modules=["q_proj"]), "lora")
+    lora = logits(llama)
+    llama.add_adapter(PrefixExtConfig(**PREFIX), "task")
+    task = logits(llama)
+    llama.set_adapter(["lora", "task"])
+    both = logits(llama)
+    assert all(not torch.allclose(both, one, atol=1e-2) for one in (lora, task))
+    llama.set_adapter(["task", "lora"])
+    assert torch.equal(logits(llama), both)
+    llama.add_adapter(PrefixExtConfig(**PREFIX), "other")
+    with pytest.raises(ValueError, match=r"one active adapter at a time, got \['task', 'other'\]"):
+        llama.set_adapter(["task", "other"])
