@@ -43,6 +43,10 @@ class PrefixCheckpointError(ValueError):
     """An adapter folder that is missing, malformed or made for another base model."""
 
 
+class PrefixNotFoundError(PrefixCheckpointError):
+    """A place without an adapter."""
+
+
 class LayerKV(NamedTuple):
     """The prefix K/V of one layer: `[num_kv_heads, num_virtual_tokens, head_dim]` each."""
 
@@ -157,11 +161,11 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise PrefixCheckpointError(f"No prefix adapter at {folder}: there is no such folder.")
+        raise PrefixNotFoundError(f"No prefix adapter at {folder}: there is no such folder.")
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise PrefixCheckpointError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
+        raise PrefixNotFoundError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
     except (OSError, ValueError) as error:
         raise PrefixCheckpointError(
             f"{folder / CONFIG_NAME} cannot be read as JSON ({error}); copy it again."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, PrefixCheckpointError
+from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, PrefixNotFoundError
 
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
 
@@ -14,16 +14,18 @@ def resolve(source: str | Path) -> Path:
     """Returns the folder of an adapter: `source` itself, or a download from the Hub, `owner/name[/folder][@revision]`.
 
     Raises:
-        PrefixCheckpointError: If it is neither.
+        PrefixNotFoundError: If it is neither.
     """
-    folder = Path(source).expanduser()
-    if folder.exists():
-        return folder
+    try:
+        folder = Path(source).expanduser()
+        if folder.exists():
+            return folder
+    except (OSError, RuntimeError) as error:
+        # A home of nobody, a name that is too long, a folder that may not be looked into.
+        raise PrefixNotFoundError(f"No prefix adapter at {str(source)!r} ({error}).") from error
     place = _REPO.fullmatch(str(source))
     if place is None:
-        raise PrefixCheckpointError(
-            f"No prefix adapter at {str(source)!r}: it is neither a folder nor a Hub repository."
-        )
+        raise PrefixNotFoundError(f"No prefix adapter at {str(source)!r}: it is neither a folder nor a Hub repository.")
     from huggingface_hub import snapshot_download
 
     # PEFT saves an adapter that is not called "default" in a folder of its own.
@@ -34,7 +36,7 @@ def resolve(source: str | Path) -> Path:
     except Exception as error:
         # The Hub's errors are many, of several packages, and each means the same to the user.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PrefixCheckpointError(
+        raise PrefixNotFoundError(
             f"No prefix adapter at {str(source)!r}: there is no such folder, and the Hub has no such repository or cannot "
             f"be reached ({reason})."
         ) from error

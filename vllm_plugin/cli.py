@@ -1,99 +1,127 @@
-"""The `--prefix-adapter NAME=PATH_OR_REPO ...` option of `vllm serve`."""
+"""The options of `vllm serve`: `--prefix-adapter NAME=PATH_OR_REPO ...` and what goes with it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vllm_plugin.errors import PrefixServeError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]*")
-# vLLM applies an adapter named after a part of a chat message ("text", "image_url", ...) to requests for the base
-# model that hold such a part.
-_RESERVED = frozenset(
-    {"audio", "file", "image", "input", "output", "prompt", "refusal", "text", "thinking", "tool", "video", "vision"}
-)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,255}")
 
 
 class AdapterOption(NamedTuple):
-    """One `NAME=PATH_OR_REPO` of the command line."""
+    """One adapter, as the operator wrote it.
+
+    Args:
+        name: What requests call it.
+        path: Folder or Hub repository.
+        base_model_name: The served model that `/v1/models` shows as its parent; the first one by default.
+    """
 
     name: str
-    source: str
-
-    def __reduce__(self) -> tuple[Callable[..., AdapterOption], tuple[str, str]]:
-        return restore_option, (self.name, self.source)
+    path: str
+    base_model_name: str | None = None
 
 
-def restore_option(name: str, source: str) -> AdapterOption:
-    """Unpickles an option, and attaches the plugin.
+class SharedFolder(str):
+    """The folder of the registry, on its way to the other API server processes of a server.
 
-    With several API servers vLLM spawns processes that get the parsed options, and reads them before it loads plugins.
+    Such a process gets the parsed options, and reads them before it loads plugins: unpickling this attaches ours.
     """
+
+    def __reduce__(self) -> tuple[Callable[[str], SharedFolder], tuple[str]]:
+        return restore_folder, (str(self),)
+
+
+def restore_folder(folder: str) -> SharedFolder:
+    """Unpickles a `SharedFolder`."""
     from vllm_plugin import register
 
     register()
-    return AdapterOption(name, source)
+    return SharedFolder(folder)
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--prefix-adapter` to vLLM's engine arguments; adding it twice changes nothing."""
+    """Adds our options to vLLM's engine arguments; adding them twice changes nothing."""
     if "--prefix-adapter" in parser._option_string_actions:
         return
-    parser.add_argument_group(
+    group = parser.add_argument_group(
         title="Prefix adapters", description="Trained key/value prefixes served beside the base model."
-    ).add_argument(
+    )
+    group.add_argument(
         "--prefix-adapter",
         metavar="NAME=PATH_OR_REPO",
         nargs="+",
         action="extend",
         type=parse_adapter,
         default=None,
-        help='Prefix adapters to serve, each a folder or a Hub repository; a request picks one with "model": "NAME".',
+        help="Prefix adapters to serve, each a folder or a Hub repository, `owner/name[@revision]`; a request picks one "
+        'with "model": "NAME". Or in JSON, as for --lora-modules: \'{"name": "NAME", "path": "PATH_OR_REPO", '
+        '"base_model_name": "MODEL"}\'.',
+    )
+    group.add_argument(
+        "--enable-prefix-adapters",
+        action="store_true",
+        help="Starts without adapters, too: they come at run time, by POST /v1/load_prefix_adapter, which the environment "
+        "variable PREFIX_SERVE_ALLOW_RUNTIME_UPDATING=1 switches on.",
+    )
+    group.add_argument(
+        "--prefix-adapter-warmup",
+        action="store_true",
+        help="Puts every prefix into the cache before the server is ready, and each one that is loaded later before its "
+        "first request.",
     )
 
 
 def parse_adapter(text: str) -> AdapterOption:
-    """Splits `NAME=PATH_OR_REPO`, for argparse.
+    """Reads `NAME=PATH_OR_REPO` or its JSON form, for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: If it is not of that form or the name is not usable.
+        argparse.ArgumentTypeError: If it is neither, or the name is not usable.
     """
-    name, separator, source = text.partition("=")
-    if not separator or not source:
+    option = _parse_json(text) if text.lstrip().startswith("{") else AdapterOption(*text.partition("=")[::2])
+    if not option.path:
         raise argparse.ArgumentTypeError(f"expected NAME=PATH_OR_REPO, got {text!r}")
     try:
-        check_name(name)
+        check_name(option.name)
     except PrefixServeError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return AdapterOption(name, source)
+    return option
 
 
 def check_name(name: str) -> None:
     """Raises `PrefixServeError` if `name` cannot name an adapter."""
     if not _NAME.fullmatch(name):
         raise PrefixServeError(
-            f"A prefix adapter's name must be letters, digits and any of ._/:@+- after the first, got {name!r}."
-        )
-    if name in _RESERVED:
-        raise PrefixServeError(
-            f"{name!r} cannot name a prefix adapter: vLLM reads it as a kind of message content; choose another name."
+            f"A prefix adapter's name must be up to 256 letters, digits and, after the first, any of ._/:@+-; got {name!r}."
         )
 
 
-def as_mapping(adapters: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Turns parsed pairs into name -> source.
-
-    Raises:
-        PrefixServeError: If a name comes twice.
-    """
-    sources: dict[str, str] = {}
-    for name, source in adapters:
-        if name in sources:
+def check_unique(options: Iterable[AdapterOption]) -> None:
+    """Raises `PrefixServeError` if a name comes twice."""
+    paths: dict[str, str] = {}
+    for option in options:
+        if option.name in paths:
             raise PrefixServeError(
-                f"The prefix adapter name {name!r} is given twice, for {sources[name]!r} and {source!r}."
+                f"The prefix adapter name {option.name!r} is given twice, for {paths[option.name]!r} and {option.path!r}."
             )
-        sources[name] = source
-    return sources
+        paths[option.name] = option.path
+
+
+def _parse_json(text: str) -> AdapterOption:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid JSON ({error}), got {text!r}") from error
+    known = set(AdapterOption._fields)
+    if not {"name", "path"} <= fields.keys() <= known or not all(
+        isinstance(value, str) or (value is None and field == "base_model_name") for field, value in fields.items()
+    ):
+        raise argparse.ArgumentTypeError(
+            f"expected strings `name` and `path`, and `base_model_name` if need be, got {text!r}"
+        )
+    return AdapterOption(**fields)

@@ -17,6 +17,7 @@ from typing import Any
 
 import wrapt
 
+from vllm_plugin.config import settings_in
 from vllm_plugin.errors import PrefixServeError
 
 # First and first unsupported release: what was read for this plugin. Below, `on_new_request` is missing.
@@ -111,52 +112,38 @@ def _add_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _from_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from vllm_plugin.cli import as_mapping
-    from vllm_plugin.config import merge
+    from vllm_plugin.startup import configure
 
     engine_args = wrapped(*args, **kwargs)
-    namespace = kwargs["args"] if "args" in kwargs else args[0]
-    if pairs := getattr(namespace, "prefix_adapter", None):
-        require(server=True)
-        engine_args.kv_transfer_config = merge(engine_args.kv_transfer_config, as_mapping(pairs))
+    options = kwargs["args"] if "args" in kwargs else args[0]
+    engine_args.kv_transfer_config = configure(engine_args.kv_transfer_config, options)
     return engine_args
 
 
 def _create_engine_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from vllm_plugin import store
-    from vllm_plugin.config import adapters_in
+    from vllm_plugin.config import settings_in
+    from vllm_plugin.startup import create
 
-    sources = adapters_in(instance.kv_transfer_config)
-    if not sources:
+    if settings_in(instance.kv_transfer_config) is None:
         return wrapped(*args, **kwargs)
-    require(server=False)
-    if getattr(instance, "kv_offloading_size", None) is not None:
-        raise PrefixServeError(
-            "--kv-offloading-size replaces the KV connector of the prefix adapters; name the OffloadingConnector in "
-            "--kv-transfer-config instead."
-        )
-    served = instance.served_model_name or [instance.model]
-    store.check_served_names(sources, [served] if isinstance(served, str) else served)
-    instance.kv_transfer_config, checkpoints = store.open_adapters(instance.kv_transfer_config)
-    vllm_config = wrapped(*args, **kwargs)
-    store.check_engine(vllm_config)
-    for name, checkpoint in checkpoints.items():
-        store.check_adapter(name, checkpoint, vllm_config)
-    return vllm_config
+    return create(instance, functools.partial(wrapped, *args, **kwargs))
 
 
 def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    config = instance.vllm_config
+    if _is_idle(config, args, kwargs):
+        return wrapped(*args, **kwargs)
     from vllm_plugin import serving
 
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    if not serving.concerns(call.arguments.get("lora_request"), instance.vllm_config):
+    arguments = _arguments(wrapped, args, kwargs)
+    if not serving.concerns(arguments.get("lora_request"), config):
         return wrapped(*args, **kwargs)
-    spec = serving.adapter_named(call.arguments.get("lora_request"), instance.vllm_config)
-    params, max_model_len = call.arguments["params"], instance.model_config.max_model_len
-    serving.check(spec, serving.Prompt.of_input(call.arguments["prompt"]), params, max_model_len)
+    spec = serving.adapter_named(arguments.get("lora_request"), config)
+    params, max_model_len = arguments["params"], instance.model_config.max_model_len
+    serving.check(spec, serving.Prompt.of_input(arguments["prompt"]), params, max_model_len)
     if spec is not None:
-        call.arguments["lora_request"] = None
-    request = wrapped(*call.args, **call.kwargs)
+        arguments["lora_request"] = None
+    request = wrapped(**arguments)
     # Again on the result: a raw prompt is rendered by the call itself.
     serving.check(spec, serving.Prompt.of_request(request), params, max_model_len)
     if spec is not None:
@@ -166,10 +153,12 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Checks before the stream starts: once a response streams, its status can no longer be 400."""
+    config = instance.vllm_config
+    if _is_idle(config, args, kwargs):
+        return wrapped(*args, **kwargs)
     from vllm_plugin import serving
 
-    arguments = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    config = instance.vllm_config
+    arguments = _arguments(wrapped, args, kwargs)
     if not serving.concerns(arguments.get("lora_request"), config):
         return wrapped(*args, **kwargs)
     spec = serving.adapter_named(arguments.get("lora_request"), config)
@@ -180,18 +169,36 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Ends beams where the context ends: vLLM's own limit does not know of virtual tokens."""
+    config = instance.engine_client.vllm_config
+    if _is_idle(config, args, kwargs):
+        return wrapped(*args, **kwargs)
     from vllm_plugin import serving
 
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    config = instance.engine_client.vllm_config
-    spec = serving.adapter_named(call.arguments.get("lora_request"), config)
-    prompt = serving.Prompt.of_input(call.arguments["prompt"])
+    arguments = _arguments(wrapped, args, kwargs)
+    spec = serving.adapter_named(arguments.get("lora_request"), config)
+    prompt = serving.Prompt.of_input(arguments["prompt"])
     if spec is not None and prompt is not None and prompt.num_tokens is not None:
-        params = call.arguments["params"] = copy.copy(call.arguments["params"])
+        params = arguments["params"] = copy.copy(arguments["params"])
         room = config.model_config.max_model_len - spec.num_virtual_tokens - prompt.num_tokens
         # At least one, so that a prompt which leaves no room is refused where others are.
         params.max_tokens = min(params.max_tokens, max(room, 1))
-    return wrapped(*call.args, **call.kwargs)
+    return wrapped(**arguments)
+
+
+def _is_idle(vllm_config: Any, args: Any, kwargs: Any) -> bool:
+    """Says at a glance that a call is none of ours, which is all that most servers ever pay for this plugin."""
+    return vllm_config.kv_transfer_config is None and kwargs.get("lora_request") is None and len(args) <= 3
+
+
+def _arguments(wrapped: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Returns the arguments of a call to a bound method, by name."""
+    names = _parameters(getattr(wrapped, "__func__", wrapped))[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -209,13 +216,53 @@ def _update_prompt_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any)
 
 
 async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-    from vllm_plugin.serving import publish
-
     await wrapped(*args, **kwargs)
-    publish(instance, instance.engine_client.vllm_config)
+    if settings_in(instance.engine_client.vllm_config.kv_transfer_config) is not None:
+        from vllm_plugin.models import PrefixModels
+
+        prefixes = PrefixModels(instance)
+        await prefixes.start()
+        instance.prefix_models = prefixes
+
+
+def _is_model_supported(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
+    return wrapped(*args, **kwargs) or _request_for(instance.models, *args, *kwargs.values()) is not None
+
+
+def _maybe_get_adapters(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    return _request_for(instance.models, request.model) or wrapped(*args, **kwargs)
+
+
+def _request_for(models: Any, name: str | None) -> Any:
+    prefixes = getattr(models, "prefix_models", None)
+    return None if prefixes is None else prefixes.request(name)
+
+
+async def _show_available_models(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    models = await wrapped(*args, **kwargs)
+    if (prefixes := getattr(instance, "prefix_models", None)) is not None:
+        models.data.extend(prefixes.cards())
+    return models
+
+
+async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """A LoRA that comes at run time may not take the name of a prefix; vLLM itself finds none of ours to unload."""
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    prefixes = getattr(instance, "prefix_models", None)
+    refusal = None if prefixes is None else prefixes.refuse_lora(request.lora_name)
+    return refusal or await wrapped(*args, **kwargs)
+
+
+def _attach_lora_router(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    wrapped(*args, **kwargs)
+    from vllm_plugin.endpoints import attach
+
+    attach(kwargs["app"] if "app" in kwargs else args[0])
 
 
 _ARGS = "vllm.engine.arg_utils"
+_MODELS, _SERVING = "vllm.entrypoints.openai.models.serving", "vllm.entrypoints.serve.engine.serving"
 SEAMS = (
     Seam(_ARGS, "EngineArgs.add_cli_args", ("parser",), _add_cli_args),
     Seam(_ARGS, "EngineArgs.from_cli_args", ("args",), _from_cli_args),
@@ -252,11 +299,13 @@ SEAMS = (
         _beam_search,
         server=True,
     ),
-    Seam(
-        "vllm.entrypoints.openai.models.serving",
-        "OpenAIServingModels.init_static_loras",
-        (),
-        _init_static_loras,
-        server=True,
-    ),
+    Seam(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras, server=True),
+    Seam(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models, server=True),
+    Seam(_MODELS, "OpenAIServingModels.load_lora_adapter", ("request",), _load_lora_adapter, server=True),
+    # LoRA requests and prefixes are told apart by name here, and not by an entry of ours in vLLM's own table: that one is
+    # searched from end to end for each chat request to the base model, and no other API server process sees it.
+    Seam(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported, server=True),
+    Seam(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters, server=True),
+    # vLLM's hook for endpoints loads plugins that the operator lists in VLLM_PLUGINS, and then no others but those.
+    Seam("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router, server=True),
 )

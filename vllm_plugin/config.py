@@ -1,21 +1,24 @@
 """How adapters travel inside a vLLM config: as the extra config of a KV connector, the one part every process sees.
 
-The front end first writes `{name: source}` there; before the engine starts, `store.py` replaces each source with what
-the scheduler and the workers need (`PrefixSpec`). vLLM is imported on use only.
+The command line writes there what the operator asked for (`ADAPTERS`). When the engine's config is made, `store.py` opens
+these adapters and puts them into the registry of the server, and the extra config then says where that is (`REGISTRY`).
+vLLM is imported on use only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from vllm_plugin.cli import check_name
+from vllm_plugin.cli import AdapterOption, check_name
 from vllm_plugin.errors import PrefixServeError
 
 CONNECTOR = "PrefixConnector"
 CONNECTOR_MODULE = "vllm_plugin.connector"
-ADAPTERS = "prefix_adapters"
+# Of the extra config: adapters to open, the folder of the registry, whether to put each into the cache at the start.
+# `ADAPTERS` is also where a request's KV transfer parameters hold its `PrefixSpec`.
+ADAPTERS, REGISTRY, WARMUP = "prefix_adapters", "prefix_registry", "prefix_adapter_warmup"
 # The namespace of our cache salts; a client's own salt may not start with it.
 SALT_PREFIX = "prefix-adapter:"
 # Connectors that key what they store by vLLM's salted block hashes. Others key by token ids, where the placeholders of
@@ -67,13 +70,23 @@ def prefix_adapters(
         raise PrefixServeError("`prefix_adapters` needs at least one name=path.")
     for name in sources:
         check_name(name)
-    return {"kv_transfer_config": merge(kv_transfer_config, {name: str(source) for name, source in sources.items()})}
+    options = [AdapterOption(name, str(source)) for name, source in sources.items()]
+    return {"kv_transfer_config": merge(kv_transfer_config, settings(options))}
 
 
-def merge(theirs: Any, adapters: Mapping[str, Any]) -> Any:
+def settings(options: Iterable[AdapterOption], **more: Any) -> dict[str, Any]:
+    """Returns the extra config of our connector before the engine's config is made."""
+    return {ADAPTERS: [option._asdict() for option in options], **more}
+
+
+def merge(theirs: Any, settings: Mapping[str, Any]) -> Any:
     """Returns a `KVTransferConfig` with our connector, in front of the operator's own if there is one.
 
     Ours comes first since vLLM takes the first connector that has a hit, and no other can hold a prefix.
+
+    Args:
+        theirs: The operator's `KVTransferConfig`, its fields, or None.
+        settings: The extra config of our connector.
     """
     from vllm.config import KVTransferConfig
 
@@ -81,7 +94,7 @@ def merge(theirs: Any, adapters: Mapping[str, Any]) -> Any:
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_consumer",
-        "kv_connector_extra_config": {ADAPTERS: dict(adapters)},
+        "kv_connector_extra_config": dict(settings),
     }
     if isinstance(theirs, Mapping):
         theirs = KVTransferConfig(**theirs)
@@ -109,32 +122,29 @@ def merge(theirs: Any, adapters: Mapping[str, Any]) -> Any:
     )
 
 
-def adapters_in(kv_transfer_config: Any) -> Mapping[str, Any]:
-    """Returns our adapters in a `KVTransferConfig` (name -> source, or name -> fields of a `PrefixSpec`), or {}."""
-    for connector, extra in _connectors(kv_transfer_config):
-        if connector == CONNECTOR and ADAPTERS in extra:
-            adapters: Mapping[str, Any] = extra[ADAPTERS]
-            return adapters
-    return {}
+def settings_in(kv_transfer_config: Any) -> Mapping[str, Any] | None:
+    """Returns the extra config of our connector in a `KVTransferConfig`; None if it is not there."""
+    return next((extra for connector, extra in _connectors(kv_transfer_config) if connector == CONNECTOR), None)
 
 
-def replace_adapters(kv_transfer_config: Any, adapters: Mapping[str, Any]) -> Any:
-    """Returns a copy of a `KVTransferConfig` of ours with other adapters in it."""
+def replace_settings(kv_transfer_config: Any, settings: Mapping[str, Any]) -> Any:
+    """Returns a copy of a `KVTransferConfig` of ours with another extra config of our connector."""
     if kv_transfer_config.kv_connector == CONNECTOR:
-        return merge(None, adapters)
-    children = kv_transfer_config.kv_connector_extra_config["connectors"]
-    others = [child for child in children if child.get("kv_connector") != CONNECTOR]
-    extra = {"connectors": others}
-    return merge(dataclasses.replace(kv_transfer_config, kv_connector_extra_config=extra), adapters)
+        return dataclasses.replace(kv_transfer_config, kv_connector_extra_config=dict(settings))
+    children = [
+        {**child, "kv_connector_extra_config": dict(settings)} if child.get("kv_connector") == CONNECTOR else child
+        for child in kv_transfer_config.kv_connector_extra_config["connectors"]
+    ]
+    extra = {**kv_transfer_config.kv_connector_extra_config, "connectors": children}
+    return dataclasses.replace(kv_transfer_config, kv_connector_extra_config=extra)
 
 
 def specs_in(kv_transfer_config: Any) -> dict[str, PrefixSpec]:
-    """Returns the adapters of a started engine by name; {} for one without prefixes."""
-    return {
-        name: PrefixSpec(**fields)
-        for name, fields in adapters_in(kv_transfer_config).items()
-        if isinstance(fields, Mapping)
-    }
+    """Returns the adapters of an engine at this moment, by name; {} for one without prefixes."""
+    from vllm_plugin.registry import registry_in
+
+    registry = registry_in(kv_transfer_config)
+    return {} if registry is None else {adapter.spec.name: adapter.spec for adapter in registry.adapters()}
 
 
 def _connectors(kv_transfer_config: Any) -> Iterator[tuple[str | None, Mapping[str, Any]]]:

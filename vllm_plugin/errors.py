@@ -9,6 +9,10 @@ class PrefixServeError(ValueError):
     """The engine cannot start with these prefix adapters: the message says why and what to do, in one sentence."""
 
 
+class AdapterNotFoundError(PrefixServeError):
+    """There is no adapter where one should be read."""
+
+
 @cache
 def request_error_type() -> type[ValueError]:
     """Returns the exception of a refused request: HTTP 400 on a server, a `ValueError` offline.

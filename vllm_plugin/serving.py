@@ -1,4 +1,4 @@
-"""`model=NAME`: publishes the adapters on the server, checks each request, and routes it to the engine.
+"""A request with a prefix: which one it means, whether it can be answered correctly, and its way to the engine.
 
 A client can only name an adapter. What reaches the engine is all there is to know of it, in the request's KV transfer
 parameters, which a client may not set itself: the engine holds no table of adapters.
@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, adapters_in, specs_in
+from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, settings_in
 from vllm_plugin.errors import request_error_type
-from vllm_plugin.store import check_served_names
+from vllm_plugin.registry import registry_in
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,9 +50,12 @@ class Prompt:
 
 def concerns(lora_request: Any, vllm_config: Any) -> bool:
     """Says whether a request needs any of this: an engine without prefixes serves it as vLLM does."""
+    # First what costs nothing: this runs for every request of every server that has the plugin.
+    if lora_request is None and vllm_config.kv_transfer_config is None:
+        return False
     from vllm_plugin.request import PrefixAdapterRequest
 
-    return isinstance(lora_request, PrefixAdapterRequest) or bool(adapters_in(vllm_config.kv_transfer_config))
+    return isinstance(lora_request, PrefixAdapterRequest) or settings_in(vllm_config.kv_transfer_config) is not None
 
 
 def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
@@ -65,13 +68,17 @@ def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
 
     if not isinstance(lora_request, PrefixAdapterRequest):
         return None
-    adapters = adapters_in(vllm_config.kv_transfer_config)
-    if lora_request.lora_name not in adapters:
-        known = ", ".join(adapters) if adapters else "none"
+    if lora_request.spec is not None:
+        return lora_request.spec
+    registry = registry_in(vllm_config.kv_transfer_config)
+    adapter = registry.get(lora_request.lora_name) if registry is not None else None
+    if adapter is None:
+        names = [] if registry is None else [adapter.spec.name for adapter in registry.adapters()]
+        known = ", ".join([*names[:20], "..."] if len(names) > 20 else names) or "none"
         raise request_error_type()(
             f"The prefix adapter {lora_request.lora_name!r} does not exist; this engine has: {known}."
         )
-    return PrefixSpec(**adapters[lora_request.lora_name])
+    return adapter.spec
 
 
 def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model_len: int) -> None:
@@ -143,22 +150,3 @@ def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     transfer = extra_args.get("kv_transfer_params") or {}
     extra_args["kv_transfer_params"] = {**transfer, ADAPTERS: dataclasses.asdict(spec)}
     params.extra_args = extra_args
-
-
-def publish(models: Any, vllm_config: Any) -> None:
-    """Lists the adapters with a server's models: `/v1/models`, the `model` of responses and 404s follow from it.
-
-    Args:
-        models: vLLM's `OpenAIServingModels`.
-
-    Raises:
-        PrefixServeError: If a name is taken.
-    """
-    from vllm_plugin.request import PrefixAdapterRequest
-
-    specs = specs_in(vllm_config.kv_transfer_config)
-    check_served_names(specs, [*(base.name for base in models.base_model_paths), *models.lora_requests])
-    for spec in specs.values():
-        models.lora_requests[spec.name] = PrefixAdapterRequest(
-            lora_name=spec.name, lora_int_id=models.lora_id_counter.inc(1), lora_path=spec.source
-        )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from peft_prefix_ext.base_adapters import model_with
-from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix
+from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, PrefixNotFoundError, read_prefix
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.hub import resolve
-from vllm_plugin.config import PrefixSpec, adapters_in, replace_adapters
-from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.cli import AdapterOption
+from vllm_plugin.config import PrefixSpec
+from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+from vllm_plugin.registry import Adapter, Shapes
 
 # A child of vLLM's logger, which is the one its servers show.
 logger = logging.getLogger("vllm.prefix_adapters")
@@ -28,30 +30,47 @@ def load(name: str, source: str) -> PrefixCheckpoint:
     try:
         return read_prefix(resolve(source))
     except PrefixCheckpointError as error:
-        raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
+        kind = AdapterNotFoundError if isinstance(error, PrefixNotFoundError) else PrefixServeError
+        raise kind(f"Prefix adapter {name!r}: {error}") from error
 
 
-def open_adapters(kv_transfer_config: Any) -> tuple[Any, dict[str, PrefixCheckpoint]]:
-    """Reads every adapter named in a config.
+def open_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Adapter]:
+    """Reads and checks adapters, a few at a time: there may be thousands, and no tensor is kept.
 
-    Returns:
-        The config with each source replaced by the fields of its `PrefixSpec`, and the checkpoints by name.
+    Raises:
+        PrefixServeError: If one of them cannot be served.
     """
-    specs: dict[str, dict[str, Any]] = {}
-    checkpoints: dict[str, PrefixCheckpoint] = {}
-    for name, entry in adapters_in(kv_transfer_config).items():
-        source = entry["source"] if isinstance(entry, Mapping) else entry
-        checkpoint = checkpoints[name] = load(name, source)
-        specs[name] = dataclasses.asdict(
-            PrefixSpec(
-                name=name,
-                source=source,
-                path=str(checkpoint.path),
-                num_virtual_tokens=checkpoint.num_virtual_tokens,
-                digest=checkpoint.digest,
-            )
-        )
-    return replace_adapters(kv_transfer_config, specs), checkpoints
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda option: open_adapter(option, vllm_config), options))
+
+
+def open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None = None) -> Adapter:
+    """Reads one adapter and checks that this engine can serve it.
+
+    Args:
+        layers: The shapes of the engine's real layers, if it has started.
+
+    Raises:
+        PrefixServeError: In one sentence, naming the adapter.
+    """
+    name = option.name
+    checkpoint = load(name, option.path)
+    check_adapter(name, checkpoint, vllm_config)
+    shapes = tuple(
+        (index, layer.key.shape[0], layer.key.shape[2], layer.value.shape[2])
+        for index, layer in sorted(checkpoint.layers.items())
+    )
+    if layers is not None:
+        check_shapes(name, shapes, layers)
+    spec = PrefixSpec(
+        name=name,
+        source=option.path,
+        # Where a link points to now: what it points to later is another adapter.
+        path=str(checkpoint.path.resolve()),
+        num_virtual_tokens=checkpoint.num_virtual_tokens,
+        digest=checkpoint.digest,
+    )
+    return Adapter(spec, option.base_model_name, shapes)
 
 
 def reload(spec: PrefixSpec) -> PrefixCheckpoint:
@@ -148,6 +167,22 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             f"Prefix adapter {name!r} has {p} virtual tokens, which leaves no room in a context of "
             f"{model.max_model_len}; raise --max-model-len."
         )
+
+
+def check_shapes(name: str, shapes: Shapes, layers: Shapes) -> None:
+    """Raises `PrefixServeError` if the layers of a prefix are not those of the model that have a KV cache."""
+    ours, theirs = ({index: tuple(shape) for index, *shape in rows} for rows in (shapes, layers))
+    if ours.keys() != theirs.keys():
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} was trained on another base model: the layers with a KV cache differ (without a "
+            f"prefix: {sorted(theirs.keys() - ours.keys())}, without a cache: {sorted(ours.keys() - theirs.keys())})."
+        )
+    for index, shape in ours.items():
+        if shape != theirs[index]:
+            raise PrefixServeError(
+                f"Prefix adapter {name!r} was trained on another base model: layer {index} has {shape[0]} KV heads of "
+                f"sizes {shape[1:]}, the model has {theirs[index][0]} of sizes {theirs[index][1:]}."
+            )
 
 
 def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:

@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
+    "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING": "1",
 }
 
 
@@ -61,7 +62,8 @@ def serve(folder: Path, *options: str) -> Iterator[openai.OpenAI]:
     with log.open("w") as stream:
         server = launch(
             folder,
-            *("--port", str(port), "--enable-prompt-tokens-details", "--prefix-adapter", *adapters, *options),
+            *("--port", str(port), "--enable-prompt-tokens-details"),
+            *("--prefix-adapter", *adapters, "--prefix-adapter-warmup", *options),
             stdout=stream,
             stderr=subprocess.STDOUT,
         )

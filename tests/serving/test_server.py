@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from serving import support
-from serving.server import MAX_MODEL_LEN, PREFIXES, complete, launch
+from serving.server import CONFIG, MAX_MODEL_LEN, PREFIXES, complete, launch
 from serving.support import prompt_ids, text_of
 
 
@@ -120,6 +121,62 @@ def test_a_disconnected_client_leaves_the_server_well(client: Any) -> None:
         next(iter(stream))
         stream.close()
     assert complete(client, "pirate", "w5 w6").usage.completion_tokens == 6
+
+
+def load(client: Any, name: str, path: Path, **more: Any) -> None:
+    client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": str(path), **more}, cast_to=str)
+
+
+def unload(client: Any, name: str) -> None:
+    client.post("/unload_prefix_adapter", body={"prefix_name": name}, cast_to=str)
+
+
+def loaded_tokens(client: Any) -> float:
+    """Returns how many virtual tokens were copied into the cache since the server started."""
+    metrics = client.get("/../metrics", cast_to=str)
+    (line,) = re.findall(r"^vllm:external_prefix_cache_hits_total{.*} (.*)$", metrics, re.MULTILINE)
+    return float(line)
+
+
+def test_adapters_come_and_go_and_change_while_the_server_runs(client: Any, server_folder: Path) -> None:
+    reference, prompt = support.Reference(server_folder / "model"), prompt_ids(9, seed=60)
+    for seed, inplace in ((11, False), (12, True)):
+        prefix = support.random_prefix(CONFIG, 40, seed=seed)
+        path = support.write_adapter(server_folder / "late" / str(seed), CONFIG, prefix)
+        load(client, "late", path, load_inplace=inplace)
+        expected = text_of(reference.greedy(prompt, prefix, 6))
+        for _ in range(2):
+            response = complete(client, "late", prompt)
+            assert response.model == "late"
+            assert response.choices[0].text.split() == expected.split()
+    with pytest.raises(openai.ConflictError):
+        load(client, "late", path)
+    unload(client, "late")
+    with pytest.raises(openai.NotFoundError):
+        complete(client, "late", prompt)
+    assert [model.id for model in client.models.list()] == ["base", "pirate", "poet"]
+
+
+def test_a_request_outlives_its_adapter(client: Any, server_folder: Path) -> None:
+    prefix, prompt = support.random_prefix(CONFIG, 33, seed=13), prompt_ids(5, seed=61)
+    load(client, "leaving", support.write_adapter(server_folder / "leaving", CONFIG, prefix))
+    stream = complete(client, "leaving", prompt, 60, stream=True)
+    words = next(iter(stream)).choices[0].text
+    unload(client, "leaving")
+    words += "".join(chunk.choices[0].text for chunk in stream)
+    expected = support.Reference(server_folder / "model").greedy(prompt, prefix, 60)
+    assert words.split() == text_of(expected).split()
+
+
+def test_warmed_up_prefixes_are_in_the_cache_before_their_first_request(client: Any, server_folder: Path) -> None:
+    prefix = support.random_prefix(CONFIG, 64, seed=14)
+    before = loaded_tokens(client)
+    assert before >= 32  # of `pirate`, which is aligned
+    load(client, "warm", support.write_adapter(server_folder / "warm", CONFIG, prefix))
+    assert loaded_tokens(client) == before + 64
+    complete(client, "warm", "w5 w6")
+    assert loaded_tokens(client) == before + 64
+    unload(client, "warm")
 
 
 def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
 from serving import support
-from vllm_plugin import cli, compat, config, geometry, prefix_adapters
+from vllm_plugin import cli, compat, config, geometry, prefix_adapters, startup
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.registry import registry_in
 
 CONFIG = support.llama_config()
 
@@ -174,32 +176,74 @@ def test_another_connector_is_kept_behind_ours(model: Path, adapter: Path) -> No
     assert config.specs_in(merged)["one"].num_virtual_tokens == 4
 
 
-@pytest.mark.parametrize("text", ["one", "one=", "=path", "a b=path", "text=path", "-x=path"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("one", "one=", "=path", "a b=path", "-x=path", "../x=path", "x" * 257 + "=path"),
+        *('{"name": "a"', '{"name": "a"}', '{"name": "a", "path": 7}', '{"name": "a", "path": "/x", "rank": "8"}'),
+        *('{"name": "a b", "path": "/x"}', '{"name": "a", "path": ""}', '{"name": null, "path": "/x"}'),
+    ],
+)
 def test_malformed_options(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"\A[^\n]*\Z"):
         cli.parse_adapter(text)
 
 
+def parsed(*options: str) -> argparse.Namespace:
+    """Reads options as `vllm serve` does, which has ideas of its own about JSON."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    cli.add_argument(parser)
+    cli.add_argument(parser)
+    return parser.parse_args([*options])
+
+
 def test_options_add_up_and_names_are_unique() -> None:
-    parser = argparse.ArgumentParser()
-    cli.add_argument(parser)
-    cli.add_argument(parser)
-    pairs = parser.parse_args(["--prefix-adapter", "a=/x", "b=org/repo", "--prefix-adapter", "c=/y=z"]).prefix_adapter
-    assert cli.as_mapping(pairs) == {"a": "/x", "b": "org/repo", "c": "/y=z"}
+    in_json = '{"name": "d", "path": "/w", "base_model_name": "base"}'
+    options = parsed("--prefix-adapter", "a=/x", "b=org/repo", "--prefix-adapter", "c=/y=z", in_json).prefix_adapter
+    assert options == [("a", "/x", None), ("b", "org/repo", None), ("c", "/y=z", None), ("d", "/w", "base")]
+    cli.check_unique(options)
     with pytest.raises(PrefixServeError, match="'a' is given twice"):
-        cli.as_mapping([*pairs, ("a", "/z")])
+        cli.check_unique([*options, cli.AdapterOption("a", "/z")])
     with pytest.raises(PrefixServeError, match="at least one"):
         prefix_adapters()
 
 
+def test_a_server_says_at_once_what_its_options_lack() -> None:
+    assert startup.configure(None, parsed()) is None
+    with pytest.raises(PrefixServeError, match="--prefix-adapter-warmup needs"):
+        startup.configure(None, parsed("--prefix-adapter-warmup"))
+    options = parsed("--prefix-adapter", "a=/x")
+    options.lora_modules = [LoRAModulePath("a", "/y")]
+    with pytest.raises(PrefixServeError, match="'a' is already the name of a model"):
+        startup.configure(None, options)
+
+
+def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = parsed("--prefix-adapter", f"one={adapter}", "--prefix-adapter-warmup")
+    vars(options).update(vars(EngineArgs(model=str(model), skip_tokenizer_init=True, max_model_len=256)))
+    first = EngineArgs.from_cli_args(options).create_engine_config()
+    # The folder is read once, by the first process.
+    (adapter / "adapter_config.json").unlink()
+    copy = pickle.loads(pickle.dumps(options))
+    second = EngineArgs.from_cli_args(copy).create_engine_config()
+    settings = [config.settings_in(each.kv_transfer_config) for each in (first, second)]
+    assert settings[0] == settings[1]
+    assert settings[0] == {"prefix_registry": options.prefix_registry, "prefix_adapter_warmup": True}
+    registry_in(first.kv_transfer_config).remove("one")
+    assert config.specs_in(second.kv_transfer_config) == {}
+
+
 def test_options_attach_the_plugin_in_spawned_servers() -> None:
-    option = cli.parse_adapter("a=/x")
     code = (
-        "import pickle, sys; option = pickle.loads(bytes.fromhex(sys.argv[1])); from vllm_plugin import compat; "
-        "print(*option, compat._installed)"
+        "import pickle, sys; folder = pickle.loads(bytes.fromhex(sys.argv[1])); from vllm_plugin import compat; "
+        "print(folder, type(folder).__name__, compat._installed)"
     )
-    command = [sys.executable, "-c", code, pickle.dumps(option).hex()]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "a /x True\n"
+    command = [sys.executable, "-c", code, pickle.dumps(cli.SharedFolder("/x")).hex()]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "/x SharedFolder True\n"
 
 
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

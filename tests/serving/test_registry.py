@@ -1,0 +1,152 @@
+"""The table of adapters that all API server processes of a server share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_plugin.config import PrefixSpec
+from vllm_plugin.registry import Adapter, NameTakenError, Registry, make_folder
+
+SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
+
+
+def adapter(name: str, digest: str = "0") -> Adapter:
+    return Adapter(
+        PrefixSpec(name=name, source=f"org/{name}", path="/x", num_virtual_tokens=4, digest=digest), None, SHAPES
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def test_two_processes_see_each_others_changes(folder: Path) -> None:
+    one, other = Registry(folder), Registry(folder)
+    assert one.is_new
+    assert other.get("a") is None
+    one.add([adapter("a"), adapter("b")])
+    assert not other.is_new
+    assert other.get("a") == adapter("a")
+    other.add([adapter("a", "1")], replace=True)
+    other.remove("b")
+    assert one.get("a") == adapter("a", "1")
+    assert one.get("b") is None
+    assert one.adapters() == Registry(folder).adapters() == [adapter("a", "1")]
+
+
+def test_a_name_is_taken_until_it_is_removed(folder: Path) -> None:
+    one, other = Registry(folder), Registry(folder)
+    one.add([adapter("a")])
+    with pytest.raises(NameTakenError):
+        other.add([adapter("new"), adapter("a", "1")])
+    assert other.get("new") is None
+    assert one.get("a") == adapter("a")
+    one.remove("a")
+    with pytest.raises(KeyError):
+        other.remove("a")
+    other.add([adapter("a", "1")])
+    assert one.get("a") == adapter("a", "1")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.sampled_from("01"), st.booleans())))
+def test_every_reader_ends_with_the_same_table(changes: list[tuple[str, str | None, bool]]) -> None:
+    folder = make_folder()
+    registries = [Registry(folder), Registry(folder)]
+    expected: dict[str, str] = {}
+    for name, digest, which in changes:
+        registry = registries[which]
+        if digest is not None:
+            registry.add([adapter(name, digest)], replace=True)
+            expected[name] = digest
+        elif name in expected:
+            registry.remove(name)
+            del expected[name]
+        found = registries[not which].get(name)
+        assert (found and found.spec.digest) == expected.get(name)
+    for registry in (*registries, Registry(folder)):
+        assert {each.spec.name: each.spec.digest for each in registry.adapters()} == expected
+
+
+def test_of_many_that_add_one_name_at_a_time_one_does(folder: Path) -> None:
+    registries = [Registry(folder) for _ in range(4)]
+
+    def attempt(number: int) -> int:
+        added = 0
+        for round_number in range(30):
+            try:
+                registries[number].add([adapter(f"a{round_number}", str(number))])
+            except NameTakenError:
+                continue
+            added += 1
+        return added
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(attempt, range(4))) == 30
+    assert all(registry.adapters() == registries[0].adapters() for registry in registries)
+
+
+def test_a_line_that_a_dying_process_left_unfinished_does_no_harm(folder: Path) -> None:
+    one, other = Registry(folder), Registry(folder)
+    one.add([adapter("a")])
+    with (folder / "adapters.jsonl").open("ab") as journal:
+        journal.write(b'{"name": "b", "adap')
+    assert other.get("a") == adapter("a")
+    assert other.get("b") is None
+    other.add([adapter("c")])
+    assert [each.spec.name for each in one.adapters()] == ["a", "c"]
+
+
+def test_names_are_not_part_of_a_path(folder: Path) -> None:
+    registry = Registry(folder)
+    for name in ("../../x", "a/b", "adapters.jsonl", "."):
+        registry.add([adapter(name)])
+        assert registry.get(name) == adapter(name)
+    assert os.listdir(folder) == ["adapters.jsonl"]
+
+
+def test_ten_thousand_adapters_cost_one_look_per_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(folder)
+    registry.add(adapter(f"a{number}") for number in range(10_000))
+    reader = Registry(folder)
+    assert reader.get("a9999") == adapter("a9999")
+    calls: list[int] = []
+    fstat = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda file: calls.append(file) or fstat(file))
+    monkeypatch.setattr(Registry, "_read", None)
+    for number in range(100):
+        assert reader.get(f"a{number}") is not None
+    assert len(calls) == 100
+
+
+def test_the_shapes_that_the_engine_wrote(folder: Path) -> None:
+    registry = Registry(folder)
+    assert registry.layers() is None
+    rows = [{"index": 0, "num_kv_heads": 2, "key_size": 32, "value_size": 16}]
+    (folder / "layers.json").write_text(json.dumps(rows))
+    assert registry.layers() == ((0, 2, 32, 16),)
+
+
+def test_the_folder_is_private_and_goes_with_the_process_that_made_it() -> None:
+    code = """
+import os
+from vllm_plugin.registry import make_folder
+folder = make_folder()
+fork = os.fork()
+if fork:
+    os.waitpid(fork, 0)
+    print(folder, oct(os.stat(folder).st_mode & 0o777))
+"""
+    command = [sys.executable, "-c", code]
+    folder, mode = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert mode == "0o700"
+    assert not Path(folder).exists()

@@ -1,0 +1,141 @@
+"""`model=NAME`: the adapters among the models of a server, and what an operator changes about them at run time."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
+
+from vllm_plugin.cli import AdapterOption, check_name
+from vllm_plugin.config import WARMUP, settings_in
+from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+from vllm_plugin.registry import Adapter, NameTakenError, registry_in
+from vllm_plugin.request import PrefixAdapterRequest
+from vllm_plugin.store import check_served_names, check_shapes, logger, open_adapter
+from vllm_plugin.warmup import warm_up
+
+
+class PrefixModels:
+    """The adapters of a server, beside vLLM's `OpenAIServingModels`.
+
+    Every API server process has one, and all of them see the same adapters.
+
+    Args:
+        models: vLLM's part, of a server with prefixes.
+    """
+
+    def __init__(self, models: Any) -> None:
+        self._models = models
+        self._engine = models.engine_client
+        self._config = self._engine.vllm_config
+        registry = registry_in(self._config.kv_transfer_config)
+        assert registry is not None
+        self._registry = registry
+        settings = settings_in(self._config.kv_transfer_config)
+        self._warms_up = bool(settings and settings.get(WARMUP))
+
+    async def start(self) -> None:
+        """Makes ready for the first request, with the engine running.
+
+        Raises:
+            PrefixServeError: If an adapter has the name of another model, or does not fit the engine's layers.
+        """
+        adapters = self._registry.adapters()
+        check_served_names((adapter.spec.name for adapter in adapters), self._other_names())
+        if (layers := self._registry.layers()) is not None:
+            for adapter in adapters:
+                check_shapes(adapter.spec.name, adapter.shapes, layers)
+        # One process is enough to fill the cache for all.
+        if self._warms_up and self._config.parallel_config._api_process_rank == 0:
+            await warm_up(self._engine, [adapter.spec for adapter in adapters])
+
+    def request(self, name: str | None) -> PrefixAdapterRequest | None:
+        """Returns what stands for the adapter `name` in a request; None if it names something else."""
+        adapter = self._registry.get(name) if name else None
+        return None if adapter is None else PrefixAdapterRequest(lora_name=adapter.spec.name, spec=adapter.spec)
+
+    def refuse_lora(self, name: str) -> ErrorResponse | None:
+        """Returns what the loading of a LoRA of this name is answered with; None if no adapter of ours has it."""
+        if self._registry.get(name) is None:
+            return None
+        return _error(f"The lora adapter '{name}' conflicts with a prefix adapter.")
+
+    def cards(self) -> list[ModelCard]:
+        """Lists the adapters as `/v1/models` does LoRA modules."""
+        return [
+            ModelCard(
+                id=adapter.spec.name,
+                root=adapter.spec.source,
+                parent=self._parent(adapter),
+                permission=[ModelPermission()],
+            )
+            for adapter in self._registry.adapters()
+        ]
+
+    async def load(self, name: str, path: str, *, replace: bool) -> ErrorResponse | str:
+        """Reads, checks and adds an adapter, or changes nothing.
+
+        Args:
+            path: Folder or Hub repository, as on the command line.
+            replace: Whether it may take the place of the adapter that has this name.
+        """
+        if not name or not path:
+            return _error("Both 'prefix_name' and 'prefix_path' must be provided.")
+        if name in self._other_names():
+            return _error(f"The prefix adapter '{name}' conflicts with a served model.", HTTPStatus.CONFLICT)
+        taken = _error(
+            f"The prefix adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+            "'load_inplace' to True.",
+            HTTPStatus.CONFLICT,
+        )
+        if not replace and self._registry.get(name) is not None:
+            return taken
+        try:
+            check_name(name)
+            # Reads and hashes a file, or downloads it: not in the way of the requests that run.
+            adapter = await asyncio.to_thread(
+                open_adapter, AdapterOption(name, path), self._config, self._registry.layers()
+            )
+        except PrefixServeError as error:
+            missing = isinstance(error, AdapterNotFoundError)
+            return _error(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
+        if self._warms_up:
+            await warm_up(self._engine, [adapter.spec])
+        try:
+            self._registry.add([adapter], replace=replace)
+        except NameTakenError:
+            return taken
+        logger.info("Loaded prefix adapter: name '%s', path '%s'", name, path)
+        return f"Success: Prefix adapter '{name}' added successfully."
+
+    def unload(self, name: str) -> ErrorResponse | str:
+        """Removes an adapter: new requests for it get 404, those that run go on."""
+        if not name:
+            return _error("'prefix_name' needs to be provided to unload a prefix adapter.")
+        try:
+            self._registry.remove(name)
+        except KeyError:
+            return _error(f"The prefix adapter '{name}' cannot be found.", HTTPStatus.NOT_FOUND)
+        logger.info("Removed prefix adapter: name '%s'", name)
+        return f"Success: Prefix adapter '{name}' removed successfully."
+
+    def _other_names(self) -> set[str]:
+        return {*(base.name for base in self._models.base_model_paths), *self._models.lora_requests}
+
+    def _parent(self, adapter: Adapter) -> str:
+        named = adapter.base_model_name
+        return named if named and self._models.is_base_model(named) else self._models.base_model_paths[0].name
+
+
+_KINDS = {
+    HTTPStatus.BAD_REQUEST: "InvalidUserInput",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.CONFLICT: "ConflictError",
+}
+
+
+def _error(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:
+    return create_error_response(message=message, err_type=_KINDS[status], status_code=status)

@@ -1,0 +1,72 @@
+"""From the options of a command line to an engine config whose adapters are open, checked, and in the registry."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from vllm_plugin import store
+from vllm_plugin.cli import AdapterOption, SharedFolder, check_unique
+from vllm_plugin.config import ADAPTERS, REGISTRY, WARMUP, merge, replace_settings, settings, settings_in
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.registry import make_folder, registry_at
+
+
+def configure(kv_transfer_config: Any, options: Namespace) -> Any:
+    """Returns the `KVTransferConfig` of a server that is started with these parsed options.
+
+    The first process of a server to read them makes its registry, and says in them where it is: the others get them.
+
+    Raises:
+        PrefixServeError: If two adapters, or an adapter and a LoRA module, have one name.
+    """
+    adapters = getattr(options, "prefix_adapter", None) or []
+    warms_up = getattr(options, "prefix_adapter_warmup", False)
+    if not adapters and not getattr(options, "enable_prefix_adapters", False):
+        if warms_up:
+            raise PrefixServeError("--prefix-adapter-warmup needs --prefix-adapter or --enable-prefix-adapters.")
+        return kv_transfer_config
+    from vllm_plugin.compat import require
+
+    require(server=True)
+    check_unique(adapters)
+    modules = getattr(options, "lora_modules", None) or []
+    store.check_served_names([adapter.name for adapter in adapters], [module.name for module in modules])
+    if getattr(options, "prefix_registry", None) is None:
+        options.prefix_registry = SharedFolder(make_folder())
+    more = {REGISTRY: str(options.prefix_registry), WARMUP: warms_up}
+    return merge(kv_transfer_config, settings(adapters, **more))
+
+
+def create(engine_args: Any, create_engine_config: Callable[[], Any]) -> Any:
+    """Makes the config of an engine with prefixes.
+
+    Args:
+        engine_args: vLLM's `EngineArgs`, whose `kv_transfer_config` is ours.
+        create_engine_config: What vLLM does with them.
+
+    Raises:
+        PrefixServeError: If the engine cannot serve prefixes, or not one of these.
+    """
+    from vllm_plugin.compat import require
+
+    require(server=False)
+    if getattr(engine_args, "kv_offloading_size", None) is not None:
+        raise PrefixServeError(
+            "--kv-offloading-size replaces the KV connector of the prefix adapters; name the OffloadingConnector in "
+            "--kv-transfer-config instead."
+        )
+    ours = dict(settings_in(engine_args.kv_transfer_config) or {})
+    adapters = [AdapterOption(**fields) for fields in ours.pop(ADAPTERS, [])]
+    served = engine_args.served_model_name or [engine_args.model]
+    store.check_served_names([adapter.name for adapter in adapters], [served] if isinstance(served, str) else served)
+    ours[REGISTRY] = ours.get(REGISTRY) or make_folder()
+    registry = registry_at(ours[REGISTRY])
+    engine_args.kv_transfer_config = replace_settings(engine_args.kv_transfer_config, ours)
+    vllm_config = create_engine_config()
+    store.check_engine(vllm_config)
+    # Otherwise another process of this server has done it.
+    if registry.is_new:
+        registry.add(store.open_adapters(adapters, vllm_config))
+    return vllm_config
