@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from vllm_plugin.errors import PrefixServeError
 
+# Any of them means that a server has prefixes.
+OPTIONS = ("prefix_adapter", "enable_prefix_adapters", "prefix_adapter_warmup")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,255}")
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import wrapt
 
+from vllm_plugin.cli import OPTIONS
 from vllm_plugin.config import settings_in
 from vllm_plugin.errors import PrefixServeError
 
-# First and first unsupported release: what was read for this plugin. Below, `on_new_request` is missing.
-MIN_VERSION, END_VERSION = (0, 26), (0, 34)
+# First and first unsupported release: what was read for this plugin.
+MIN_VERSION, END_VERSION = (0, 32), (0, 34)
 
 _problems: dict[str, str] = {}
 _installed = False
@@ -80,7 +81,7 @@ def require(*, server: bool) -> None:
     # On such a build the shapes alone decide.
     version = MIN_VERSION if is_development_build else tuple(int(part) for part in vllm.__version__.split(".")[:2])
     if not MIN_VERSION <= version < END_VERSION:
-        _problems["version"] = "this release was written for 0.26 to 0.33"
+        _problems["version"] = "this release was written for 0.32 and 0.33"
     for seam in SEAMS:
         if server or not seam.server:
             try:
@@ -112,20 +113,20 @@ def _add_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _from_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from vllm_plugin.startup import configure
-
     engine_args = wrapped(*args, **kwargs)
     options = kwargs["args"] if "args" in kwargs else args[0]
-    engine_args.kv_transfer_config = configure(engine_args.kv_transfer_config, options)
+    if any(getattr(options, name, None) for name in OPTIONS):
+        from vllm_plugin.startup import configure
+
+        engine_args.kv_transfer_config = configure(engine_args.kv_transfer_config, options)
     return engine_args
 
 
 def _create_engine_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from vllm_plugin.config import settings_in
-    from vllm_plugin.startup import create
-
     if settings_in(instance.kv_transfer_config) is None:
         return wrapped(*args, **kwargs)
+    from vllm_plugin.startup import create
+
     return create(instance, functools.partial(wrapped, *args, **kwargs))
 
 

@@ -14,19 +14,16 @@ from vllm_plugin.registry import make_folder, registry_at
 
 
 def configure(kv_transfer_config: Any, options: Namespace) -> Any:
-    """Returns the `KVTransferConfig` of a server that is started with these parsed options.
+    """Returns the `KVTransferConfig` of a server that is started with these parsed options, of which some are ours.
 
     The first process of a server to read them makes its registry, and says in them where it is: the others get them.
 
     Raises:
         PrefixServeError: If two adapters, or an adapter and a LoRA module, have one name.
     """
-    adapters = getattr(options, "prefix_adapter", None) or []
-    warms_up = getattr(options, "prefix_adapter_warmup", False)
-    if not adapters and not getattr(options, "enable_prefix_adapters", False):
-        if warms_up:
-            raise PrefixServeError("--prefix-adapter-warmup needs --prefix-adapter or --enable-prefix-adapters.")
-        return kv_transfer_config
+    adapters = options.prefix_adapter or []
+    if not adapters and not options.enable_prefix_adapters:
+        raise PrefixServeError("--prefix-adapter-warmup needs --prefix-adapter or --enable-prefix-adapters.")
     from vllm_plugin.compat import require
 
     require(server=True)
@@ -35,7 +32,7 @@ def configure(kv_transfer_config: Any, options: Namespace) -> Any:
     store.check_served_names([adapter.name for adapter in adapters], [module.name for module in modules])
     if getattr(options, "prefix_registry", None) is None:
         options.prefix_registry = SharedFolder(make_folder())
-    more = {REGISTRY: str(options.prefix_registry), WARMUP: warms_up}
+    more = {REGISTRY: str(options.prefix_registry), WARMUP: options.prefix_adapter_warmup}
     return merge(kv_transfer_config, settings(adapters, **more))
 
 

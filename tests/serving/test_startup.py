@@ -211,7 +211,6 @@ def test_options_add_up_and_names_are_unique() -> None:
 
 
 def test_a_server_says_at_once_what_its_options_lack() -> None:
-    assert startup.configure(None, parsed()) is None
     with pytest.raises(PrefixServeError, match="--prefix-adapter-warmup needs"):
         startup.configure(None, parsed("--prefix-adapter-warmup"))
     options = parsed("--prefix-adapter", "a=/x")
