@@ -1,8 +1,8 @@
 """Trains small adapters on the processes it is launched on; `test_distributed.py` launches it.
 
-    python distributed.py STRATEGY FOLDER
+    python distributed.py FOLDER
 
-Leaves, for each of `SETTINGS`, FOLDER/SETTING/alone from a plain loop in one process, and FOLDER/SETTING/together.
+Leaves, for each of `SETTINGS`, FOLDER/SETTING/alone from a plain loop in one process, and beside it `ddp` and `fsdp2`.
 """
 
 from __future__ import annotations
@@ -107,16 +107,14 @@ def train_fsdp(setting: str, folder: Path, version: int) -> None:
     )
 
 
-def main(strategy: str, folder: Path) -> None:
+def main(folder: Path) -> None:
     for setting in SETTINGS:
-        alone, together = folder / setting / "alone", folder / setting / "together"
-        if strategy == "ddp":
-            train_ddp(setting, together)
-        else:
-            train_fsdp(setting, together, version=int(strategy.removeprefix("fsdp")))
+        train_ddp(setting, folder / setting / "ddp")
+    for setting in SETTINGS:
+        train_fsdp(setting, folder / setting / "fsdp2", version=2)
         if torch.distributed.get_rank() == 0:
-            train_alone(setting, alone)
+            train_alone(setting, folder / setting / "alone")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -17,23 +17,29 @@ from tiny import random_ids, tiny_model
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_the_adapter_of_one(strategy, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder that two processes left."""
+    folder = tmp_path_factory.mktemp("distributed")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     script = str(Path(__file__).with_name("distributed.py"))
-    done = subprocess.run([*launch, script, strategy, str(tmp_path)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*launch, script, str(folder)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-8000:]
-    settings = sorted(tmp_path.iterdir())
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_the_adapter_of_one(strategy, trained):
+    settings = sorted(trained.iterdir())
     assert len(settings) == 5
     for setting in settings:
-        alone, together = (load_file(setting / which / "adapter_model.safetensors") for which in ("alone", "together"))
+        alone, together = (load_file(setting / which / "adapter_model.safetensors") for which in ("alone", strategy))
         assert alone.keys() == together.keys()
         for key in alone:
             torch.testing.assert_close(together[key], alone[key], atol=1e-4, rtol=1e-3, msg=f"{setting.name} {key}")
     fresh = with_prefix(tiny_model("llama"), init_std=0.02)
-    trained = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "flat" / "together")
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), trained / "flat" / strategy)
     ids = random_ids(1, 5)
-    assert not torch.allclose(trained(input_ids=ids).logits, fresh(input_ids=ids).logits, atol=1e-3)
+    assert not torch.allclose(loaded(input_ids=ids).logits, fresh(input_ids=ids).logits, atol=1e-3)
