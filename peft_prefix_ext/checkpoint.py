@@ -103,7 +103,7 @@ class PrefixCheckpoint:
         if found := differences(self.base_fingerprint, base_fingerprint):
             raise PrefixCheckpointError(
                 f"The prefix adapter in {self.path} was trained on another base model "
-                f"({self.base_model_name_or_path}): {'; '.join(found)}."
+                f"({self.base_model_name_or_path or 'name not recorded'}): {'; '.join(found)}."
             )
 
 

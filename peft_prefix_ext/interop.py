@@ -161,8 +161,8 @@ def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded
         index = min(index for index in found.keys() | expected.keys() if found.get(index) != expected.get(index))
         raise ValueError(
             f"The prefix adapter in {prefix.path} was trained on another base model "
-            f"({prefix.base_model_name_or_path}): layer {index} has keys and values {found.get(index)} in the adapter "
-            f"and {expected.get(index)} in {type(base_model).__name__}."
+            f"({prefix.base_model_name_or_path or 'name not recorded'}): layer {index} has keys and values {found.get(index)} "
+            f"in the adapter and {expected.get(index)} in {type(base_model).__name__}."
         )
 
 

@@ -17,7 +17,7 @@ from peft_prefix_ext.placement import check_attentions, check_layers_to_train, c
 from peft_prefix_ext.rehearsal import rehearse
 from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import base_alone
-from peft_prefix_ext.saved import check_saved_for
+from peft_prefix_ext.saved import check_saved_for, warn_of_another_name
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
@@ -50,6 +50,7 @@ def make_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Plan:
         check_length(config, model)
         config._recorded = record(config, model, recorded)
         check_saved_for(config, model, config._recorded["prefix_layers"])
+        warn_of_another_name(config, model)
         warn_of_other_adapters(config, model)
         check_layers_to_train(config, recorded)
         for layer in recorded:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +40,21 @@ def check_saved_for(config: PrefixExtConfig, model: PreTrainedModel, layers: lis
         found = ["its attention layers have other shapes"]
     if found:
         raise ValueError(
-            f"The adapter was trained on another base model ({config.base_model_name_or_path}): {'; '.join(found)}."
+            f"The adapter was trained on another base model ({config.base_model_name_or_path or 'name not recorded'}): {'; '.join(found)}."
+        )
+
+
+def warn_of_another_name(config: PrefixExtConfig, model: PreTrainedModel) -> None:
+    """Warns if the adapter of `config`, if it is a saved one, was trained on a model of another name.
+
+    The same architecture has a base and an instruct model, and others that were trained on from them.
+    """
+    trained_on, name = config.base_model_name_or_path, model.name_or_path
+    if config.is_saved and trained_on and name and Path(trained_on).name != Path(name).name:
+        warnings.warn(
+            f"The adapter was trained on {trained_on} and is loaded on {name}: the architecture fits, but only the same "
+            "weights give the same answers.",
+            stacklevel=2,
         )
 
 

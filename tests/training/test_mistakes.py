@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
@@ -10,7 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from prefixed import with_prefix
 from tiny import random_ids, tiny_config, tiny_model
 from tiny_seq2seq import tiny_encoder_decoder
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_prefix_ext import PrefixExtConfig
 
@@ -63,6 +65,21 @@ def test_an_adapter_without_the_head_of_its_task_type(tmp_path):
     config.task_type = "SEQ_CLS"
     with pytest.raises(ValueError, match=r"no weights 'base_model.model.score.weight' for a module that `task_type`"):
         PeftModel.from_pretrained(classifier(), tmp_path, config=config)
+
+
+def test_a_base_model_of_another_name_is_told(tmp_path):
+    for name in ("base", "instruct"):
+        tiny_model("llama").save_pretrained(tmp_path / name)
+    base, instruct = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "instruct"))
+    with_prefix(base).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(
+        UserWarning, match=r"was trained on .*base and is loaded on .*instruct: the architecture fits"
+    ) as told:
+        PeftModel.from_pretrained(instruct, tmp_path / "adapter")
+    assert sum("is loaded on" in str(warning.message) for warning in told) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The adapter was trained on")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
