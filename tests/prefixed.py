@@ -10,13 +10,15 @@ from peft_prefix_ext import PrefixExtConfig
 from peft_prefix_ext.layer import PrefixExtLayer
 
 
-def with_prefix(model: PreTrainedModel, seed: int = 1, **config: object) -> PeftModel:
+def with_prefix(
+    model: PreTrainedModel | PeftModel, seed: int = 1, adapter_name: str = "default", **config: object
+) -> PeftModel:
     """Gives `model` a prefix that is large enough to change its output."""
     torch.manual_seed(seed)
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 7, **config}
     if settings.get("init", "random") == "random":
         settings.setdefault("init_std", 1.0)
-    return get_peft_model(model, PrefixExtConfig(**settings)).eval()
+    return get_peft_model(model, PrefixExtConfig(**settings), adapter_name).eval()
 
 
 def perturb(model: torch.nn.Module, std: float = 0.3) -> None:

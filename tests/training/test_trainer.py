@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from prefixed import with_prefix
 from tiny import random_ids, tiny_model
 from transformers import Trainer, TrainingArguments
@@ -61,6 +61,20 @@ def test_resume_equals_a_run_without_a_break(form, tmp_path):
     ours, theirs = prefix_state(whole), prefix_state(resumed)
     assert ours.keys() == theirs.keys()
     for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], msg=key)
+
+
+def test_lora_and_a_prefix_on_it_resume_together(tmp_path):
+    def both(seed):
+        torch.manual_seed(seed)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+        return with_prefix(get_peft_model(tiny_model("llama"), lora, adapter_name="tone"), seed, "task", reparam="mlp")
+
+    whole, resumed = both(0), both(1)
+    train(whole, tmp_path)
+    train(resumed, tmp_path, resume=str(tmp_path / "checkpoint-4"))
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    for key in (key for key in ours if "lora_" in key or "prefix_ext_" in key):
         torch.testing.assert_close(theirs[key], ours[key], msg=key)
 
 
