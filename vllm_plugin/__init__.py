@@ -31,7 +31,10 @@ def __getattr__(name: str) -> Any:
 
         return prefix_adapters
     if name == "PrefixAdapterRequest":
+        from vllm_plugin.compat import require
         from vllm_plugin.request import PrefixAdapterRequest
 
+        # An engine without prefixes would take it for a LoRA.
+        require(server=False)
         return PrefixAdapterRequest
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

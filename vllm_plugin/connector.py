@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_plugin.bank import PrefixBank
+from vllm_plugin.compat import require
 from vllm_plugin.config import specs_in
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.geometry import cache_layers, stacks_of
@@ -47,6 +48,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        # An engine in a process of its own has not made its config there.
+        require(server=False)
         self.scheduler: PrefixScheduler | None = None
         self.writer: PrefixWriter | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -89,7 +89,15 @@ class Registry:
             new = {adapter.spec.name: adapter for adapter in adapters}
             if not replace and (taken := new.keys() & self._adapters.keys()):
                 raise NameTakenError(min(taken))
-            self._append({"name": name, "adapter": dataclasses.asdict(adapter)} for name, adapter in new.items())
+            self._append(
+                {
+                    "name": name,
+                    "spec": dataclasses.asdict(adapter.spec),
+                    "base_model_name": adapter.base_model_name,
+                    "shapes": adapter.shapes,
+                }
+                for name, adapter in new.items()
+            )
 
     def remove(self, name: str) -> None:
         """Removes an adapter; requests that run with it go on, since they have all that the engine needs.
@@ -100,7 +108,7 @@ class Registry:
         with self._changing():
             if name not in self._adapters:
                 raise KeyError(name)
-            self._append([{"name": name, "adapter": None}])
+            self._append([{"name": name, "spec": None}])
 
     def layers(self) -> Shapes | None:
         """Returns the shapes of the engine's layers with a KV cache; None before it has started, or on another machine."""
@@ -143,13 +151,13 @@ class Registry:
         lines = lines[: lines.rfind(b"\n") + 1]
         for line in lines.splitlines():
             change = json.loads(line)
-            name, fields = change["name"], change["adapter"]
-            if fields is None:
-                del self._adapters[name]
+            if change["spec"] is None:
+                del self._adapters[change["name"]]
             else:
-                shapes = tuple(tuple(row) for row in fields["shapes"])
+                shapes = tuple(tuple(row) for row in change["shapes"])
                 shapes = self._shapes.setdefault(shapes, shapes)
-                self._adapters[name] = Adapter(PrefixSpec(**fields["spec"]), fields["base_model_name"], shapes)
+                spec = PrefixSpec(**change["spec"])
+                self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes)
         self._seen += len(lines)
 
 

@@ -10,9 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vllm import PoolingParams
+
 from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, settings_in
 from vllm_plugin.errors import request_error_type
 from vllm_plugin.registry import registry_in
+from vllm_plugin.request import PrefixAdapterRequest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,11 +53,6 @@ class Prompt:
 
 def concerns(lora_request: Any, vllm_config: Any) -> bool:
     """Says whether a request needs any of this: an engine without prefixes serves it as vLLM does."""
-    # First what costs nothing: this runs for every request of every server that has the plugin.
-    if lora_request is None and vllm_config.kv_transfer_config is None:
-        return False
-    from vllm_plugin.request import PrefixAdapterRequest
-
     return isinstance(lora_request, PrefixAdapterRequest) or settings_in(vllm_config.kv_transfer_config) is not None
 
 
@@ -64,8 +62,6 @@ def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
     Raises:
         PrefixRequestError: If it names a prefix that this engine does not have.
     """
-    from vllm_plugin.request import PrefixAdapterRequest
-
     if not isinstance(lora_request, PrefixAdapterRequest):
         return None
     if lora_request.spec is not None:
@@ -90,8 +86,6 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
         params: vLLM's `SamplingParams` or `PoolingParams`.
         max_model_len: The context, in tokens, virtual ones included.
     """
-    from vllm import PoolingParams
-
     error = request_error_type()
     transfer = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
     # vLLM's scheduler reads it as a dict whatever it is, and would not survive anything else.

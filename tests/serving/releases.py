@@ -43,11 +43,17 @@ def overridden() -> set[str]:
     }
 
 
+def seams() -> tuple[Any, ...]:
+    """Returns all of the plugin's wraps."""
+    from vllm_plugin.compat import START_SEAMS
+    from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
+
+    return START_SEAMS + ENGINE_SEAMS + SERVER_SEAMS
+
+
 def wrapped() -> set[str]:
     """Lists the functions of vLLM that the plugin wraps, as `module:qualified.name`."""
-    from vllm_plugin.compat import SEAMS
-
-    return {f"{seam.module}:{seam.method}" for seam in SEAMS}
+    return {f"{seam.module}:{seam.method}" for seam in seams()}
 
 
 def imported() -> set[str]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import vllm
 
-from serving.releases import CALLED, RECORDED, Release, imported, overridden, wrapped
-from vllm_plugin.compat import END_VERSION, MIN_VERSION, SEAMS
+from serving.releases import CALLED, RECORDED, Release, imported, overridden, seams, wrapped
+from vllm_plugin.compat import END_VERSION, MIN_VERSION
 from vllm_plugin.connector import PrefixConnector
 
 RELEASES: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def test_nothing_that_is_needed_is_missing(release: dict[str, Any]) -> None:
 
 
 @releases
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.method)
+@pytest.mark.parametrize("seam", seams(), ids=lambda seam: seam.method)
 def test_what_is_wrapped_takes_what_the_wrapper_expects(release: dict[str, Any], seam: Any) -> None:
     arguments = parameters(release["signatures"][f"{seam.module}:{seam.method}"])
     names = {argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}

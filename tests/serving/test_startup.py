@@ -57,8 +57,30 @@ def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
     assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
 
 
-def test_without_adapters_nothing_changes(model: Path) -> None:
-    assert engine_config(model, None).kv_transfer_config is None
+def test_without_adapters_nothing_changes(model: Path, adapter: Path) -> None:
+    code = """
+import sys
+import wrapt
+from vllm.engine.arg_utils import EngineArgs
+from vllm_plugin import prefix_adapters, register
+from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
+
+def wrapped():
+    return [seam.method for seam in (*ENGINE_SEAMS, *SERVER_SEAMS) if isinstance(resolve(seam), wrapt.FunctionWrapper)]
+
+def resolve(seam):
+    path, attribute, original = wrapt.resolve_path(seam.module, seam.method)
+    return original
+
+register()
+args = {"model": sys.argv[1], "skip_tokenizer_init": True, "max_model_len": 256}
+without = EngineArgs(**args).create_engine_config().kv_transfer_config, wrapped()
+EngineArgs(**args, **prefix_adapters(one=sys.argv[2])).create_engine_config()
+print(without, wrapped() == [seam.method for seam in ENGINE_SEAMS])
+"""
+    command = [sys.executable, "-c", code, str(model), str(adapter)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "(None, []) True"
 
 
 def test_missing_and_corrupt_adapters(model: Path, adapter: Path) -> None:
@@ -271,7 +293,7 @@ def test_a_changed_method_is_noticed() -> None:
         def add_cli_args(other: Any) -> None: ...
 
     module = types.SimpleNamespace(EngineArgs=EngineArgs)
-    seam, other = compat.SEAMS[0], compat.SEAMS[1]
+    seam, other = compat.START_SEAMS[:2]
     assert seam.problem(module) == "EngineArgs.add_cli_args has no parameter parser"
     assert "has no EngineArgs.from_cli_args" in str(other.problem(module))
 

@@ -1,0 +1,169 @@
+"""Every place where the plugin wraps a method of vLLM for requests and models, in processes that have prefixes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+from vllm_plugin import prompt_logprobs, serving
+from vllm_plugin.compat import Seam
+from vllm_plugin.config import settings_in
+
+
+def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    config = instance.vllm_config
+    arguments = _arguments(wrapped, args, kwargs)
+    if not serving.concerns(arguments.get("lora_request"), config):
+        return wrapped(*args, **kwargs)
+    spec = serving.adapter_named(arguments.get("lora_request"), config)
+    params, max_model_len = arguments["params"], instance.model_config.max_model_len
+    serving.check(spec, serving.Prompt.of_input(arguments["prompt"]), params, max_model_len)
+    if spec is not None:
+        arguments["lora_request"] = None
+    request = wrapped(**arguments)
+    # Again on the result: a raw prompt is rendered by the call itself.
+    serving.check(spec, serving.Prompt.of_request(request), params, max_model_len)
+    if spec is not None:
+        serving.route(request, spec, max_model_len)
+    return request
+
+
+def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Checks before the stream starts: once a response streams, its status can no longer be 400."""
+    config = instance.vllm_config
+    arguments = _arguments(wrapped, args, kwargs)
+    if not serving.concerns(arguments.get("lora_request"), config):
+        return wrapped(*args, **kwargs)
+    spec = serving.adapter_named(arguments.get("lora_request"), config)
+    prompt = serving.Prompt.of_input(arguments["prompt"])
+    serving.check(spec, prompt, arguments["sampling_params"], config.model_config.max_model_len)
+    return wrapped(*args, **kwargs)
+
+
+def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Ends beams where the context ends: vLLM's own limit does not know of virtual tokens."""
+    config = instance.engine_client.vllm_config
+    arguments = _arguments(wrapped, args, kwargs)
+    spec = serving.adapter_named(arguments.get("lora_request"), config)
+    prompt = serving.Prompt.of_input(arguments["prompt"])
+    if spec is not None and prompt is not None and prompt.num_tokens is not None:
+        params = arguments["params"] = copy.copy(arguments["params"])
+        room = config.model_config.max_model_len - spec.num_virtual_tokens - prompt.num_tokens
+        # At least one, so that a prompt which leaves no room is refused where others are.
+        params.max_tokens = min(params.max_tokens, max(room, 1))
+    return wrapped(**arguments)
+
+
+def _arguments(wrapped: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Returns the arguments of a call to a bound method, by name."""
+    names = _parameters(getattr(wrapped, "__func__", wrapped))[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    processor = wrapped(*args, **kwargs)
+    prompt_logprobs.expect(processor, kwargs["request"] if "request" in kwargs else args[1])
+    return processor
+
+
+def _update_prompt_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    return wrapped(prompt_logprobs.real_rows(instance, kwargs["prompt_logprobs_tensors"] if kwargs else args[0]))
+
+
+async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    await wrapped(*args, **kwargs)
+    if settings_in(instance.engine_client.vllm_config.kv_transfer_config) is not None:
+        from vllm_plugin.models import PrefixModels
+
+        prefixes = PrefixModels(instance)
+        await prefixes.start()
+        instance.prefix_models = prefixes
+
+
+def _is_model_supported(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
+    return wrapped(*args, **kwargs) or _request_for(instance.models, *args, *kwargs.values()) is not None
+
+
+def _maybe_get_adapters(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    return _request_for(instance.models, request.model) or wrapped(*args, **kwargs)
+
+
+def _request_for(models: Any, name: str | None) -> Any:
+    prefixes = getattr(models, "prefix_models", None)
+    return None if prefixes is None else prefixes.request(name)
+
+
+async def _show_available_models(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    models = await wrapped(*args, **kwargs)
+    if (prefixes := getattr(instance, "prefix_models", None)) is not None:
+        models.data.extend(prefixes.cards())
+    return models
+
+
+async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """A LoRA that comes at run time may not take the name of a prefix; vLLM itself finds none of ours to unload."""
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    prefixes = getattr(instance, "prefix_models", None)
+    refusal = None if prefixes is None else prefixes.refuse_lora(request.lora_name)
+    return refusal or await wrapped(*args, **kwargs)
+
+
+def _attach_lora_router(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    wrapped(*args, **kwargs)
+    from vllm_plugin.endpoints import attach
+
+    attach(kwargs["app"] if "app" in kwargs else args[0])
+
+
+_MODELS, _SERVING = "vllm.entrypoints.openai.models.serving", "vllm.entrypoints.serve.engine.serving"
+ENGINE_SEAMS = (
+    Seam(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        ("prompt", "params", "lora_request"),
+        _process_inputs,
+    ),
+    Seam(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor.from_new_request",
+        ("tokenizer", "request"),
+        _new_logprobs,
+    ),
+    Seam(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor._update_prompt_logprobs",
+        ("prompt_logprobs_tensors",),
+        _update_prompt_logprobs,
+    ),
+)
+SERVER_SEAMS = (
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        ("prompt", "sampling_params", "lora_request"),
+        _generate,
+    ),
+    Seam(
+        "vllm.entrypoints.generate.beam_search.online",
+        "BeamSearchOnlineMixin.beam_search",
+        ("prompt", "params", "lora_request"),
+        _beam_search,
+    ),
+    Seam(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
+    Seam(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
+    Seam(_MODELS, "OpenAIServingModels.load_lora_adapter", ("request",), _load_lora_adapter),
+    # LoRA requests and prefixes are told apart by name here, and not by an entry of ours in vLLM's own table: that one is
+    # searched from end to end for each chat request to the base model, and no other API server process sees it.
+    Seam(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported),
+    Seam(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters),
+    # vLLM's hook for endpoints loads plugins that the operator lists in VLLM_PLUGINS, and then no others but those.
+    Seam("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router),
+)
