@@ -15,12 +15,14 @@ class BaseAdapter(NamedTuple):
         digest: SHA-256, in hex, of its weights as PEFT saves them in `adapter_model.safetensors`; `None` where they were
             not at hand, as those of a sharded model are not.
         base_model_name_or_path: What it was trained on itself, as PEFT records it.
+        rounded_digest: The same of the weights rounded to bfloat16, in which they may have been loaded since.
     """
 
     name: str
     peft_type: str
     digest: str | None = None
     base_model_name_or_path: str | None = None
+    rounded_digest: str | None = None
 
     def __str__(self) -> str:
         digest = f" (sha256 {self.digest[:16]})" if self.digest else ""
@@ -28,8 +30,9 @@ class BaseAdapter(NamedTuple):
 
     def is_like(self, other: BaseAdapter) -> bool:
         """Whether it could be the same adapter as `other`, whatever they are called."""
-        same_weights = self.digest == other.digest or self.digest is None or other.digest is None
-        return self.peft_type == other.peft_type and same_weights
+        digests = [(self.digest, other.digest), (self.rounded_digest, other.rounded_digest)]
+        known = [one == another for one, another in digests if one and another]
+        return self.peft_type == other.peft_type and (any(known) or not known)
 
 
 def read_base_adapters(rows: list[dict[str, Any]]) -> tuple[BaseAdapter, ...]:
@@ -53,7 +56,8 @@ def read_base_adapters(rows: list[dict[str, Any]]) -> tuple[BaseAdapter, ...]:
 def are_alike(some: Sequence[BaseAdapter], others: Sequence[BaseAdapter]) -> bool:
     """Whether these could be the same adapters, in whatever order."""
     order = [
-        sorted(adapters, key=lambda adapter: (adapter.peft_type, adapter.digest or "")) for adapters in (some, others)
+        sorted(adapters, key=lambda adapter: (adapter.peft_type, adapter.rounded_digest or adapter.digest or ""))
+        for adapters in (some, others)
     ]
     return len(some) == len(others) and all(one.is_like(other) for one, other in zip(*order, strict=True))
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from prefixed import perturb
 from safetensors.torch import load_file
 from tiny import random_ids, tiny_model
@@ -120,19 +121,32 @@ def save_both(both, folder):
     """Saves LoRA and the prefix; returns the phrase for LoRA."""
     both.save_pretrained(folder)
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert read_prefix(folder / "prefix").base_adapters == (("default", "LORA", digest, None),)
+    (below,) = read_prefix(folder / "prefix").base_adapters
+    assert (below.name, below.peft_type, below.digest) == ("default", "LORA", digest)
     return f"the base model with LORA adapter 'default' \\(sha256 {digest[:16]}\\)"
 
 
 def test_what_is_below_is_recorded(lora, both, tmp_path):
     save_both(both, tmp_path / "on")
-    lora.base_model.disable_adapter_layers()
+    with both.disable_adapter():
+        save_both(both, tmp_path / "for a while")
+    for module in both.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(False)
     both.save_pretrained(tmp_path / "off")
     assert read_prefix(tmp_path / "off" / "prefix").base_adapters == ()
-    lora.base_model.enable_adapter_layers()
     lora.merge_and_unload()
     both.save_pretrained(tmp_path / "merged")
     assert read_prefix(tmp_path / "merged" / "prefix").base_adapters == ()
+
+
+@SILENT
+def test_rounded_weights_are_no_others(lora, both, tmp_path):
+    save_both(both, tmp_path)
+    half = tiny_model("llama").to(torch.bfloat16)
+    loaded = PeftModel.from_pretrained(half, tmp_path, autocast_adapter_dtype=False)
+    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.bfloat16}
+    PeftModel.from_pretrained(loaded, tmp_path / "prefix", adapter_name="prefix")
 
 
 def test_another_model_below_is_told(lora, both, tmp_path):
