@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vllm_plugin.errors import PrefixServeError
 
 # Any of them means that a server has prefixes.
-OPTIONS = ("prefix_adapter", "enable_prefix_adapters", "prefix_adapter_warmup")
+OPTIONS = ("prefix_adapter", "enable_prefix_adapters", "prefix_adapter_warmup", "prefix_adapter_device_memory")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,255}")
 
 
@@ -77,6 +77,14 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         help="Puts every prefix into the cache before the server is ready, and each one that is loaded later before its "
         "first request.",
     )
+    group.add_argument(
+        "--prefix-adapter-device-memory",
+        metavar="GIB",
+        type=parse_gib,
+        default=None,
+        help="What prefixes may take of each device's memory beside the KV cache, ready to be copied into it; others wait "
+        "in eight times as much memory of the host. Not part of --gpu-memory-utilization. 0.5 by default.",
+    )
 
 
 def parse_adapter(text: str) -> AdapterOption:
@@ -93,6 +101,18 @@ def parse_adapter(text: str) -> AdapterOption:
     except PrefixServeError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return option
+
+
+def parse_gib(text: str) -> int:
+    """Reads GiB as a number of bytes, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no number >= 0.
+    """
+    try:
+        return int(float(text) * 2**30) if float(text) >= 0 else int("negative")
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB >= 0, got {text!r}") from error
 
 
 def check_name(name: str) -> None:

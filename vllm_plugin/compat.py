@@ -19,7 +19,7 @@ from typing import Any
 import wrapt
 
 from vllm_plugin.cli import OPTIONS
-from vllm_plugin.config import settings_in
+from vllm_plugin.config import CONNECTOR, CONNECTOR_MODULE, settings_in
 from vllm_plugin.errors import PrefixServeError
 
 # First and first unsupported release: what was read for this plugin.
@@ -99,6 +99,15 @@ def require(*, server: bool) -> None:
         )
     if server and getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
         raise PrefixServeError("Prefix adapters need vLLM's Python front end; unset VLLM_USE_RUST_FRONTEND.")
+    _register_connector()
+
+
+@functools.cache
+def _register_connector() -> None:
+    """Lets vLLM's `MultiConnector` find the class of our statistics: it asks for it by the connector's name alone."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
 
 
 def _attach(seam: Seam, module: ModuleType) -> None:

@@ -19,6 +19,8 @@ CONNECTOR_MODULE = "vllm_plugin.connector"
 # Of the extra config: adapters to open, the folder of the registry, whether to put each into the cache at the start.
 # `ADAPTERS` is also where a request's KV transfer parameters hold its `PrefixSpec`.
 ADAPTERS, REGISTRY, WARMUP = "prefix_adapters", "prefix_registry", "prefix_adapter_warmup"
+# What prefixes may take of each device, in bytes; vLLM's own memory profile does not know of it.
+DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY = "prefix_device_memory", 512 << 20
 # The namespace of our cache salts; a client's own salt may not start with it.
 SALT_PREFIX = "prefix-adapter:"
 # Connectors that key what they store by vLLM's salted block hashes. Others key by token ids, where the placeholders of
@@ -35,7 +37,7 @@ class PrefixSpec:
         source: Folder or Hub repository, as the operator wrote it.
         path: The local folder it was read from.
         num_virtual_tokens: p.
-        digest: SHA-256 of its weights, in hex.
+        digest: SHA-256 of its weights and config, in hex.
     """
 
     name: str

@@ -7,6 +7,8 @@ the step finds them, and reads them after the write as well.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,13 +20,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from vllm_plugin.bank import PrefixBank
 from vllm_plugin.compat import require
-from vllm_plugin.config import specs_in
+from vllm_plugin.config import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.geometry import cache_layers, stacks_of
+from vllm_plugin.geometry import CacheLayer, cache_layers, model_shapes, stacks_of
+from vllm_plugin.registry import registry_in
+from vllm_plugin.report import report
 from vllm_plugin.scheduler import PrefixLoad, PrefixScheduler
+from vllm_plugin.stats import PrefixPromMetrics, PrefixStats
+from vllm_plugin.store import check_shapes
 from vllm_plugin.worker import PrefixWriter
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 
@@ -54,25 +62,23 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self.writer: PrefixWriter | None = None
         if role == KVConnectorRole.SCHEDULER:
             _check_only_engine(vllm_config)
-            self.scheduler = PrefixScheduler()
+            self.scheduler = PrefixScheduler(_block_size(kv_cache_config))
             return
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-        parallel = vllm_config.parallel_config
-        stacks = stacks_of(cache_layers(kv_cache_config))
-        device = _device(vllm_config)
+        tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
+        dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
+        layers = cache_layers(kv_cache_config)
+        _check_in(vllm_config, layers, tp_rank)
         bank = PrefixBank(
-            stacks,
-            tp_rank=get_tensor_model_parallel_rank(),
-            tp_size=parallel.tensor_parallel_size,
-            whole_model=parallel.pipeline_parallel_size == 1,
-            dtype=cast(torch.dtype, vllm_config.model_config.dtype),
+            stacks_of(layers),
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            dtype=dtype,
             device=device,
+            device_memory=self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY),
         )
-        # Now rather than in `register_kv_caches`: vLLM calls that inside the memory pool that sleep mode throws away.
-        for spec in specs_in(vllm_config.kv_transfer_config).values():
-            bank.get(spec)
-        self.writer = PrefixWriter(bank, stacks, vllm_config.compilation_config.static_forward_context, device)
+        self.writer = PrefixWriter(bank, vllm_config.compilation_config.static_forward_context)
 
     # Scheduler side
 
@@ -102,6 +108,11 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.finished(request)
         return False, None
 
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        # vLLM does so for requests that still run: one that was aborted meanwhile has left blocks behind, too.
+        if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
+            self._kv_cache_manager.evict_blocks(connector_output.invalid_block_ids)
+
     # Worker side
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -111,6 +122,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             assert self.writer is not None
             self.writer.write(metadata.loads)
 
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        assert self.writer is not None
+        return self.writer.take_unwritten()
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
 
@@ -119,6 +134,28 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         return
+
+    # Both sides
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self.scheduler is not None:
+            return self.scheduler.stats.take()
+        assert self.writer is not None
+        return self.writer.stats.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        return PrefixStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return PrefixPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
 
 def _check_only_engine(vllm_config: VllmConfig) -> None:
@@ -134,6 +171,34 @@ def _check_only_engine(vllm_config: VllmConfig) -> None:
             "Another engine with a KV connector runs in this process, and vLLM has room for one; shut it down, or leave "
             "VLLM_ENABLE_V1_MULTIPROCESSING on."
         )
+
+
+def _check_in(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: int) -> None:
+    """Checks the adapters named at the start against a worker's real layers, and publishes these for later ones.
+
+    Raises:
+        PrefixServeError: If one was not made for this model.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    try:
+        registry = registry_in(vllm_config.kv_transfer_config)
+    except FileNotFoundError:
+        # On another machine than the server: the workers beside it do so.
+        return
+    assert registry is not None
+    shapes = model_shapes(layers, parallel.tensor_parallel_size, model.get_total_num_kv_heads())
+    adapters = registry.adapters()
+    for adapter in adapters:
+        check_shapes(adapter.spec.name, adapter.shapes, shapes, parallel.pipeline_parallel_size == 1)
+    if tp_rank == 0:
+        registry.add_layers(shapes)
+        # Of the first pipeline stage: one worker speaks for all.
+        if parallel.data_parallel_rank == 0 and shapes[0][0] == 0:
+            report(adapters, math.lcm(*(layer.block_size for layer in layers)), cast(torch.dtype, model.dtype).itemsize)
+
+
+def _block_size(kv_cache_config: KVCacheConfig) -> int:
+    return math.lcm(*(group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups))
 
 
 def _device(vllm_config: VllmConfig) -> torch.device:

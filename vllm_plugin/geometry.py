@@ -10,8 +10,9 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from peft_prefix_ext.checkpoint import LayerKV, PrefixCheckpoint
+from peft_prefix_ext.checkpoint import LayerKV
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.registry import Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +97,18 @@ def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
     return list(layers.values())
 
 
-def check_layers(name: str, checkpoint: PrefixCheckpoint, layers: Iterable[CacheLayer], whole_model: bool) -> None:
-    """Raises `PrefixServeError` if a prefix and the layers of the model do not pair up.
+def model_shapes(layers: Iterable[CacheLayer], tp_size: int, total_num_kv_heads: int) -> Shapes:
+    """Returns the shapes of these layers in the whole model, in the order of their numbers.
 
     Args:
-        name: The adapter's name.
-        layers: The layers on this worker.
-        whole_model: Whether these are all layers of the model (no pipeline parallelism).
+        tp_size: Number of tensor-parallel ranks.
+        total_num_kv_heads: Of a layer of the model: with more ranks than that, several hold the same head.
     """
-    present = {layer.index for layer in layers}
-    missing, extra = sorted(present - checkpoint.layers.keys()), sorted(checkpoint.layers.keys() - present)
-    if missing or (extra and whole_model):
-        raise PrefixServeError(
-            f"Prefix adapter {name!r} was trained on another base model: the layers with a KV cache differ (without a "
-            f"prefix: {missing}, without a cache: {extra if whole_model else []})."
-        )
+    replicas = max(1, tp_size // total_num_kv_heads)
+    return tuple(
+        (layer.index, layer.num_kv_heads * tp_size // replicas, layer.key_size, layer.value_size)
+        for layer in sorted(layers, key=lambda layer: layer.index)
+    )
 
 
 def shard(name: str, kv: LayerKV, layer: CacheLayer, tp_rank: int, tp_size: int) -> LayerKV:

@@ -118,6 +118,16 @@ class Registry:
             return None
         return tuple((row["index"], row["num_kv_heads"], row["key_size"], row["value_size"]) for row in rows)
 
+    def add_layers(self, layers: Shapes) -> None:
+        """Publishes the shapes of layers that a worker has: all of the model's, or those of one pipeline stage."""
+        with self._changing():
+            known = {row[0]: row for row in (*(self.layers() or ()), *layers)}
+            fields = ("index", "num_kv_heads", "key_size", "value_size")
+            rows = [dict(zip(fields, known[index], strict=True)) for index in sorted(known)]
+            new = self.folder / f"{_LAYERS}.new"
+            new.write_text(json.dumps(rows), encoding="utf-8")
+            new.replace(self.folder / _LAYERS)
+
     def _refresh(self) -> None:
         if os.fstat(self._journal.fileno()).st_size != self._seen:
             with self._lock:

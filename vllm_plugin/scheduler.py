@@ -6,11 +6,13 @@ this class says that they can be loaded; either way the model never runs them.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
 
 from vllm_plugin.config import ADAPTERS, PrefixSpec
+from vllm_plugin.stats import PrefixStats
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -33,19 +35,21 @@ class PrefixLoad:
     block_ids: tuple[list[int], ...]
 
 
-@dataclass(slots=True)
-class LoadStats:
-    """How often prefixes were copied into the cache, by adapter name."""
-
-    loads: Counter[str] = field(default_factory=Counter)
-    loaded_tokens: Counter[str] = field(default_factory=Counter)
+# Prefixes, times the salts that clients use them with, whose block hashes are kept: some kilobytes each at most.
+NUM_HASHED = 4096
 
 
 class PrefixScheduler:
-    """Bookkeeping of one engine, which knows an adapter by what its requests bring along only."""
+    """Bookkeeping of one engine, which knows an adapter by what its requests bring along only.
 
-    def __init__(self) -> None:
-        self.stats = LoadStats()
+    Args:
+        block_size: Tokens per block, the least common multiple if groups of layers differ.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.stats = PrefixStats()
+        self._block_size = block_size
+        self._hashes: LRUCache[Any, tuple[Any, ...]] = LRUCache(NUM_HASHED)
         self._specs: dict[str, PrefixSpec] = {}
         self._promised: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
@@ -66,16 +70,14 @@ class PrefixScheduler:
         if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
             # Each real token has to run, whatever the client says.
             request.skip_reading_prefix_cache = True
-        # The blocks that the prefix fills are hashed over a constant, so that all requests share them.
-        request.block_hashes.clear()
-        tokens[:] = [0] * p
-        request.update_block_hashes()
+        request.block_hashes[:] = self._prefix_hashes(request, p)
         # What samplers see is the request's own first token: the repetition penalty is about the set of prompt tokens,
         # which stays as it was, and every kernel that reads prompt ids gets a valid one.
         tokens[:] = [prompt[0]] * p + prompt
         request.prompt_token_ids = list(tokens)
         request.num_prompt_tokens = len(tokens)
         request.update_block_hashes()
+        self.stats.add("requests", spec.name)
 
     def num_loadable(self, request: Request, num_computed: int) -> int:
         """Returns how many tokens past the `num_computed` cached ones can be loaded."""
@@ -102,7 +104,12 @@ class PrefixScheduler:
         if spec is None:
             return
         _count_real_tokens(request, spec.num_virtual_tokens)
-        promised = self._promised.pop(request.request_id, 0)
+        promised = self._promised.pop(request.request_id, None)
+        if promised is None:
+            # An asynchronous load by another connector makes this the second call.
+            return
+        p = spec.num_virtual_tokens
+        self.stats.add("block_hits", spec.name, (p - promised) // self._block_size)
         if promised == 0:
             return
         if num_external != promised:
@@ -110,10 +117,9 @@ class PrefixScheduler:
             raise RuntimeError(
                 f"vLLM takes {num_external} tokens of the prefix {spec.name!r} as loaded instead of {promised}."
             )
-        p = spec.num_virtual_tokens
         self._loads.append(PrefixLoad(spec, p - promised, p, block_ids))
-        self.stats.loads[spec.name] += 1
-        self.stats.loaded_tokens[spec.name] += promised
+        self.stats.add("loads", spec.name)
+        self.stats.add("loaded_tokens", spec.name, promised)
 
     def take_loads(self) -> list[PrefixLoad]:
         """Returns the loads of the step that was just scheduled, and forgets them."""
@@ -127,6 +133,23 @@ class PrefixScheduler:
         """Forgets a request, whether it ran or not."""
         self._specs.pop(request.request_id, None)
         self._promised.pop(request.request_id, None)
+
+    def _prefix_hashes(self, request: Request, p: int) -> tuple[Any, ...]:
+        """Returns the hashes of the blocks that a prefix fills, computed by vLLM once.
+
+        They are hashed over a constant, so that all requests with the same salt (and LoRA, whose name vLLM hashes into
+        each block) share the blocks.
+        """
+        lora = request.lora_request
+        key = request.cache_salt, p, lora and (lora.lora_name, lora.lora_path)
+        if key not in self._hashes:
+            tokens = request._all_token_ids
+            request.block_hashes.clear()
+            prompt, tokens[:] = list(tokens), [0] * p
+            request.update_block_hashes()
+            tokens[:] = prompt
+            self._hashes[key] = tuple(request.block_hashes)
+        return self._hashes[key]
 
 
 def _count_real_tokens(request: Request, p: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_plugin import prompt_logprobs, serving
 from vllm_plugin.compat import Seam
 from vllm_plugin.config import settings_in
+from vllm_plugin.failures import handle_invalid_blocks
 
 
 def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -142,6 +143,12 @@ ENGINE_SEAMS = (
         "LogprobsProcessor._update_prompt_logprobs",
         ("prompt_logprobs_tensors",),
         _update_prompt_logprobs,
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._handle_invalid_blocks",
+        ("invalid_block_ids",),
+        handle_invalid_blocks,
     ),
 )
 SERVER_SEAMS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_plugin import store
 from vllm_plugin.cli import AdapterOption, SharedFolder, check_unique
-from vllm_plugin.config import ADAPTERS, REGISTRY, WARMUP, merge, replace_settings, settings, settings_in
+from vllm_plugin.config import ADAPTERS, DEVICE_MEMORY, REGISTRY, WARMUP, merge, replace_settings, settings, settings_in
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.registry import make_folder, registry_at
 
@@ -23,7 +23,8 @@ def configure(kv_transfer_config: Any, options: Namespace) -> Any:
     """
     adapters = options.prefix_adapter or []
     if not adapters and not options.enable_prefix_adapters:
-        raise PrefixServeError("--prefix-adapter-warmup needs --prefix-adapter or --enable-prefix-adapters.")
+        given = "warmup" if options.prefix_adapter_warmup else "device-memory"
+        raise PrefixServeError(f"--prefix-adapter-{given} needs --prefix-adapter or --enable-prefix-adapters.")
     from vllm_plugin.compat import require
 
     require(server=True)
@@ -33,6 +34,8 @@ def configure(kv_transfer_config: Any, options: Namespace) -> Any:
     if getattr(options, "prefix_registry", None) is None:
         options.prefix_registry = SharedFolder(make_folder())
     more = {REGISTRY: str(options.prefix_registry), WARMUP: options.prefix_adapter_warmup}
+    if options.prefix_adapter_device_memory is not None:
+        more[DEVICE_MEMORY] = options.prefix_adapter_device_memory
     return merge(kv_transfer_config, settings(adapters, **more))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +70,7 @@ def open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None 
         # Where a link points to now: what it points to later is another adapter.
         path=str(checkpoint.path.resolve()),
         num_virtual_tokens=checkpoint.num_virtual_tokens,
-        digest=checkpoint.digest,
+        digest=digest_of(checkpoint),
     )
     return Adapter(spec, option.base_model_name, shapes)
 
@@ -77,15 +79,21 @@ def reload(spec: PrefixSpec) -> PrefixCheckpoint:
     """Reads the tensors of a prefix again, in a worker.
 
     Raises:
-        PrefixServeError: If the file is no longer the one the server was started with.
+        PrefixServeError: If the file is no longer the one that requests name.
     """
     checkpoint = load(spec.name, spec.path)
-    if checkpoint.digest != spec.digest:
+    if digest_of(checkpoint) != spec.digest:
         raise PrefixServeError(
-            f"The weights of prefix adapter {spec.name!r} in {spec.path} changed while the engine was starting; start "
-            "it again."
+            f"The weights of prefix adapter {spec.name!r} in {spec.path} are no longer those it was loaded with; load it "
+            "again."
         )
     return checkpoint
+
+
+def digest_of(checkpoint: PrefixCheckpoint) -> str:
+    """Returns the SHA-256, in hex, of all that makes a prefix: its weights, and the config that says what they are."""
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    return hashlib.sha256(f"{checkpoint.digest} {config}".encode()).hexdigest()
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -147,6 +155,11 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             trained_on,
             model.model,
         )
+    if any(not tensor.to(model.dtype).isfinite().all() for layer in checkpoint.layers.values() for tensor in layer):
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} holds values too large for {str(model.dtype).removeprefix('torch.')}; start with "
+            "another --dtype."
+        )
     shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
     expected = (model.get_total_num_kv_heads(), model.get_head_size())
     if len(shapes) == 1 and shapes != {expected}:
@@ -169,8 +182,14 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
         )
 
 
-def check_shapes(name: str, shapes: Shapes, layers: Shapes) -> None:
-    """Raises `PrefixServeError` if the layers of a prefix are not those of the model that have a KV cache."""
+def check_shapes(name: str, shapes: Shapes, layers: Shapes, whole_model: bool = True) -> None:
+    """Raises `PrefixServeError` if the layers of a prefix are not those of the model that have a KV cache.
+
+    Args:
+        whole_model: Whether `layers` are all of them, and not those of one pipeline stage.
+    """
+    if not whole_model:
+        shapes = tuple(row for row in shapes if row[0] in {index for index, *_ in layers})
     ours, theirs = ({index: tuple(shape) for index, *shape in rows} for rows in (shapes, layers))
     if ours.keys() != theirs.keys():
         raise PrefixServeError(

@@ -30,8 +30,7 @@ def llama(pool: Pool) -> Engine:
     """A Llama engine with an empty prefix cache and fresh counters."""
     engine = pool.shared(support.llama_config)
     assert engine.llm.reset_prefix_cache()
-    engine.stats.loads.clear()
-    engine.stats.loaded_tokens.clear()
+    engine.forget_counts()
     return engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,11 @@ class Engine:
     config: Any
     prefixes: dict[str, support.Prefix]
     reference: support.Reference = field(init=False)
+    _counted: Counter[tuple[str, str]] = field(init=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.reference = support.Reference(self.model)
+        self.forget_counts()
 
     @property
     def scheduler(self) -> Any:
@@ -38,8 +41,30 @@ class Engine:
         return getattr(connector, "sub_connectors", [connector])[0].scheduler
 
     @property
-    def stats(self) -> Any:
-        return self.bookkeeping.stats
+    def writer(self) -> Any:
+        """The plugin's own part of the worker."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector = get_kv_transfer_group()
+        return getattr(connector, "sub_connectors", [connector])[0].writer
+
+    def counts(self, count: str) -> dict[str, int]:
+        """Reads a count per adapter from vLLM's Prometheus registry, as of `forget_counts`."""
+        new = self._all_counts() - self._counted
+        return {adapter: number for (name, adapter), number in new.items() if name == count}
+
+    def forget_counts(self) -> None:
+        self._counted = self._all_counts()
+
+    def _all_counts(self) -> Counter[tuple[str, str]]:
+        prefix = "vllm:prefix_adapter_"
+        return Counter(
+            {
+                (metric.name.removeprefix(prefix), metric.labels["adapter"]): int(metric.value)
+                for metric in self.llm.get_metrics()
+                if metric.name.startswith(prefix)
+            }
+        )
 
     def generate(
         self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10, **params: Any
@@ -110,6 +135,7 @@ def start(model: Path, **settings: Any) -> Any:
                 "block_size": support.BLOCK_SIZE,
                 "max_model_len": 512,
                 "dtype": "float32",
+                "disable_log_stats": False,
                 **settings,
             }
         )
@@ -147,11 +173,11 @@ class Pool:
         self._engine = make_engine(self._folders.mktemp("engine"), config, *args, **settings)
         return self._engine
 
-    def shared(self, kind: Callable[[], Any]) -> Engine:
-        """Returns the engine at hand if it was started for this kind of config, else starts one."""
-        if self._engine is None or self._kind is not kind:
-            self.start(kind())
-            self._kind = kind
+    def shared(self, kind: Callable[[], Any], **settings: Any) -> Engine:
+        """Returns the engine at hand if it was started for this kind of config and these settings, else starts one."""
+        if self._engine is None or self._kind != (kind, settings):
+            self.start(kind(), **settings)
+            self._kind = (kind, settings)
         assert self._engine is not None
         return self._engine
 

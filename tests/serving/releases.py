@@ -23,6 +23,10 @@ PLUGIN = Path(__file__).parents[2] / "vllm_plugin"
 CALLED = {
     "vllm.v1.request:Request.update_block_hashes",
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
+    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector",
+    "vllm.config.kv_transfer:KVTransferConfig.get_from_extra_config",
     "vllm.v1.metrics.stats:PrefillStats.set",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.is_base_model",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.__init__",
@@ -39,7 +43,7 @@ def overridden() -> set[str]:
         f"{base.__name__}:{parent.__name__}.{name}"
         for parent in (base.KVConnectorBase_V1, base.SupportsHMA)
         for name in vars(PrefixConnector).keys() & vars(parent).keys()
-        if callable(vars(PrefixConnector)[name])
+        if callable(getattr(PrefixConnector, name))
     }
 
 

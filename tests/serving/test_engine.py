@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serving import support
-from serving.engines import LENGTHS, Engine, make_engine
+from serving.engines import LENGTHS, Engine, Pool, make_engine
 from serving.support import prompt_ids
+from vllm_plugin.bank import Shelf
+from vllm_plugin.config import specs_in
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -54,14 +57,16 @@ def test_an_aligned_prefix_is_loaded_once_and_its_blocks_are_shared(llama: Engin
     assert len({ids[1] for ids in blocks}) == 6
     while llm_engine.has_unfinished_requests():
         llm_engine.step()
-    assert llama.stats.loads == {"p32": 1}
-    assert llama.stats.loaded_tokens == {"p32": 32}
+    assert llama.counts("loads") == {"p32": 1}
+    assert llama.counts("loaded_tokens") == {"p32": 32}
 
 
 def test_only_the_tail_of_an_unaligned_prefix_is_loaded_again(llama: Engine) -> None:
     llama.check(["p130"] * 4, [prompt_ids(5, seed=seed) for seed in range(4)])
-    assert llama.stats.loads == {"p130": 4}
-    assert llama.stats.loaded_tokens == {"p130": 130 + 3 * 2}
+    assert llama.counts("loads") == {"p130": 4}
+    assert llama.counts("loaded_tokens") == {"p130": 130 + 3 * 2}
+    assert llama.counts("requests") == {"p130": 4}
+    assert llama.counts("block_hits") == {"p130": 3 * (130 // 32)}
 
 
 def test_cached_tokens_count_real_tokens_only(llama: Engine) -> None:
@@ -122,6 +127,88 @@ def test_an_aborted_request_leaves_nothing_behind(llama: Engine) -> None:
     llama.check(["p33", None], [prompt_ids(10), prompt_ids(10)])
 
 
+def test_a_load_that_fails_fails_its_requests_only_and_leaves_nothing_in_the_cache(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_without_its_file(llama, monkeypatch)
+
+
+def fails_without_its_file(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks for a prefix whose file is gone, in one batch with others, and again when the file is back."""
+    prompts = [prompt_ids(70, seed=seed) for seed in (1, 1, 2, 3)]
+    names = ["p33", "p33", None, "p7"]
+    with file_gone(engine, "p33", monkeypatch):
+        for _ in range(2):
+            outputs = engine.generate(names, prompts)
+            assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error", "length", "length"]
+            assert [len(output.outputs[0].token_ids) for output in outputs] == [0, 0, 10, 10]
+    for _ in range(2):
+        engine.check(names, prompts)
+
+
+@contextmanager
+def file_gone(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Moves an adapter's folder away, and has the worker forget what it keeps, as after an eviction."""
+    for shelf in ("_on_device", "_on_host"):
+        monkeypatch.setattr(engine.writer._bank, shelf, Shelf(0))
+    folder = Path(specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)[name].path)
+    folder.rename(folder.with_name("gone"))
+    try:
+        yield
+    finally:
+        folder.with_name("gone").rename(folder)
+
+
+def test_a_request_that_is_gone_when_its_load_fails_leaves_nothing_in_the_cache(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = prompt_ids(70)
+    with file_gone(llama, "p33", monkeypatch), monkeypatch.context() as aborted:
+        # As vLLM does for requests that no longer run: for them it leaves the blocks in its cache.
+        aborted.setattr(llama.scheduler, "_handle_invalid_blocks", lambda *args: set())
+        llama.generate(["p33"], [prompt], max_tokens=1)
+    for _ in range(2):
+        llama.check(["p33"], [prompt])
+
+
+def test_a_reset_with_requests_running_loads_again(llama: Engine) -> None:
+    from vllm import SamplingParams
+
+    from vllm_plugin import PrefixAdapterRequest
+
+    engine = llama.llm.llm_engine
+    prompts = {str(seed): prompt_ids(10, seed=seed) for seed in range(3)}
+    for request_id, prompt in prompts.items():
+        engine.add_request(
+            request_id,
+            {"type": "token", "prompt_token_ids": prompt},
+            SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False),
+            lora_request=PrefixAdapterRequest("p33"),
+        )
+    for _ in range(3):
+        engine.step()
+    assert engine.reset_prefix_cache(reset_running_requests=True)
+    outputs = {}
+    while engine.has_unfinished_requests():
+        outputs |= {output.request_id: list(output.outputs[0].token_ids) for output in engine.step()}
+    assert outputs == {
+        request_id: llama.reference.greedy(prompt, llama.prefixes["p33"], 8) for request_id, prompt in prompts.items()
+    }
+    assert llama.counts("loaded_tokens") == {"p33": 2 * (33 + 1 + 1)}
+
+
+def test_wakes_up_with_another_cache(llama: Engine) -> None:
+    names, prompts = ["p33", "p130", None], [prompt_ids(40, seed=seed) for seed in range(3)]
+    llama.check(names, prompts)
+    llama.llm.sleep(level=1)
+    # The CPU's worker keeps its cache. Others throw it away.
+    for _, modules in llama.writer._stacks:
+        for module in modules:
+            module.kv_cache.normal_()
+    llama.llm.wake_up()
+    llama.check(names, prompts)
+
+
 def test_client_salts_do_not_share(llama: Engine) -> None:
     from vllm import SamplingParams
 
@@ -134,14 +221,17 @@ def test_client_salts_do_not_share(llama: Engine) -> None:
             lora_request=PrefixAdapterRequest("p32"),
             use_tqdm=False,
         )
-    assert llama.stats.loads == {"p32": 2}
+    assert llama.counts("loads") == {"p32": 2}
 
 
-def test_survives_preemption_and_eviction_in_a_small_cache(engine_factory: Callable[..., Engine]) -> None:
-    # 17 blocks of 32 tokens, one of them vLLM's null block: eight requests of 33 + 20 + 60 tokens do not fit at once.
-    engine = engine_factory(
-        support.llama_config(), (33, 64), num_gpu_blocks_override=17, max_model_len=352, max_num_batched_tokens=48
-    )
+# 17 blocks of 32 tokens, one of them vLLM's null block: eight requests of 33 + 20 + 60 tokens do not fit at once.
+SMALL: dict[str, Any] = {
+    **{"lengths": (33, 64), "num_gpu_blocks_override": 17, "max_model_len": 352, "max_num_batched_tokens": 48}
+}
+
+
+def test_survives_preemption_and_eviction_in_a_small_cache(pool: Pool) -> None:
+    engine = pool.shared(support.llama_config, **SMALL)
     preempted: list[Any] = []
     original = engine.scheduler._preempt_request
 
@@ -153,7 +243,7 @@ def test_survives_preemption_and_eviction_in_a_small_cache(engine_factory: Calla
     names = ["p33", "p64", None, "p33", "p64", "p33", None, "p64"]
     engine.check(names, [prompt_ids(20, seed=seed) for seed in range(8)], max_tokens=60)
     assert preempted
-    assert engine.stats.loads["p33"] > 3
+    assert engine.counts("loads")["p33"] > 3
 
     # Five short prompts take 6 blocks and soon want 5 more; the long one, in chunks, needs all that are left.
     names = ["p33", None, None, None, None, "p33"]
@@ -164,6 +254,25 @@ def test_survives_preemption_and_eviction_in_a_small_cache(engine_factory: Calla
         assert any(33 < computed < prompt == 313 for computed, prompt in preempted)
 
 
+def test_used_prefixes_are_evicted_last_and_held_by_nothing(pool: Pool) -> None:
+    """What pinning is for, by vLLM's own order of eviction: a request's first blocks are freed last, so that a prefix
+    that is used within a cache's worth of other blocks stays."""
+    engine = pool.shared(support.llama_config, **SMALL)
+    assert engine.llm.reset_prefix_cache()
+    engine.forget_counts()
+    for seed in range(8):
+        # Of 16 blocks, 5 for this and 3 for the next: 8 rounds fill the cache four times.
+        engine.check([None], [prompt_ids(150, seed=seed)], max_tokens=2)
+        engine.check(["p64"], [prompt_ids(5, seed=seed)], max_tokens=2)
+    assert engine.counts("loads") == {"p64": 1}
+    assert engine.counts("block_hits") == {"p64": 7 * 2}
+    for seed in range(4):
+        engine.check([None], [prompt_ids(150, seed=10 + seed)], max_tokens=2)
+    engine.check(["p64"], [prompt_ids(5)], max_tokens=2)
+    assert engine.counts("loads") == {"p64": 2}
+    assert engine.llm.reset_prefix_cache()
+
+
 def test_chunked_prefill_and_no_prefix_caching(engine_factory: Callable[..., Engine]) -> None:
     engine = engine_factory(
         support.llama_config(), (33, 64), enable_prefix_caching=False, max_num_batched_tokens=48, max_num_seqs=4
@@ -171,12 +280,12 @@ def test_chunked_prefill_and_no_prefix_caching(engine_factory: Callable[..., Eng
     names = ["p33", "p64", None, "p64"]
     for _ in range(2):
         engine.check(names, [prompt_ids(100 + seed, seed=seed) for seed in range(4)])
-    assert engine.stats.loads == {"p33": 2, "p64": 4}
-    assert engine.stats.loaded_tokens == {"p33": 66, "p64": 256}
+    assert engine.counts("loads") == {"p33": 2, "p64": 4}
+    assert engine.counts("loaded_tokens") == {"p33": 66, "p64": 256}
 
 
-def test_sliding_window_layers_let_the_prefix_slide_out(engine_factory: Callable[..., Engine]) -> None:
-    engine = engine_factory(support.gemma3_config())
+def test_sliding_window_layers_let_the_prefix_slide_out(pool: Pool) -> None:
+    engine = pool.shared(support.gemma3_config)
     assert len(engine.scheduler.kv_cache_config.kv_cache_groups) > 1
     names = [None, "p1", "p7", "p32", "p33", "p130", "p130"]
     prompts = [prompt_ids(count, seed=count) for count in (30, 90, 5, 70, 33, 1, 150)]
@@ -186,13 +295,19 @@ def test_sliding_window_layers_let_the_prefix_slide_out(engine_factory: Callable
         engine.check(names, prompts, max_tokens=24)
 
 
+def test_a_load_fails_alone_where_layers_form_several_groups(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = pool.shared(support.gemma3_config)
+    assert engine.llm.reset_prefix_cache()
+    fails_without_its_file(engine, monkeypatch)
+
+
 def test_runs_under_a_multi_connector(engine_factory: Callable[..., Engine]) -> None:
     others = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": []}}
     engine = engine_factory(support.llama_config(), (32, 33), others)
     assert type(engine.scheduler.connector).__name__ == "MultiConnector"
     for _ in range(2):
         engine.check(["p32", None, "p33"], [prompt_ids(40)] * 3)
-    assert engine.stats.loads == {"p32": 1, "p33": 1}
+    assert engine.counts("loads") == {"p32": 1, "p33": 1}
 
 
 def test_a_second_engine_in_the_process_is_refused(llama: Engine, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_what_is_overridden_is_called_as_ours_can_be(release: dict[str, Any], na
     import inspect
 
     theirs = parameters(release["signatures"][name])
-    ours = inspect.signature(getattr(PrefixConnector, name.rpartition(".")[2])).parameters
+    method = vars(PrefixConnector)[name.rpartition(".")[2]]
+    ours = inspect.signature(getattr(method, "__func__", method)).parameters
     names = [argument.arg for argument in theirs.args]
     assert [each.name for each in ours.values() if each.kind is each.POSITIONAL_OR_KEYWORD] == names
     has_kwargs = any(each.kind is each.VAR_KEYWORD for each in ours.values())

@@ -63,7 +63,7 @@ def test_a_request_may_leave_the_cache_alone(llama: Engine) -> None:
         (output,) = llama.generate(["p33"], [prompt], skip_reading_prefix_cache=True)
         assert output.num_cached_tokens == 0
         assert output.outputs[0].token_ids == llama.reference.greedy(prompt, llama.prefixes["p33"], 10)
-    assert llama.stats.loads == {"p33": 2}
+    assert llama.counts("loads") == {"p33": 2}
     # What it computed others may read.
     assert llama.generate(["p33"], [prompt])[0].num_cached_tokens == 63
 

@@ -189,6 +189,26 @@ def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) ->
     assert "Traceback" not in errors
 
 
+def test_metrics_and_the_log_tell_of_the_adapters(client: Any, server_folder: Path) -> None:
+    labels = '{adapter="poet",engine="0",model_name="base"}'
+
+    def count(name: str) -> float:
+        text = client.get("/../metrics", cast_to=str)
+        (line,) = [line for line in text.splitlines() if line.startswith(f"vllm:prefix_adapter_{name}_total{labels}")]
+        return float(line.rpartition(" ")[2])
+
+    complete(client, "poet", "w5")
+    before = {name: count(name) for name in ("requests", "loads", "loaded_tokens")}
+    complete(client, "poet", "w5")
+    # 7 virtual tokens, which fill no block.
+    assert {name: count(name) - before[name] for name in before} == {"requests": 1, "loads": 1, "loaded_tokens": 7}
+    assert 'vllm:prefix_adapters_resident{engine="0",model_name="base"}' in client.get("/../metrics", cast_to=str)
+    log = (server_folder / "log").read_text()
+    assert "Prefix adapter 'pirate': 32 virtual tokens, 2 layers, 0.03 MiB, aligned." in log
+    assert "Prefix adapter 'poet': 7 virtual tokens, 2 layers, 0.01 MiB, a tail of 7 tokens." in log
+    assert "are shared whole: 'poet' (7; better 32)." in log
+
+
 def test_beam_search_and_tokenize_know_the_adapters(client: Any) -> None:
     response = complete(client, "pirate", "w5 w6", n=2, extra_body={"use_beam_search": True})
     assert len({choice.text for choice in response.choices}) == 2

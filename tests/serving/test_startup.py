@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
 from serving import support
-from vllm_plugin import cli, compat, config, geometry, prefix_adapters, startup
+from vllm_plugin import cli, compat, config, prefix_adapters, startup
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.registry import registry_in
 
@@ -55,6 +54,14 @@ def refused(model: Path, sources: Any, message: str, **settings: Any) -> None:
 def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
     spec = config.specs_in(engine_config(model, adapter).kv_transfer_config)["one"]
     assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
+
+
+def test_no_prefix_caching_is_worth_one_warning(model: Path, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for setting in (True, False):
+        engine_config(model, adapter, enable_prefix_caching=setting)
+    assert [record.getMessage() for record in caplog.records if "caching" in record.getMessage()] == [
+        "Prefix caching is off: every request gets a copy of its prefix of its own; leave it on to share one."
+    ]
 
 
 def test_without_adapters_nothing_changes(model: Path, adapter: Path) -> None:
@@ -133,29 +140,12 @@ def test_another_base_model(model: Path, tmp_path: Path, other: dict[str, Any], 
         refused(model, adapter, "was trained on another base model")
 
 
-def test_the_real_layers_must_pair_up(model: Path, adapter: Path) -> None:
-    from peft_prefix_ext.checkpoint import read_prefix
-
-    checkpoint = read_prefix(adapter)
-
-    def layer(index: int, heads: int = 2, size: int = 32) -> geometry.CacheLayer:
-        return geometry.CacheLayer(f"model.layers.{index}.self_attn.attn", index, 0, 32, heads, size, size)
-
-    geometry.check_layers("one", checkpoint, [layer(0), layer(1)], True)
-    geometry.check_layers("one", checkpoint, [layer(1)], False)
-    with pytest.raises(PrefixServeError, match=r"without a cache: \[1\]"):
-        geometry.check_layers("one", checkpoint, [layer(0)], True)
-    with pytest.raises(PrefixServeError, match=r"without a prefix: \[2\]"):
-        geometry.check_layers("one", checkpoint, [layer(1), layer(2)], False)
-    kv = checkpoint.layers[0]
-    for heads, tp_size in ((2, 1), (1, 2), (1, 4)):
-        shards = [geometry.shard("one", kv, layer(0, heads), rank, tp_size) for rank in range(tp_size)]
-        keys = torch.cat([part.key for part in shards], dim=1).transpose(0, 1)
-        assert keys.equal(kv.key.repeat_interleave(max(1, tp_size // 2), 0))
-    with pytest.raises(PrefixServeError, match="layer 0 has 2 KV heads of sizes"):
-        geometry.shard("one", kv, layer(0, 2), 0, 2)
-    with pytest.raises(PrefixServeError, match="layer 0 has 2 KV heads of sizes"):
-        geometry.shard("one", kv, layer(0, 2, 64), 0, 1)
+def test_an_adapter_whose_numbers_the_model_cannot_hold(model: Path, tmp_path: Path) -> None:
+    prefix = support.random_prefix(CONFIG, 4)
+    prefix[1][1][0, 0, 0] = 1e5
+    adapter = support.write_adapter(tmp_path, CONFIG, prefix)
+    engine_config(model, adapter)
+    refused(model, adapter, "holds values too large for float16", dtype="float16")
 
 
 @pytest.mark.parametrize(
@@ -232,9 +222,16 @@ def test_options_add_up_and_names_are_unique() -> None:
         prefix_adapters()
 
 
+@pytest.mark.parametrize("gib", ["-1", "all", "inf", "nan"])
+def test_malformed_memory(gib: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number of GiB >= 0, got '{gib}'"):
+        cli.parse_gib(gib)
+
+
 def test_a_server_says_at_once_what_its_options_lack() -> None:
-    with pytest.raises(PrefixServeError, match="--prefix-adapter-warmup needs"):
-        startup.configure(None, parsed("--prefix-adapter-warmup"))
+    for option in (["--prefix-adapter-warmup"], ["--prefix-adapter-device-memory", "2"]):
+        with pytest.raises(PrefixServeError, match=f"{option[0]} needs"):
+            startup.configure(None, parsed(*option))
     options = parsed("--prefix-adapter", "a=/x")
     options.lora_modules = [LoRAModulePath("a", "/y")]
     with pytest.raises(PrefixServeError, match="'a' is already the name of a model"):
@@ -244,7 +241,8 @@ def test_a_server_says_at_once_what_its_options_lack() -> None:
 def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    options = parsed("--prefix-adapter", f"one={adapter}", "--prefix-adapter-warmup")
+    more = ["--prefix-adapter-warmup", "--prefix-adapter-device-memory", "0.25"]
+    options = parsed("--prefix-adapter", f"one={adapter}", *more)
     vars(options).update(vars(EngineArgs(model=str(model), skip_tokenizer_init=True, max_model_len=256)))
     first = EngineArgs.from_cli_args(options).create_engine_config()
     # The folder is read once, by the first process.
@@ -253,7 +251,11 @@ def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path)
     second = EngineArgs.from_cli_args(copy).create_engine_config()
     settings = [config.settings_in(each.kv_transfer_config) for each in (first, second)]
     assert settings[0] == settings[1]
-    assert settings[0] == {"prefix_registry": options.prefix_registry, "prefix_adapter_warmup": True}
+    assert settings[0] == {
+        "prefix_registry": options.prefix_registry,
+        "prefix_adapter_warmup": True,
+        "prefix_device_memory": 2**28,
+    }
     registry_in(first.kv_transfer_config).remove("one")
     assert config.specs_in(second.kv_transfer_config) == {}
 

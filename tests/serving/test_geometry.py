@@ -1,0 +1,57 @@
+"""The layers of an engine, and the part of a prefix that each worker holds of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_prefix_ext.checkpoint import LayerKV
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.geometry import CacheLayer, model_shapes, shard, stacks_of
+from vllm_plugin.registry import Registry
+from vllm_plugin.store import check_shapes
+
+
+def layer(index: int, heads: int = 2, size: int = 32, group: int = 0) -> CacheLayer:
+    return CacheLayer(f"model.layers.{index}.self_attn.attn", index, group, 32, heads, size, size)
+
+
+@pytest.mark.parametrize(("heads", "tp_size"), [(2, 1), (1, 2), (1, 4)])
+def test_each_rank_has_its_heads(heads: int, tp_size: int) -> None:
+    kv = LayerKV(torch.randn(2, 4, 32), torch.randn(2, 4, 32))
+    shards = [shard("one", kv, layer(0, heads), rank, tp_size) for rank in range(tp_size)]
+    for kind in (0, 1):
+        together = torch.cat([part[kind] for part in shards], dim=1).transpose(0, 1)
+        assert together.equal(kv[kind].repeat_interleave(max(1, tp_size // 2), 0))
+    # Whatever the number of ranks, these are two heads of the model.
+    assert model_shapes([layer(0, heads)], tp_size, 2) == ((0, 2, 32, 32),)
+
+
+@pytest.mark.parametrize(("other", "tp_size"), [(layer(0, 2), 2), (layer(0, 2, 64), 1)])
+def test_a_prefix_of_another_shape_is_refused(other: CacheLayer, tp_size: int) -> None:
+    kv = LayerKV(torch.randn(2, 4, 32), torch.randn(2, 4, 32))
+    with pytest.raises(PrefixServeError, match="layer 0 has 2 KV heads of sizes"):
+        shard("one", kv, other, 0, tp_size)
+
+
+def test_a_pipeline_stage_checks_and_publishes_its_own_layers(tmp_path: Path) -> None:
+    stages = [model_shapes([layer(1), layer(0)], 1, 2), model_shapes([layer(3), layer(2)], 1, 2)]
+    whole = (*stages[0], *stages[1])
+    for stage in stages:
+        check_shapes("one", whole, stage, whole_model=False)
+        with pytest.raises(PrefixServeError, match="without a prefix"):
+            check_shapes("one", whole[:1], stage, whole_model=False)
+        with pytest.raises(PrefixServeError, match="without a cache"):
+            check_shapes("one", whole, stage)
+    # Each in a process of its own, and in any order.
+    for stage in reversed(stages):
+        Registry(tmp_path).add_layers(stage)
+    Registry(tmp_path).add_layers(stages[0])
+    assert Registry(tmp_path).layers() == whole
+
+
+def test_what_is_written_alike_is_one_stack() -> None:
+    layers = [layer(0), layer(1, group=1), layer(2), layer(3, size=64), layer(4, group=1)]
+    assert [[each.index for each in stack.layers] for stack in stacks_of(layers)] == [[0, 2], [1, 4], [3]]

@@ -1,0 +1,44 @@
+"""What the log says of the adapters at the start."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from vllm_plugin.config import PrefixSpec
+from vllm_plugin.registry import Adapter
+from vllm_plugin.report import MAX_LINES, report
+
+SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
+
+
+def adapter(p: int, name: str | None = None) -> Adapter:
+    return Adapter(PrefixSpec(name or f"p{p}", "", "", p, ""), None, SHAPES)
+
+
+def lines(caplog: pytest.LogCaptureFixture, *adapters: Adapter) -> list[str]:
+    with caplog.at_level(logging.INFO, "vllm.prefix_adapters"):
+        report(adapters, 32, 2)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_line_per_adapter_and_better_lengths(caplog: pytest.LogCaptureFixture) -> None:
+    assert lines(caplog, adapter(64), adapter(7), adapter(130)) == [
+        "Prefix adapter 'p64': 64 virtual tokens, 2 layers, 0.03 MiB, aligned.",
+        "Prefix adapter 'p7': 7 virtual tokens, 2 layers, 0.00 MiB, a tail of 7 tokens.",
+        "Prefix adapter 'p130': 130 virtual tokens, 2 layers, 0.06 MiB, a tail of 2 tokens.",
+        "Virtual tokens past the last full block of 32 tokens are copied for each request; prefixes of a multiple of that "
+        "are shared whole: 'p7' (7; better 32), 'p130' (130; better 128 or 160).",
+    ]
+
+
+def test_many_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = lines(caplog, *(adapter(33, str(number)) for number in range(MAX_LINES + 1)))
+    assert first == "21 prefix adapters: 693 virtual tokens, 0.30 MiB."
+    assert second.endswith("'4' (33; better 32 or 64). So it is with 16 more.")
+
+
+def test_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+    assert lines(caplog) == []
+    assert len(lines(caplog, adapter(32))) == 1

@@ -1,0 +1,105 @@
+"""What is counted per adapter, on its way from an engine to the Prometheus registry of vLLM's server.
+
+vLLM sums the counts of an engine's scheduler and workers of each step and hands them to its loggers in the front end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from prometheus_client import Counter as PromCounter
+from prometheus_client import Gauge
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+# Name and documentation of each count, all of them by adapter.
+COUNTS = {
+    "requests": "Requests that ran with the prefix adapter.",
+    "loads": "Copies of the prefix, or of the part that was not cached, into the KV cache.",
+    "loaded_tokens": "Virtual tokens that those copies wrote.",
+    "block_hits": "Full blocks of the prefix that a request found in the KV cache.",
+}
+RESIDENT = "resident"
+# Adapters come and go at run time; a registry keeps each label it ever saw.
+MAX_LABELS, OTHERS = 10_000, "(others)"
+
+
+class PrefixStats(KVConnectorStats):
+    """Counts since the last report, `{count: {adapter: number}}`, and how many prefixes the device holds, if it changed."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data or {})
+
+    def add(self, count: str, adapter: str, number: int = 1) -> None:
+        if number:
+            self.data.setdefault(count, Counter())[adapter] += number
+
+    def take(self) -> PrefixStats | None:
+        """Returns what there is, if anything, and starts again."""
+        if self.is_empty():
+            return None
+        taken = PrefixStats(self.data)
+        self.reset()
+        return taken
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+    def aggregate(self, other: KVConnectorStats) -> PrefixStats:
+        for count, numbers in other.data.items():
+            if count == RESIDENT:
+                # Of workers of one engine, which hold the same prefixes.
+                self.data[count] = numbers
+            else:
+                self.data[count] = Counter(self.data.get(count, {})) + Counter(numbers)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """Sums up all adapters, for vLLM's log."""
+        totals = {f"prefix {count}": sum(self.data.get(count, {}).values()) for count in COUNTS}
+        return totals | ({"prefixes resident": self.data[RESIDENT]} if RESIDENT in self.data else {})
+
+
+class PrefixPromMetrics(KVConnectorPromMetrics):
+    """`vllm:prefix_adapter_<count>_total{adapter="..."}` and the gauge `vllm:prefix_adapters_resident`."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            count: metric_types[PromCounter](
+                name=f"vllm:prefix_adapter_{count}", documentation=documentation, labelnames=[*labelnames, "adapter"]
+            )
+            for count, documentation in COUNTS.items()
+        }
+        self._resident = metric_types[Gauge](
+            name="vllm:prefix_adapters_resident",
+            documentation="Prefixes on the device, ready to be copied into the KV cache.",
+            multiprocess_mode="mostrecent",
+            labelnames=labelnames,
+        )
+        self._labels: set[str] = set()
+        for labels in per_engine_labelvalues.values():
+            self._resident.labels(*labels).set(0)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        labels = self.per_engine_labelvalues[engine_idx]
+        for count, numbers in transfer_stats_data.items():
+            if count == RESIDENT:
+                self._resident.labels(*labels).set(numbers)
+                continue
+            for adapter, number in numbers.items():
+                self._counters[count].labels(*labels, self._label(adapter)).inc(number)
+
+    def _label(self, adapter: str) -> str:
+        if len(self._labels) < MAX_LABELS:
+            self._labels.add(adapter)
+        return adapter if adapter in self._labels else OTHERS
