@@ -1,12 +1,16 @@
-"""What a decoding loop need not compute again at every token."""
+"""What a cache remembers of the decoding loop it belongs to: what need not be computed again, and behind which prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
+
 # The attribute of a cache that holds what was computed for the loop it belongs to, and goes with it.
 _MEMO = "_prefix_ext_memo"
+# The attribute of a cache that says behind what its tokens stand.
+_BEHIND = "_prefix_ext_behind"
 
 
 def remembered(cache: Any, slot: Hashable, state: Any, is_decoding: bool, compute: Callable[[], Any]) -> Any:
@@ -30,3 +34,26 @@ def remembered(cache: Any, slot: Hashable, state: Any, is_decoding: bool, comput
     if not is_decoding or slot not in memo or memo[slot][0] != state:
         memo[slot] = (state, compute())
     return memo[slot][1]
+
+
+def check_behind(cache: Any, shift: Hashable) -> None:
+    """Notes what the tokens of a cache stand behind.
+
+    Args:
+        cache: The cache that the steps of a decoding loop hand on, or `None`.
+        shift: By how much tokens stand behind position 0 in the step under way.
+
+    Raises:
+        ValueError: If there are tokens in it that stand behind something else.
+    """
+    if cache is None or torch.compiler.is_compiling():
+        return
+    before = getattr(cache, _BEHIND, None)
+    if before == shift:
+        return
+    if before is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            "The tokens in the cache were read behind a prefix of another length, or behind none, and stand at other "
+            "positions than the ones to come: start with an empty cache."
+        )
+    setattr(cache, _BEHIND, shift)

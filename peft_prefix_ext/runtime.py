@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.flash import flash_or_refuse
-from peft_prefix_ext.memo import remembered
+from peft_prefix_ext.memo import check_behind, remembered
 from peft_prefix_ext.reentrant import gather_gradient, uses_checkpointing, uses_reentrant_checkpointing
 from peft_prefix_ext.rows import Rows
 from peft_prefix_ext.step import STEP, Step
@@ -40,6 +40,7 @@ class PrefixRuntime(PrefixTunerLayer):
         self._last_with_gradient: Step | None = None
         self._is_ambiguous = self._was_replayed = False
         self._bypassed = False
+        self._behind: Hashable = 0  # what the tokens of the forward pass under way stand behind
         self._mixed: Rows | None = None
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
         self._num_positions = _num_embedded_positions(decoder)
@@ -131,12 +132,16 @@ class PrefixRuntime(PrefixTunerLayer):
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         rows = self.current_rows
         if rows is None:
+            self._behind = 0
+            check_behind(kwargs.get("past_key_values"), self._behind)
             return None
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if new is None:
             return None  # the decoder has its own words for a call without input
         rows = rows.of_batch(len(new))
+        self._behind = rows.num_virtual_tokens if rows.lengths is None else rows.adapters
+        check_behind(kwargs.get("past_key_values"), self._behind)
         if not rows.adapters:
             return None
         positions = kwargs.get("position_ids")
@@ -186,6 +191,7 @@ class PrefixRuntime(PrefixTunerLayer):
             )
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        check_behind(getattr(output, "past_key_values", None), self._behind)  # of a cache that was made on the way
         if self.step is not None:
             self.step.running = False
         if self._embeddings_handle is not None:

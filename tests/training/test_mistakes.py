@@ -12,7 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from prefixed import with_prefix
 from tiny import random_ids, tiny_config, tiny_model
 from tiny_seq2seq import tiny_encoder_decoder
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
 
 from peft_prefix_ext import PrefixExtConfig
 
@@ -93,6 +93,29 @@ def test_a_text_that_is_longer_than_the_models_positions(name):
     with pytest.raises(ValueError, match="ends at position 32"):
         model.generate(input_ids=random_ids(1, 24), max_new_tokens=4, do_sample=False)
     assert logits(model, random_ids(1, 25)).isfinite().all()
+
+
+def test_a_conversation_that_goes_on_behind_another_prefix(llama):
+    model = with_prefix(llama)
+    for name, p in (("long", 9), ("as long", 7)):
+        model.add_adapter(name, PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=p, init_std=1.0))
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="stand at other positions than the ones to come"), model.disable_adapter():
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+    model.set_adapter("long")
+    with pytest.raises(ValueError, match="stand at other positions than the ones to come"):
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+    model.set_adapter("as long")
+    model(input_ids=IDS[:, :1], past_key_values=cache)
+    static = StaticCache(config=model.config, max_cache_len=20)
+    for name in ("default", "long"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(input_ids=IDS, past_key_values=static).logits, logits(model))
+        static.reset()
+    with model.disable_adapter():
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="start with an empty cache"):
+        model(input_ids=IDS[:, :1], past_key_values=cache)
 
 
 def test_names(llama):
