@@ -22,19 +22,22 @@ from xdist.scheduler import LoadScopeScheduling
 
 
 class TogetherWhatShares(LoadScopeScheduling):
-    """Under `-n`, keeps on one worker what shares something that is slow to make, or would starve side by side.
+    """Under `-n`, keeps on one worker what shares something that is slow to make.
 
-    That is a file, an architecture of the sweep, and everything that starts engines.
+    That is a file, an architecture of the sweep, and all tests of the serving half, which share engines.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, test = nodeid.partition("::")
-        if "/training/" not in path:
-            return "engines"
-        return path + test.partition("[")[2].partition("-")[0] if "test_architectures" in path else path
+        if "/serving/" in path:
+            return "serving"
+        architecture = test.partition("[")[2].rstrip("]").partition("-")[0] if "test_architectures" in path else ""
+        return path + architecture
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherWhatShares:
+    # As collected, engines come first: what is short and many comes last, and both workers end at about the same time.
+    config.option.loadscopereorder = False
     return TogetherWhatShares(config, log)
 
 
