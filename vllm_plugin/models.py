@@ -17,6 +17,9 @@ from vllm_plugin.request import PrefixAdapterRequest
 from vllm_plugin.store import check_served_names, check_shapes, logger, open_adapter
 from vllm_plugin.warmup import warm_up
 
+# Each holds the tensors of an adapter while they are checked.
+_LOADS_AT_ONCE = 4
+
 
 class PrefixModels:
     """The adapters of a server, beside vLLM's `OpenAIServingModels`.
@@ -36,6 +39,7 @@ class PrefixModels:
         self._registry = registry
         settings = settings_in(self._config.kv_transfer_config)
         self._warms_up = bool(settings and settings.get(WARMUP))
+        self._turn = asyncio.Semaphore(_LOADS_AT_ONCE)
 
     async def start(self) -> None:
         """Makes ready for the first request, with the engine running.
@@ -48,8 +52,8 @@ class PrefixModels:
         if (layers := self._registry.layers()) is not None:
             for adapter in adapters:
                 check_shapes(adapter.spec.name, adapter.shapes, layers)
-        # One process is enough to fill the cache for all.
-        if self._warms_up and self._config.parallel_config._api_process_rank == 0:
+        # Of several processes each does so, since each is ready by itself: all but the first find the cache full.
+        if self._warms_up:
             await warm_up(self._engine, [adapter.spec for adapter in adapters])
 
     def request(self, name: str | None) -> PrefixAdapterRequest | None:
@@ -96,14 +100,15 @@ class PrefixModels:
         try:
             check_name(name)
             # Reads and hashes a file, or downloads it: not in the way of the requests that run.
-            adapter = await asyncio.to_thread(
-                open_adapter, AdapterOption(name, path), self._config, self._registry.layers()
-            )
+            async with self._turn:
+                adapter = await asyncio.to_thread(
+                    open_adapter, AdapterOption(name, path), self._config, self._registry.layers()
+                )
+            if self._warms_up:
+                await warm_up(self._engine, [adapter.spec])
         except PrefixServeError as error:
             missing = isinstance(error, AdapterNotFoundError)
             return _error(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
-        if self._warms_up:
-            await warm_up(self._engine, [adapter.spec])
         try:
             self._registry.add([adapter], replace=replace)
         except NameTakenError:

@@ -55,6 +55,18 @@ def open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None 
     Raises:
         PrefixServeError: In one sentence, naming the adapter.
     """
+    try:
+        return _open_adapter(option, vllm_config, layers)
+    except PrefixServeError:
+        raise
+    except Exception as error:
+        # Anything may be in these files, and no list of what that breaks is complete.
+        raise PrefixServeError(
+            f"Prefix adapter {option.name!r}: {option.path} is malformed ({type(error).__name__}: {error}); copy it again."
+        ) from error
+
+
+def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None) -> Adapter:
     name = option.name
     checkpoint = load(name, option.path)
     check_adapter(name, checkpoint, vllm_config)

@@ -10,6 +10,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from vllm_plugin.config import PrefixSpec
+from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.request import PrefixAdapterRequest
 
 _AT_ONCE = 64
@@ -20,6 +21,9 @@ async def warm_up(engine: Any, specs: Sequence[PrefixSpec]) -> None:
 
     Args:
         engine: vLLM's `AsyncLLM`.
+
+    Raises:
+        PrefixServeError: If the engine could not load one of them.
     """
     parallel = engine.vllm_config.parallel_config
     num_ranks = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
@@ -35,7 +39,10 @@ async def warm_up(engine: Any, specs: Sequence[PrefixSpec]) -> None:
                 lora_request=PrefixAdapterRequest(lora_name=spec.name, spec=spec),
                 data_parallel_rank=rank,
             )
-            async for _ in outputs:
-                pass
+            async for output in outputs:
+                if output.outputs[0].finish_reason == "error":
+                    raise PrefixServeError(
+                        f"Prefix adapter {spec.name!r} could not be read into the cache; the engine's log says why."
+                    )
 
     await asyncio.gather(*(run(spec, rank) for spec in specs for rank in ranks))

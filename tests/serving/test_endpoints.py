@@ -11,7 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -188,6 +192,41 @@ def test_a_refused_load_leaves_everything_as_it_was(
     assert (cards(server).keys(), digest(server, "one")) == before
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+STOCK = {"num_layers": 2, "num_attention_heads": 2, "token_dim": 64}
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data(), stock=st.booleans())
+def test_whatever_an_adapter_holds_the_server_lives(
+    server: TestClient, tmp_path: Path, data: st.DataObject, stock: bool
+) -> None:
+    folder = adapter(tmp_path / "fuzzed", 2, **({"peft_type": "PREFIX_TUNING", **STOCK} if stock else {}))
+    if stock:
+        save_file({"prompt_embeddings": torch.randn(4, 2 * 2 * 64)}, folder / "adapter_model.safetensors")
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    fields, raw = json.loads(config.read_text()), bytearray(weights.read_bytes())
+    if data.draw(st.booleans(), "damages the config"):
+        place = data.draw(st.sampled_from([fields, *fields["prefix_layers"]]), "place")
+        place[data.draw(st.sampled_from(sorted(place)), "field")] = data.draw(JSON, "value")
+        config.write_text(json.dumps(fields))
+    else:
+        # The header, which says what there is and how much of it, comes first.
+        for _ in range(data.draw(st.integers(1, 4), "bytes")):
+            raw[data.draw(st.integers(0, 500), "position")] = data.draw(st.integers(0, 255), "byte")
+        weights.write_bytes(raw[: data.draw(st.integers(0, len(raw)), "length")])
+    response = load(server, "fuzzed", folder)
+    if response.status_code == 200:
+        assert unload(server, "fuzzed").status_code == 200
+    else:
+        assert_refused(response, 400, "Prefix adapter 'fuzzed'")
+    assert list(cards(server)) == ["base", "alias", "one"]
+
+
 def test_a_prefix_must_fit_the_layers_that_the_engine_has(
     server: TestClient, other: TestClient, options: Any, tmp_path: Path
 ) -> None:
@@ -202,6 +241,23 @@ def test_a_prefix_must_fit_the_layers_that_the_engine_has(
         start(options)
     layers.write_text(json.dumps([{"index": 0, **row}, {"index": 1, **row}]))
     assert load(server, "two", new).status_code == 200
+
+
+def test_a_prefix_that_the_engine_cannot_read_is_not_added(options: Any, tmp_path: Path) -> None:
+    options.prefix_adapter, options.enable_prefix_adapters, options.prefix_adapter_warmup = None, True, True
+    server = start(options)
+    reasons = ["error", "length"]
+    asked: list[str] = []
+
+    async def generate(prompt: Any, params: Any, request_id: str, *, lora_request: Any, data_parallel_rank: Any) -> Any:
+        asked.append(lora_request.spec.name)
+        yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reasons.pop(0))])
+
+    server.app.state.openai_serving_models.engine_client.generate = generate
+    assert_refused(load(server, "one", tmp_path / "one"), 400, "'one' could not be read into the cache")
+    assert digest(server, "one") is None
+    assert load(server, "one", tmp_path / "one").status_code == 200
+    assert asked == ["one", "one"]
 
 
 def test_what_is_not_there_cannot_be_unloaded(server: TestClient) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_plugin.config import PrefixSpec
-from vllm_plugin.registry import Adapter, NameTakenError, Registry, make_folder
+from vllm_plugin.registry import Adapter, NameTakenError, Registry
 
 SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
 
@@ -60,7 +61,11 @@ def test_a_name_is_taken_until_it_is_removed(folder: Path) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.sampled_from("01"), st.booleans())))
 def test_every_reader_ends_with_the_same_table(changes: list[tuple[str, str | None, bool]]) -> None:
-    folder = make_folder()
+    with tempfile.TemporaryDirectory() as folder:
+        follow(folder, changes)
+
+
+def follow(folder: str, changes: list[tuple[str, str | None, bool]]) -> None:
     registries = [Registry(folder), Registry(folder)]
     expected: dict[str, str] = {}
     for name, digest, which in changes:
