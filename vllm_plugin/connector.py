@@ -191,10 +191,11 @@ def _check_in(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: in
     for adapter in adapters:
         check_shapes(adapter.spec.name, adapter.shapes, shapes, parallel.pipeline_parallel_size == 1)
     if tp_rank == 0:
-        registry.add_layers(shapes)
+        block_size = math.lcm(*(layer.block_size for layer in layers))
+        registry.add_layers(shapes, block_size)
         # Of the first pipeline stage: one worker speaks for all.
         if parallel.data_parallel_rank == 0 and shapes[0][0] == 0:
-            report(adapters, math.lcm(*(layer.block_size for layer in layers)), cast(torch.dtype, model.dtype).itemsize)
+            report(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 
 def _block_size(kv_cache_config: KVCacheConfig) -> int:

@@ -13,6 +13,7 @@ from vllm_plugin.cli import AdapterOption, check_name
 from vllm_plugin.config import WARMUP, settings_in
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
 from vllm_plugin.registry import Adapter, NameTakenError, registry_in
+from vllm_plugin.report import report
 from vllm_plugin.request import PrefixAdapterRequest
 from vllm_plugin.store import check_served_names, check_shapes, logger, open_adapter
 from vllm_plugin.warmup import warm_up
@@ -114,6 +115,8 @@ class PrefixModels:
         except NameTakenError:
             return taken
         logger.info("Loaded prefix adapter: name '%s', path '%s'", name, path)
+        if (block_size := self._registry.block_size()) is not None:
+            report([adapter], block_size, self._config.model_config.dtype.itemsize)
         return f"Success: Prefix adapter '{name}' added successfully."
 
     def unload(self, name: str) -> ErrorResponse | str:

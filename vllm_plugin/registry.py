@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -112,21 +113,35 @@ class Registry:
 
     def layers(self) -> Shapes | None:
         """Returns the shapes of the engine's layers with a KV cache; None before it has started, or on another machine."""
-        try:
-            rows = json.loads((self.folder / _LAYERS).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return tuple((row["index"], row["num_kv_heads"], row["key_size"], row["value_size"]) for row in rows)
+        rows = self._layers()
+        return tuple((row["index"], row["num_kv_heads"], row["key_size"], row["value_size"]) for row in rows) or None
 
-    def add_layers(self, layers: Shapes) -> None:
-        """Publishes the shapes of layers that a worker has: all of the model's, or those of one pipeline stage."""
+    def block_size(self) -> int | None:
+        """Returns the tokens per block of the engine's cache, if it is known by now."""
+        sizes = [row["block_size"] for row in self._layers() if "block_size" in row]
+        return math.lcm(*sizes) if sizes else None
+
+    def add_layers(self, layers: Shapes, block_size: int) -> None:
+        """Publishes the layers that a worker has: all of the model's, or those of one pipeline stage.
+
+        Args:
+            block_size: Tokens per block of their cache.
+        """
+        fields = ("index", "num_kv_heads", "key_size", "value_size")
         with self._changing():
-            known = {row[0]: row for row in (*(self.layers() or ()), *layers)}
-            fields = ("index", "num_kv_heads", "key_size", "value_size")
-            rows = [dict(zip(fields, known[index], strict=True)) for index in sorted(known)]
+            rows = {row["index"]: row for row in self._layers()}
+            for layer in layers:
+                rows[layer[0]] = {**dict(zip(fields, layer, strict=True)), "block_size": block_size}
             new = self.folder / f"{_LAYERS}.new"
-            new.write_text(json.dumps(rows), encoding="utf-8")
+            new.write_text(json.dumps([rows[index] for index in sorted(rows)]), encoding="utf-8")
             new.replace(self.folder / _LAYERS)
+
+    def _layers(self) -> list[dict[str, int]]:
+        try:
+            rows: list[dict[str, int]] = json.loads((self.folder / _LAYERS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        return rows
 
     def _refresh(self) -> None:
         if os.fstat(self._journal.fileno()).st_size != self._seen:

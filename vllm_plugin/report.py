@@ -1,4 +1,4 @@
-"""What an operator reads of the adapters in the log when an engine starts."""
+"""What an operator reads in the log of the adapters that an engine starts with, and of each that comes later."""
 
 from __future__ import annotations
 

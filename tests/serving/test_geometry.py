@@ -39,6 +39,7 @@ def test_a_prefix_of_another_shape_is_refused(other: CacheLayer, tp_size: int) -
 def test_a_pipeline_stage_checks_and_publishes_its_own_layers(tmp_path: Path) -> None:
     stages = [model_shapes([layer(1), layer(0)], 1, 2), model_shapes([layer(3), layer(2)], 1, 2)]
     whole = (*stages[0], *stages[1])
+    assert (Registry(tmp_path).layers(), Registry(tmp_path).block_size()) == (None, None)
     for stage in stages:
         check_shapes("one", whole, stage, whole_model=False)
         with pytest.raises(PrefixServeError, match="without a prefix"):
@@ -47,9 +48,10 @@ def test_a_pipeline_stage_checks_and_publishes_its_own_layers(tmp_path: Path) ->
             check_shapes("one", whole, stage)
     # Each in a process of its own, and in any order.
     for stage in reversed(stages):
-        Registry(tmp_path).add_layers(stage)
-    Registry(tmp_path).add_layers(stages[0])
+        Registry(tmp_path).add_layers(stage, 32)
+    Registry(tmp_path).add_layers(stages[0], 48)
     assert Registry(tmp_path).layers() == whole
+    assert Registry(tmp_path).block_size() == 96
 
 
 def test_what_is_written_alike_is_one_stack() -> None:

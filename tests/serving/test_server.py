@@ -151,6 +151,8 @@ def test_adapters_come_and_go_and_change_while_the_server_runs(client: Any, serv
             assert response.choices[0].text.split() == expected.split()
     with pytest.raises(openai.ConflictError):
         load(client, "late", path)
+    log = (server_folder / "log").read_text()
+    assert "Prefix adapter 'late': 40 virtual tokens, 2 layers, 0.04 MiB, a tail of 8 tokens." in log
     unload(client, "late")
     with pytest.raises(openai.NotFoundError):
         complete(client, "late", prompt)
