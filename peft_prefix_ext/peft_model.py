@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.below import warn_of_other_adapters
 from peft_prefix_ext.card import write_card
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.placement import check_task
 from peft_prefix_ext.saved import check_saved_for
 
@@ -20,6 +21,7 @@ def wrap_peft_model() -> None:
     """Wraps the methods, of which the last is transformers' own and private: without it, cards are just not extended."""
     for name, wrapper in {
         "__init__": _init,
+        "add_adapter": _add_adapter,
         "load_adapter": _load_adapter,
         "create_or_update_model_card": _create_or_update_model_card,
         "_upload_modified_files": _upload_modified_files,
@@ -37,6 +39,18 @@ def _init(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None
     base = call["model"].get_base_model() if isinstance(call["model"], PeftModel) else call["model"]
     if isinstance(call["peft_config"], PrefixExtConfig) and isinstance(base, PreTrainedModel):
         check_task(call["peft_config"], base)
+    wrapped(*args, **kwargs)
+
+
+def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """PEFT says that adapters of two types cannot be combined in one `PeftModel`, but not how they can."""
+    new = inspect.signature(wrapped).bind(*args, **kwargs).arguments["peft_config"].peft_type
+    if new != model.peft_type and PREFIX_EXT in (new, model.peft_type):
+        raise ValueError(
+            f"An adapter of type {new.value} cannot go into a `PeftModel` of type {model.peft_type.value}: put it on "
+            "`model.get_base_model()`, which both then work in, by `get_peft_model` or `PeftModel.from_pretrained` with an "
+            "`adapter_name` of its own."
+        )
     wrapped(*args, **kwargs)
 
 

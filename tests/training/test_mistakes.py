@@ -124,6 +124,25 @@ def test_names(llama):
     assert not any("prefix_ext" in name for name, _ in llama.named_modules())
 
 
+def test_adapters_of_two_types_in_one_peft_model(llama, tmp_path):
+    prefix = with_prefix(tiny_model("llama"))
+    prefix.save_pretrained(tmp_path)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(
+        ValueError, match=r"LORA cannot go into a `PeftModel` of type PREFIX_EXT: put it on `model.get_base"
+    ):
+        prefix.add_adapter("tone", config)
+    lora = get_peft_model(llama, config, adapter_name="tone")
+    for add in (
+        lambda: lora.add_adapter("task", PrefixExtConfig(task_type="CAUSAL_LM", **PREFIX)),
+        lambda: lora.load_adapter(tmp_path, "task"),
+    ):
+        with pytest.raises(ValueError, match="PREFIX_EXT cannot go into a `PeftModel` of type LORA"):
+            add()
+    both = PeftModel.from_pretrained(lora.get_base_model(), tmp_path, adapter_name="task")
+    assert torch.equal(logits(both), logits(lora))
+
+
 def test_what_is_of_lora_alone(llama, tmp_path):
     model = with_prefix(llama)
     model.save_pretrained(tmp_path)
