@@ -15,7 +15,7 @@ from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
 from vllm_plugin.registry import Adapter, NameTakenError, registry_in
 from vllm_plugin.report import report
 from vllm_plugin.request import PrefixAdapterRequest
-from vllm_plugin.store import check_served_names, check_shapes, logger, open_adapter
+from vllm_plugin.store import check_served_names, logger, open_adapter
 from vllm_plugin.warmup import warm_up
 
 # Each holds the tensors of an adapter while they are checked.
@@ -46,13 +46,10 @@ class PrefixModels:
         """Makes ready for the first request, with the engine running.
 
         Raises:
-            PrefixServeError: If an adapter has the name of another model, or does not fit the engine's layers.
+            PrefixServeError: If an adapter has the name of another model, or the engine cannot load it.
         """
         adapters = self._registry.adapters()
         check_served_names((adapter.spec.name for adapter in adapters), self._other_names())
-        if (layers := self._registry.layers()) is not None:
-            for adapter in adapters:
-                check_shapes(adapter.spec.name, adapter.shapes, layers)
         # Of several processes each does so, since each is ready by itself: all but the first find the cache full.
         if self._warms_up:
             await warm_up(self._engine, [adapter.spec for adapter in adapters])

@@ -227,9 +227,7 @@ def test_whatever_an_adapter_holds_the_server_lives(
     assert list(cards(server)) == ["base", "alias", "one"]
 
 
-def test_a_prefix_must_fit_the_layers_that_the_engine_has(
-    server: TestClient, other: TestClient, options: Any, tmp_path: Path
-) -> None:
+def test_a_prefix_must_fit_the_layers_that_the_engine_has(server: TestClient, options: Any, tmp_path: Path) -> None:
     row = {"num_kv_heads": 2, "key_size": 32, "value_size": 32}
     layers = Path(options.prefix_registry) / "layers.json"
     new = adapter(tmp_path / "two", 2, base_fingerprint={})
@@ -237,8 +235,6 @@ def test_a_prefix_must_fit_the_layers_that_the_engine_has(
     assert_refused(load(server, "two", new), 400, "layer 1 has 2 KV heads of sizes (32, 32), the model has 2 of sizes")
     layers.write_text(json.dumps([{"index": 0, **row}]))
     assert_refused(load(server, "two", new), 400, "without a cache: [1]")
-    with pytest.raises(PrefixServeError, match=r"'one' was trained on another base model.*without a cache: \[1\]"):
-        start(options)
     layers.write_text(json.dumps([{"index": 0, **row}, {"index": 1, **row}]))
     assert load(server, "two", new).status_code == 200
 
