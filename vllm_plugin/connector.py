@@ -194,7 +194,7 @@ def _check_in(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: in
         block_size = math.lcm(*(layer.block_size for layer in layers))
         registry.add_layers(shapes, block_size)
         # Of the first pipeline stage: one worker speaks for all.
-        if parallel.data_parallel_rank == 0 and shapes[0][0] == 0:
+        if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
             report(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 
