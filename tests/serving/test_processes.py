@@ -18,10 +18,14 @@ pytestmark = pytest.mark.soak
 CLIENTS = 8
 
 
-@pytest.mark.parametrize("options", [("--api-server-count", "2"), ("--data-parallel-size", "2")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [("--api-server-count", "2"), ("--data-parallel-size", "2"), ("--tensor-parallel-size", "2")],
+    ids=" ".join,
+)
 def test_processes_agree(server_folder: Path, options: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two engines may not share their threads.
-    monkeypatch.setitem(server.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "0|1" if "data" in options[0] else "auto")
+    # Two engines, or workers, may not share their threads.
+    monkeypatch.setitem(server.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "auto" if "api" in options[0] else "0|1")
     reference = support.Reference(server_folder / "model")
     prefixes = {**server.PREFIXES, "base": None}
     with server.serve(server_folder, *options, "--enable-log-requests") as client:
@@ -36,9 +40,25 @@ def test_processes_agree(server_folder: Path, options: tuple[str, str], monkeypa
         del prefixes["late"]
         check(client, reference, prefixes)
     log = (server_folder / "log").read_text()
-    answered = set(re.findall(r"\((ApiServer_\d) .*Received request cmpl-", log))
-    assert answered == {"ApiServer_0", "ApiServer_1"}
+    answered = set(re.findall(r"\((ApiServer_\d|APIServer) .*Received request cmpl-", log))
+    assert answered == ({"APIServer"} if "tensor" in options[0] else {"ApiServer_0", "ApiServer_1"})
     assert "ERROR" not in log
+
+
+def test_a_load_that_fails_in_a_rank_is_a_500_and_no_more(server_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(server.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    # Nothing is kept on the device, so that each load reads the file.
+    options = ("--tensor-parallel-size", "2", "--prefix-adapter-device-memory", "0")
+    folder, gone = server_folder / "poet", server_folder / "gone"
+    with server.serve(server_folder, *options) as client:
+        before = server.complete(client, "poet", "w5 w6").choices[0].text
+        folder.rename(gone)
+        with pytest.raises(openai.InternalServerError):
+            server.complete(client, "poet", "w5 w6")
+        assert server.complete(client, "pirate", "w5 w6").model == "pirate"
+        gone.rename(folder)
+        assert server.complete(client, "poet", "w5 w6").choices[0].text == before
+    assert "Prefix adapter 'poet': No prefix adapter at" in (server_folder / "log").read_text()
 
 
 def check(client: Any, reference: support.Reference, prefixes: dict[str, Any]) -> None:
