@@ -22,7 +22,7 @@ from tqdm.asyncio import tqdm
 
 BASE = "base"  # the name the base model is served under, beside the prefixes' own
 MAX_NEW_TOKENS = 64
-READY_TIMEOUT = 300.0
+READY_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)

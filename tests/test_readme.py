@@ -79,7 +79,7 @@ def test_server_and_client(folder):
     )
     client = block("python", "OpenAI(").replace(":8000", f":{port}")
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 500
         while time.monotonic() < deadline and server.poll() is None:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:

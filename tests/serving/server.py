@@ -69,7 +69,7 @@ def serve(folder: Path, *options: str) -> Iterator[openai.OpenAI]:
         )
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 500
             while True:
                 try:
                     client.models.list()

@@ -183,7 +183,7 @@ def test_warmed_up_prefixes_are_in_the_cache_before_their_first_request(client: 
 
 def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) -> None:
     server = launch(server_folder, "--prefix-adapter", "x=/nowhere", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, errors = server.communicate(timeout=240)
+    _, errors = server.communicate(timeout=500)
     assert server.returncode == 1
     assert errors.strip().splitlines()[-1] == (
         "prefix-serve: error: Prefix adapter 'x': No prefix adapter at '/nowhere': it is neither a folder nor a Hub repository."
