@@ -119,7 +119,7 @@ def start(model: Path, **settings: Any) -> Any:
 
     So what it schedules, and what it preempts, depends on no machine's speed.
     """
-    from vllm import LLM
+    from vllm import LLM, envs
 
     with pytest.MonkeyPatch.context() as environment:
         # Read when an engine starts: no compiler, a small cache, and the engine in this process.
@@ -129,7 +129,7 @@ def start(model: Path, **settings: Any) -> Any:
         environment.setenv("VLLM_NO_USAGE_STATS", "1")
         # vLLM reads what a model class can do in a process of its own, for the sake of CUDA; here it is imported anyway.
         environment.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect())
-        return LLM(
+        llm = LLM(
             **{
                 "model": str(model),
                 "skip_tokenizer_init": True,
@@ -141,6 +141,9 @@ def start(model: Path, **settings: Any) -> Any:
                 **settings,
             }
         )
+    # An engine that runs keeps what it read, for its whole process; tests change it.
+    envs.disable_envs_cache()
+    return llm
 
 
 def make_engine(
