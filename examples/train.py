@@ -116,6 +116,7 @@ def add_prefix(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
         task_type="CAUSAL_LM",
         num_virtual_tokens=settings.num_virtual_tokens,
         num_frozen_tokens=1,
+        reparam="none",
         init="text",
         init_text=settings.task.init_text,
         tokenizer_name_or_path=settings.model,

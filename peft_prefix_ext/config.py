@@ -64,8 +64,8 @@ class PrefixExtConfig(PeftConfig):
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer of text, rows and vocabulary; the base model's when not given.
         reparam (`str`):
-            `"none"` trains the K/V themselves, `"mlp"` trains an MLP that yields them. Any initialisation is exact at
-            step 0.
+            `"mlp"` trains an MLP that yields the K/V, `"none"` the K/V themselves, which wants a learning rate about ten
+            times as large. Any initialisation is exact at step 0.
         reparam_residual (`bool`):
             Whether the MLP's output is added to the initial K/V (its last layer starts at zero), or is the K/V (its last
             layer starts at the least squares solution, which needs a `reparam_hidden_size` well above the number of
@@ -114,7 +114,7 @@ class PrefixExtConfig(PeftConfig):
             Recorded when saved, not to be set: the version of the checkpoint format.
     """
 
-    num_virtual_tokens: int = field(default=16, metadata={"help": "The length of the prefix."})
+    num_virtual_tokens: int = field(default=64, metadata={"help": "The length of the prefix."})
     init: str = field(
         default=AUTO,
         metadata={"help": f"Where the prefix starts, one of {tuple(INITS)}; by default as the source given says."},
@@ -140,7 +140,7 @@ class PrefixExtConfig(PeftConfig):
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "The tokenizer of text and rows; the base model's when not given."}
     )
-    reparam: str = field(default="none", metadata={"help": f"How the K/V are parameterized, one of {REPARAMS}."})
+    reparam: str = field(default="mlp", metadata={"help": f"How the K/V are parameterized, one of {REPARAMS}."})
     reparam_latent_size: int = field(default=64, metadata={"help": "The size of the MLP's trainable input."})
     reparam_hidden_size: int = field(default=256, metadata={"help": "The width of the MLP."})
     reparam_num_layers: int = field(default=1, metadata={"help": "The number of hidden layers of the MLP."})

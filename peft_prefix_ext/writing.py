@@ -61,6 +61,7 @@ def write_prefix(
         "prefix_layers": rows,
         "cross_prefix": CROSS in kinds.values(),
         "encoder_prefix": ENCODER in kinds.values(),
+        "reparam": "none",
         "format_version": FORMAT_VERSION,
         "inference_mode": True,
     }

@@ -13,9 +13,9 @@ from peft_prefix_ext.layer import PrefixExtLayer
 def with_prefix(
     model: PreTrainedModel | PeftModel, seed: int = 1, adapter_name: str = "default", **config: object
 ) -> PeftModel:
-    """Gives `model` a prefix that is large enough to change its output."""
+    """Gives `model` a prefix that is large enough to change its output, flat by default."""
     torch.manual_seed(seed)
-    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 7, **config}
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 7, "reparam": "none", **config}
     if settings.get("init", "random") == "random":
         settings.setdefault("init_std", 1.0)
     return get_peft_model(model, PrefixExtConfig(**settings), adapter_name).eval()
