@@ -102,8 +102,10 @@ def merge(theirs: Any, settings: Mapping[str, Any]) -> Any:
         theirs = KVTransferConfig(**theirs)
     if theirs is None or theirs.kv_connector is None:
         return KVTransferConfig(**ours)
+    extra: dict[str, Any] = {}
     if theirs.kv_connector == "MultiConnector":
-        children = list(theirs.kv_connector_extra_config.get("connectors", []))
+        extra = theirs.kv_connector_extra_config
+        children = list(extra.get("connectors", []))
     else:
         fields = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
         children = [{name: value for name, value in fields.items() if name != "engine_id"}]
@@ -118,7 +120,7 @@ def merge(theirs: Any, settings: Mapping[str, Any]) -> Any:
         kv_connector="MultiConnector",
         kv_connector_module_path=None,
         kv_role="kv_consumer" if theirs.kv_role == "kv_consumer" else "kv_both",
-        kv_connector_extra_config={"connectors": [ours, *children]},
+        kv_connector_extra_config={**extra, "connectors": [ours, *children]},
         # "recompute" would run the placeholders of a prefix as text.
         kv_load_failure_policy="fail",
     )

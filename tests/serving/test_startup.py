@@ -188,6 +188,14 @@ def test_another_connector_is_kept_behind_ours(model: Path, adapter: Path) -> No
     assert config.specs_in(merged)["one"].num_virtual_tokens == 4
 
 
+def test_settings_of_several_connectors_are_kept(model: Path, adapter: Path) -> None:
+    extra = {"connectors": [], "mine": 1}
+    theirs = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    merged = engine_config(model, adapter, kv_transfer_config=theirs).kv_transfer_config
+    assert merged.kv_connector_extra_config["mine"] == 1
+    assert config.specs_in(merged).keys() == {"one"}
+
+
 @pytest.mark.parametrize(
     "text",
     [
