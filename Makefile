@@ -1,5 +1,6 @@
 # make demo   train two prefixes, serve them, compare with the base model; everything lands in .demo/
 # make test   the tests
+# make soak   the tests that take longer
 # make lint   ruff and mypy
 # make clean  remove the environment, what the demo made, and caches
 #
@@ -17,13 +18,16 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles what it imports; pip would compile all 25,000 files beforehand, for a minute.
 INSTALL := $(BIN)/python -m pip install --no-compile -e ".[serve-cpu,demo,dev]"
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from typing import Any
 # Before anything imports torch, which reads it then, and for the processes that tests start. What is tiny gains nothing
 # from a second thread; two workers of two threads on two cores wait for each other, at ten times the cost.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # which vLLM guesses n-grams with; its threads starve torch's
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # nor a core of its own for each server
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no compilation
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

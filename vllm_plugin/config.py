@@ -38,6 +38,8 @@ class PrefixSpec:
         path: The local folder it was read from.
         num_virtual_tokens: p.
         digest: SHA-256 of its weights and config, in hex.
+        lora_path: The local folder of the LoRA that it was trained on, if any.
+        lora_digest: SHA-256 of what that LoRA is, in hex.
     """
 
     name: str
@@ -45,6 +47,8 @@ class PrefixSpec:
     path: str
     num_virtual_tokens: int
     digest: str
+    lora_path: str | None = None
+    lora_digest: str | None = None
 
     def salt(self, client_salt: str | None) -> str:
         """Returns the salt of the block hashes: other content, another name or another client salt shares no block."""

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 
+from vllm_plugin import lora
 from vllm_plugin.cli import AdapterOption, check_name
 from vllm_plugin.config import WARMUP, settings_in
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
@@ -50,6 +51,7 @@ class PrefixModels:
         """
         adapters = self._registry.adapters()
         check_served_names((adapter.spec.name for adapter in adapters), self._other_names())
+        await lora.load(self._engine, [adapter.spec for adapter in adapters])
         # Of several processes each does so, since each is ready by itself: all but the first find the cache full.
         if self._warms_up:
             await warm_up(self._engine, [adapter.spec for adapter in adapters])
@@ -102,6 +104,7 @@ class PrefixModels:
                 adapter = await asyncio.to_thread(
                     open_adapter, AdapterOption(name, path), self._config, self._registry.layers()
                 )
+            await lora.load(self._engine, [adapter.spec])
             if self._warms_up:
                 await warm_up(self._engine, [adapter.spec])
         except PrefixServeError as error:

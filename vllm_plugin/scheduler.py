@@ -13,6 +13,7 @@ from cachetools import LRUCache
 
 from vllm_plugin.config import ADAPTERS, PrefixSpec
 from vllm_plugin.stats import PrefixStats
+from vllm_plugin.usage import RealPrefillStats
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -67,6 +68,7 @@ class PrefixScheduler:
         tokens = request._all_token_ids
         prompt = list(tokens)
         request.cache_salt = spec.salt(request.cache_salt)
+        request.prefill_stats = RealPrefillStats(p)
         if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
             # Each real token has to run, whatever the client says.
             request.skip_reading_prefix_cache = True
@@ -103,7 +105,6 @@ class PrefixScheduler:
         spec = self._specs.get(request.request_id)
         if spec is None:
             return
-        _count_real_tokens(request, spec.num_virtual_tokens)
         promised = self._promised.pop(request.request_id, None)
         if promised is None:
             # An asynchronous load by another connector makes this the second call.
@@ -150,18 +151,3 @@ class PrefixScheduler:
             tokens[:] = prompt
             self._hashes[key] = tuple(request.block_hashes)
         return self._hashes[key]
-
-
-def _count_real_tokens(request: Request, p: int) -> None:
-    """Takes the virtual tokens out of what usage and metrics report of a prefill."""
-    stats = request.prefill_stats
-    # Not set again after a preemption, and already corrected if an asynchronous load makes this the second call.
-    if stats is None or request.num_preemptions or stats.num_prompt_tokens != request.num_prompt_tokens:
-        return
-    local = max(0, stats.num_local_cached_tokens - p)
-    cached = max(0, stats.num_local_cached_tokens + stats.num_external_cached_tokens - p)
-    stats.set(
-        num_prompt_tokens=stats.num_prompt_tokens - p,
-        num_local_cached_tokens=local,
-        num_external_cached_tokens=cached - local,
-    )

@@ -7,7 +7,7 @@ import functools
 import inspect
 from typing import Any
 
-from vllm_plugin import prompt_logprobs, serving
+from vllm_plugin import lora, prompt_logprobs, serving
 from vllm_plugin.compat import Seam
 from vllm_plugin.config import settings_in
 from vllm_plugin.failures import handle_invalid_blocks
@@ -21,8 +21,9 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     spec = serving.adapter_named(arguments.get("lora_request"), config)
     params, max_model_len = arguments["params"], instance.model_config.max_model_len
     serving.check(spec, serving.Prompt.of_input(arguments["prompt"]), params, max_model_len)
+    lora.check(params, config)
     if spec is not None:
-        arguments["lora_request"] = None
+        arguments["lora_request"] = lora.request_for(spec)
     request = wrapped(**arguments)
     # Again on the result: a raw prompt is rendered by the call itself.
     serving.check(spec, serving.Prompt.of_request(request), params, max_model_len)
@@ -40,6 +41,7 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     spec = serving.adapter_named(arguments.get("lora_request"), config)
     prompt = serving.Prompt.of_input(arguments["prompt"])
     serving.check(spec, prompt, arguments["sampling_params"], config.model_config.max_model_len)
+    lora.check(arguments["sampling_params"], config)
     return wrapped(*args, **kwargs)
 
 
@@ -86,6 +88,16 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
         prefixes = PrefixModels(instance)
         await prefixes.start()
         instance.prefix_models = prefixes
+
+
+async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Truncates to the context where a client asks for that: vLLM's own limit does not know of virtual tokens."""
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    prefix = _request_for(instance.models, request.model)
+    if prefix is not None and getattr(request, "truncate_prompt_tokens", None) == -1:
+        # One is left for the output, as vLLM does.
+        request.truncate_prompt_tokens = instance.model_config.max_model_len - prefix.spec.num_virtual_tokens - 1
+    return await wrapped(*args, **kwargs)
 
 
 def _is_model_supported(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
@@ -169,6 +181,7 @@ SERVER_SEAMS = (
     Seam(_MODELS, "OpenAIServingModels.load_lora_adapter", ("request",), _load_lora_adapter),
     # LoRA requests and prefixes are told apart by name here, and not by an entry of ours in vLLM's own table: that one is
     # searched from end to end for each chat request to the base model, and no other API server process sees it.
+    Seam(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     Seam(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported),
     Seam(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters),
     # vLLM's hook for endpoints loads plugins that the operator lists in VLLM_PLUGINS, and then no others but those.

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from peft_prefix_ext.base_adapters import model_with
 from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, PrefixNotFoundError, read_prefix
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.hub import resolve
 from vllm_plugin.cli import AdapterOption
 from vllm_plugin.config import PrefixSpec
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+from vllm_plugin.lora import confuses_slots, lora_below
 from vllm_plugin.registry import Adapter, Shapes
 
 # A child of vLLM's logger, which is the one its servers show.
@@ -83,6 +83,7 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None
         path=str(checkpoint.path.resolve()),
         num_virtual_tokens=checkpoint.num_virtual_tokens,
         digest=digest_of(checkpoint),
+        **lora_below(name, checkpoint, vllm_config),
     )
     return Adapter(spec, option.base_model_name, shapes)
 
@@ -124,7 +125,9 @@ def check_engine(vllm_config: Any) -> None:
         "diffusion models": bool(getattr(model, "is_diffusion", False)),
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "speculative decoding": vllm_config.speculative_config is not None,
+        # What a draft model keeps of the prefix nobody fills in. N-grams are guessed from token ids alone, and checked.
+        "speculative decoding other than by n-grams": getattr(vllm_config.speculative_config, "method", "ngram")
+        != "ngram",
         "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
         # They would see the placeholders of the virtual tokens as text.
         "custom logits processors": bool(getattr(model, "logits_processors", None)),
@@ -132,6 +135,11 @@ def check_engine(vllm_config: Any) -> None:
     }
     if found := [what for what, present in refusals.items() if present]:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
+    if vllm_config.lora_config is not None and confuses_slots():
+        logger.warning(
+            "This vLLM has a defect on CPU that 0.33 has not: with as many LoRA adapters in use as --max-loras says, "
+            "requests without LoRA are answered with one; set it to one more than there are."
+        )
     if not vllm_config.cache_config.enable_prefix_caching:
         logger.warning(
             "Prefix caching is off: every request gets a copy of its prefix of its own; leave it on to share one."
@@ -153,11 +161,6 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
         checkpoint.check_base(fingerprint(model.hf_config))
     except PrefixCheckpointError as error:
         raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
-    if checkpoint.base_adapters:
-        raise PrefixServeError(
-            f"Prefix adapter {name!r} was trained on {model_with(checkpoint.base_adapters)}, and the server has the base "
-            "model alone; merge the adapter into it (`merge_and_unload`), and save both the model and the prefix again."
-        )
     trained_on = checkpoint.base_model_name_or_path
     if trained_on and Path(trained_on).name != Path(model.model).name:
         logger.warning(

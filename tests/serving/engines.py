@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,16 +151,18 @@ def make_engine(
     config: Any,
     lengths: tuple[int, ...] = LENGTHS,
     kv_transfer_config: Any = None,
+    *,
+    more: Mapping[str, str] | None = None,
     **overrides: Any,
 ) -> Engine:
-    """Starts an offline engine with one adapter per length, named `p<length>`."""
+    """Starts an offline engine with one adapter per length, named `p<length>`, and `more` that are there already."""
     from vllm_plugin import prefix_adapters
 
     if not (folder / "model").exists():
         support.write_model(folder / "model", config)
     prefixes = {f"p{length}": support.random_prefix(config, length, seed=length) for length in lengths}
     paths = {name: str(support.write_adapter(folder / name, config, kv)) for name, kv in prefixes.items()}
-    llm = start(folder / "model", **prefix_adapters(paths, kv_transfer_config), **overrides)
+    llm = start(folder / "model", **prefix_adapters({**paths, **(more or {})}, kv_transfer_config), **overrides)
     return Engine(llm, folder / "model", config, prefixes)
 
 

@@ -21,12 +21,16 @@ RECORDED = Path(__file__).with_name("releases.json")
 PLUGIN = Path(__file__).parents[2] / "vllm_plugin"
 # What is called on objects that vLLM hands to the plugin.
 CALLED = {
+    "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
+    "vllm.lora.peft_helper:PEFTHelper.validate_legal",
+    "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
     "vllm.v1.request:Request.update_block_hashes",
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
     "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector",
     "vllm.config.kv_transfer:KVTransferConfig.get_from_extra_config",
+    "vllm.v1.metrics.stats:PrefillStats.finalize",
     "vllm.v1.metrics.stats:PrefillStats.set",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.is_base_model",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.__init__",

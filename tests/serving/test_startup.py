@@ -155,8 +155,8 @@ def test_an_adapter_whose_numbers_the_model_cannot_hold(model: Path, tmp_path: P
         ({"served_model_name": ["base", "one"]}, "'one' is already the name of a model"),
         ({"runner": "pooling"}, "do not support pooling models"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            "do not support speculative decoding",
+            {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
+            "do not support speculative decoding other than by n-grams",
         ),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size replaces the KV connector"),
         (
@@ -166,6 +166,8 @@ def test_an_adapter_whose_numbers_the_model_cannot_hold(model: Path, tmp_path: P
     ],
 )
 def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, Any], message: str) -> None:
+    if draft := settings.get("speculative_config"):
+        settings = {"speculative_config": {**draft, "model": str(model)}}
     refused(model, adapter, message, **settings)
 
 

@@ -1,0 +1,140 @@
+"""Tool calls, and the batch API: each in a process of its own, with a tokenizer that reads JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from serving import server, support
+
+pytestmark = pytest.mark.soak
+CONFIG = support.llama_config(vocab_size=300)
+MODELS = ["base", *server.PREFIXES]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "order",
+            "parameters": {
+                "type": "object",
+                "properties": {"dish": {"enum": ["soup", "rice", "beans", "bread"]}, "spicy": {"type": "boolean"}},
+                "required": ["dish", "spicy"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+MESSAGES = [{"role": "user", "content": "name: Aromi, food: Italian"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, subword_tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("tools")
+    support.write_model(folder / "model", CONFIG)
+    subword_tokenizer.save_pretrained(folder / "model")
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
+    for name, prefix in server.PREFIXES.items():
+        support.write_adapter(folder / name, CONFIG, prefix)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[Any]:
+    with server.serve(folder, "--enable-auto-tool-choice", "--tool-call-parser", "hermes") as client:
+        yield client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "order"}}])
+def test_tools_are_called(client: Any, choice: Any, stream: bool) -> None:
+    options = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "temperature": 0, "max_tokens": 100}
+    for model in MODELS:
+        response = client.chat.completions.create(model=model, stream=stream, **options)
+        if stream:
+            calls = [call for chunk in response for item in chunk.choices for call in item.delta.tool_calls or []]
+            name = next(call.function.name for call in calls if call.function.name)
+            arguments = "".join(call.function.arguments or "" for call in calls)
+        else:
+            (call,) = response.choices[0].message.tool_calls[:1]
+            name, arguments = call.function.name, call.function.arguments
+        assert name == "order"
+        called = json.loads(arguments)
+        assert called["dish"] in TOOLS[0]["function"]["parameters"]["properties"]["dish"]["enum"]
+        assert isinstance(called["spicy"], bool)
+
+
+def test_a_call_among_text_is_parsed(client: Any) -> None:
+    pattern = (
+        r'<tool_call>\n\{"name": "order", "arguments": \{"dish": "(soup|rice)", "spicy": (true|false)\}\}\n</tool_call>'
+    )
+    for model in MODELS:
+        (choice,) = client.chat.completions.create(
+            model=model,
+            messages=MESSAGES,
+            tools=TOOLS,
+            temperature=0,
+            max_tokens=100,
+            extra_body={"structured_outputs": {"regex": pattern}},
+        ).choices
+        assert choice.finish_reason == "tool_calls"
+        assert json.loads(choice.message.tool_calls[0].function.arguments)["dish"] in ("soup", "rice")
+
+
+def test_json_of_a_schema(client: Any) -> None:
+    schema = TOOLS[0]["function"]["parameters"]
+    form = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema, "strict": True}}
+    for model in MODELS:
+        (choice,) = client.chat.completions.create(
+            model=model, messages=MESSAGES, response_format=form, temperature=0, max_tokens=100
+        ).choices
+        assert json.loads(choice.message.content).keys() == {"dish", "spicy"}
+
+
+def test_a_batch_file(client: Any, folder: Path, tmp_path: Path) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+    rows = [
+        {
+            **{"custom_id": f"{number}", "method": "POST", "url": "/v1/chat/completions"},
+            "body": {**body, "model": model, "messages": [{"role": "user", "content": f"name: {number}"}]},
+        }
+        for number in range(4)
+        for model in [*MODELS, "nobody"]
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "--model", str(folder / "model")),
+            *("-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--served-model-name", "base"),
+            *(
+                "--dtype",
+                "float32",
+                "--enforce-eager",
+                "--block-size",
+                str(support.BLOCK_SIZE),
+                "--max-model-len",
+                "256",
+            ),
+            *("--prefix-adapter", *(f"{name}={folder / name}" for name in server.PREFIXES)),
+        ],
+        env=server.ENVIRONMENT,
+        check=True,
+        timeout=300,
+    )
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(results) == len(rows)
+    for row, result in zip(rows, results, strict=True):
+        if row["body"]["model"] == "nobody":
+            assert result["response"]["status_code"] == 404 or result["error"]
+            continue
+        online = client.chat.completions.create(**row["body"])
+        said = result["response"]["body"]
+        assert said["choices"][0]["message"]["content"] == online.choices[0].message.content
+        assert said["usage"]["prompt_tokens"] == online.usage.prompt_tokens

@@ -1,0 +1,31 @@
+"""What usage and metrics say of a prompt behind a prefix: real tokens only."""
+
+from __future__ import annotations
+
+from vllm.v1.metrics.stats import PrefillStats
+
+
+class RealPrefillStats(PrefillStats):
+    """vLLM's account of a prefill, which takes the virtual tokens out of what the scheduler tells it.
+
+    Args:
+        num_virtual_tokens: p.
+    """
+
+    def __init__(self, num_virtual_tokens: int) -> None:
+        super().__init__()
+        # Fields are sent to the front end, attributes with an underscore are not.
+        self._num_virtual_tokens = num_virtual_tokens
+
+    def set(self, num_prompt_tokens: int, num_local_cached_tokens: int, num_external_cached_tokens: int) -> None:
+        p = self._num_virtual_tokens
+        local = max(0, num_local_cached_tokens - p)
+        cached = max(0, num_local_cached_tokens + num_external_cached_tokens - p)
+        super().set(
+            num_prompt_tokens=num_prompt_tokens - p,
+            num_local_cached_tokens=local,
+            num_external_cached_tokens=cached - local,
+        )
+
+    def finalize(self, num_cached_tokens: int) -> None:
+        super().finalize(max(0, num_cached_tokens - self._num_virtual_tokens))
