@@ -6,43 +6,49 @@ import os
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from vllm_plugin.models import PrefixModels
 from vllm_plugin.store import logger
 
-# Not vLLM's own for LoRA, which refuses several API server processes; and not with VLLM_ in front, since vLLM warns of
+# Beside vLLM's own for LoRA, which refuses several API server processes; and not with VLLM_ in front, since vLLM warns of
 # such variables, or refuses to start, if they are not its own.
 SWITCH = "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING"
+SWITCHES = (SWITCH, "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
+
+
+# What was written for LoRA's endpoints says the same with `lora_`.
+_NAME = Field(validation_alias=AliasChoices("prefix_name", "lora_name"))
+_PATH = Field(validation_alias=AliasChoices("prefix_path", "lora_path"))
 
 
 class LoadPrefixAdapterRequest(BaseModel):
     """The body of `/v1/load_prefix_adapter`."""
 
-    prefix_name: str
-    prefix_path: str
+    prefix_name: str = _NAME
+    prefix_path: str = _PATH
     load_inplace: bool = False
 
 
 class UnloadPrefixAdapterRequest(BaseModel):
     """The body of `/v1/unload_prefix_adapter`."""
 
-    prefix_name: str
+    prefix_name: str = _NAME
 
 
 def attach(app: FastAPI) -> None:
     """Adds the endpoints to a server with prefixes, if the operator switched them on."""
-    is_on = os.environ.get(SWITCH, "0").strip().lower() in ("1", "true")
-    if not is_on or not getattr(app.state.args, "prefix_registry", None):
+    on = [switch for switch in SWITCHES if os.environ.get(switch, "0").strip().lower() in ("1", "true")]
+    if not on or not getattr(app.state.args, "prefix_registry", None):
         return
     logger.warning(
         "Prefix adapters can be loaded and unloaded at run time by anyone who reaches this server (%s is set): its paths "
         "are read as this process can read them.",
-        SWITCH,
+        on[0],
     )
     app.include_router(router)
 

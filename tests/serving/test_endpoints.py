@@ -260,7 +260,7 @@ def test_what_is_not_there_cannot_be_unloaded(server: TestClient) -> None:
     assert_refused(unload(server, "nobody"), 404, "'nobody' cannot be found")
     assert_refused(unload(server, "base"), 404, "'base' cannot be found")
     assert_refused(unload(server, ""), 400, "'prefix_name' needs to be provided")
-    for body in ({}, {"prefix_name": 5}, {"lora_name": "one"}, []):
+    for body in ({}, {"prefix_name": 5}, {"name": "one"}, []):
         response = server.post("/v1/unload_prefix_adapter", json=body)
         assert (response.status_code, response.json()["error"]["type"]) == (400, "Bad Request")
     assert "one" in cards(server)
@@ -335,6 +335,19 @@ def test_an_operator_switches_the_endpoints_on(options: Any, monkeypatch: pytest
     monkeypatch.setenv(SWITCH, "1")
     options.prefix_adapter = options.prefix_registry = None
     assert load(start(options), "two", "/x").status_code == 404
+
+
+def test_what_speaks_to_the_endpoints_of_lora_speaks_to_these(
+    options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SWITCH)
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    server = start(options)
+    body = {"lora_name": "two", "lora_path": str(adapter(tmp_path / "two", 2))}
+    assert server.post("/v1/load_prefix_adapter", json=body).status_code == 200
+    assert "two" in cards(server)
+    assert server.post("/v1/unload_prefix_adapter", json={"lora_name": "two"}).status_code == 200
+    assert "two" not in cards(server)
 
 
 def test_the_key_of_the_server_guards_them(options: Any, tmp_path: Path) -> None:

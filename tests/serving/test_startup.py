@@ -297,6 +297,12 @@ def test_an_unknown_vllm_is_refused(
         compat.require(server=False)
 
 
+def test_an_operator_may_have_the_shapes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    monkeypatch.setenv(compat.ANY_VERSION, "1")
+    compat.require(server=True)
+
+
 def test_a_changed_method_is_noticed() -> None:
     import types
 
