@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="hub id or folder of a chat model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", type=Path, help="JSON file of other data, or its folder (default: E2E)")
     parser.add_argument("--output", type=Path, default=Path(".demo"), help="folder for everything (default: .demo)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each task (default: 200)")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of each task (default: 120)")
     parser.add_argument("--held-back", type=int, default=64, help="meaning representations to score on (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the training (default: 0)")
     return parser.parse_args()
