@@ -52,25 +52,6 @@ def client(folder: Path) -> Iterator[Any]:
         yield client
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "order"}}])
-def test_tools_are_called(client: Any, choice: Any, stream: bool) -> None:
-    options = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "temperature": 0, "max_tokens": 100}
-    for model in MODELS:
-        response = client.chat.completions.create(model=model, stream=stream, **options)
-        if stream:
-            calls = [call for chunk in response for item in chunk.choices for call in item.delta.tool_calls or []]
-            name = next(call.function.name for call in calls if call.function.name)
-            arguments = "".join(call.function.arguments or "" for call in calls)
-        else:
-            (call,) = response.choices[0].message.tool_calls[:1]
-            name, arguments = call.function.name, call.function.arguments
-        assert name == "order"
-        called = json.loads(arguments)
-        assert called["dish"] in TOOLS[0]["function"]["parameters"]["properties"]["dish"]["enum"]
-        assert isinstance(called["spicy"], bool)
-
-
 def test_a_call_among_text_is_parsed(client: Any) -> None:
     pattern = (
         r'<tool_call>\n\{"name": "order", "arguments": \{"dish": "(soup|rice)", "spicy": (true|false)\}\}\n</tool_call>'
