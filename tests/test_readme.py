@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import socket
@@ -75,7 +76,11 @@ def test_server_and_client(folder):
     options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--port", str(port)]
     log = (folder / "server.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "vllm_plugin", *command[2:], *options], cwd=folder, stdout=log, stderr=log
+        [sys.executable, "-m", "vllm_plugin", *command[2:], *options],
+        cwd=folder,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING": "1"},
     )
     client = block("python", "OpenAI(").replace(":8000", f":{port}")
     try:
@@ -86,6 +91,9 @@ def test_server_and_client(folder):
                     break
             time.sleep(0.5)
         assert run(client, folder).startswith("describe ")
+        for line in block("bash", "load_prefix_adapter").replace(":8000", f":{port}").splitlines():
+            command = [*shlex.split(line), "--fail-with-body", "--silent"]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
     finally:
         server.terminate()
         server.wait(60)
