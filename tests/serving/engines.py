@@ -48,6 +48,17 @@ class Engine:
         connector = get_kv_transfer_group()
         return getattr(connector, "sub_connectors", [connector])[0].writer
 
+    def register(self, name: str, path: Path) -> None:
+        """Gives `name` to the adapter in `path`, as a server does with `load_inplace`."""
+        from vllm_plugin.cli import AdapterOption
+        from vllm_plugin.registry import registry_in
+        from vllm_plugin.store import open_adapter
+
+        config = self.llm.llm_engine.vllm_config
+        registry = registry_in(config.kv_transfer_config)
+        assert registry is not None
+        registry.add([open_adapter(AdapterOption(name, str(path)), config, registry.layers())], replace=True)
+
     def counts(self, count: str) -> dict[str, int]:
         """Reads a count per adapter from vLLM's Prometheus registry, as of `forget_counts`."""
         new = self._all_counts() - self._counted
