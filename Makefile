@@ -1,6 +1,6 @@
 # make demo   train two prefixes, serve them, compare with the base model; everything lands in .demo/
 # make test   the tests
-# make soak   the tests that take longer
+# make soak   the tests that take longer, and a server under load
 # make lint   ruff and mypy
 # make clean  remove the environment, what the demo made, and caches
 #
@@ -28,6 +28,7 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python benchmarks/load.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,19 @@ def write_models(folder: Path) -> Path:
 
 
 @contextmanager
-def serve(folder: Path, *options: str) -> Iterator[openai.OpenAI]:
-    """Starts a server with all prefixes and yields a client of it once it answers."""
+def serve(folder: Path, *options: str, adapters: Mapping[str, Path] | None = None) -> Iterator[openai.OpenAI]:
+    """Starts a server with all prefixes, or other adapters, and yields a client of it once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "log"
-    adapters = [f"{name}={folder / name}" for name in PREFIXES]
+    adapters = adapters or {name: folder / name for name in PREFIXES}
     with log.open("w") as stream:
         server = launch(
             folder,
             *("--port", str(port), "--enable-prompt-tokens-details"),
-            *("--prefix-adapter", *adapters, "--prefix-adapter-warmup", *options),
+            *("--prefix-adapter", *(f"{name}={path}" for name, path in adapters.items())),
+            *("--prefix-adapter-warmup", *options),
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
