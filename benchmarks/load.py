@@ -1,6 +1,6 @@
 """Does it hold? Many clients at once on a real server whose adapters are replaced, unloaded and loaded meanwhile.
 
-    python benchmarks/load.py                                  # a tiny random model, 20 adapters, 64 clients, 3 minutes
+    python benchmarks/load.py                                  # a tiny random model, 20 adapters, 64 clients, 5 minutes
     python benchmarks/load.py --seconds 60 --clients 8
     python benchmarks/load.py --model MODEL_FOLDER --adapter a=FOLDER_A --adapter b=FOLDER_B --adapter c=FOLDER_C
 
@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--adapters", type=int, default=20, help="how many the tiny model has")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--blocks", type=int, default=256, help="of 32 tokens, in the server's cache")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
