@@ -29,6 +29,8 @@ def fingerprint(config: Any) -> dict[str, Any]:
     """Returns the JSON-ready fingerprint of a transformers config (of its text part, for a multimodal one)."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = {name: _plain(_get(text_config, name)) for name in FIELDS}
+    # Qwen2-MoE says 0 where there is no window, and vLLM makes that None.
+    values["sliding_window"] = values["sliding_window"] or None
     known = {name: value for name, value in values.items() if value is not None}
     if getattr(config, "is_encoder_decoder", False):
         known["is_encoder_decoder"] = True

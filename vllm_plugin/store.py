@@ -180,8 +180,9 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
     if len(shapes) == 1 and shapes != {expected}:
         heads, size = shapes.pop()
         raise PrefixServeError(
-            f"Prefix adapter {name!r} was trained on another base model: it has {heads} KV heads of size {size}, the "
-            f"model has {expected[0]} of size {expected[1]}."
+            f"Prefix adapter {name!r} has {heads} KV heads of size {size}, and vLLM's cache has {expected[0]} of size "
+            f"{expected[1]}: it was trained on another base model, or on one whose K/V vLLM keeps in another form, which "
+            "cannot be served."
         )
     num_layers = model.hf_text_config.num_hidden_layers
     if max(checkpoint.layers) >= num_layers:
