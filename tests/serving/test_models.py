@@ -24,13 +24,15 @@ EXACT: dict[str, dict] = {
     "gpt2": {},
 }
 # With nothing of their own.
-PLAIN = """
-    llama apertus arcee bitnet ctrl ernie4_5 gemma glm glm4 gpt_bigcode gpt_neox gptj granite helium
-    hunyuan_v1_dense hyperclovax jais2 ministral3 nanochat nemotron olmo olmo2 opt persimmon phi phi3 qwen2 qwen3
-    seed_oss smollm3 stablelm starcoder2 flex_olmo glm4_moe granitemoe granitemoeshared hunyuan_v1_moe mixtral
-    olmoe qwen2_moe qwen3_moe solar_open cwm exaone4 exaone_moe gemma3 mellum ministral mistral olmo3 phi3:sliding
-    starcoder2:sliding vaultgemma gemma4_unified
-""".split()
+PLAIN = [
+    *("llama", "apertus", "arcee", "bitnet", "ctrl", "ernie4_5", "gemma", "glm", "glm4", "gpt_bigcode"),
+    *("gpt_neox", "gptj", "granite", "helium", "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3"),
+    *("nanochat", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3"),
+    *("seed_oss", "smollm3", "stablelm", "starcoder2", "flex_olmo", "glm4_moe", "granitemoe"),
+    *("granitemoeshared", "hunyuan_v1_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "solar_open"),
+    *("cwm", "exaone4", "exaone_moe", "gemma3", "mellum", "ministral", "mistral", "olmo3", "phi3:sliding"),
+    *("starcoder2:sliding", "vaultgemma", "gemma4_unified"),
+]
 SOAK: dict[str, dict] = {
     **{name: {} for name in PLAIN},
     "cohere": _TIED,

@@ -130,6 +130,12 @@ def test_another_base_is_refused(change, tmp_path):
         PeftModel.from_pretrained(tiny_model("llama", **change), tmp_path)
 
 
+def test_a_window_of_zero_is_none():
+    config = tiny_config("qwen2_moe")
+    assert config.sliding_window == 0
+    assert fingerprint(config)["sliding_window"] is None
+
+
 @pytest.mark.parametrize("window", [None, 16])
 def test_another_sliding_window_is_refused(window, tmp_path):
     trained("mistral").save_pretrained(tmp_path)
