@@ -38,14 +38,19 @@ SOAK: dict[str, dict] = {
     "cohere": _TIED,
     "gemma2": _TIED,
     "gemma3n": _TIED,
+    "bloom": {**_TIED, "head_dim": ...},
+    "falcon:multi-query": {"head_dim": ..., "ffn_hidden_size": 512},
 }
 _RECURRENT = r"do not support models with Mamba or linear-attention layers"
 _MLA = {"head_dim": ...}
+_OTHER_FORM = r"vLLM's cache has .*whose K/V vLLM keeps in another form"
 # By name, what the error says and fields of the config of their own.
 REFUSED: dict[str, tuple[str, dict]] = {
     "llama4": (r"plain attention layers only.* of type ChunkedLocalAttentionSpec", {}),
     "deepseek_v2": (r"do not support multi-head latent attention \(MLA\)", _MLA),
     "deepseek_v3": (r"do not support multi-head latent attention \(MLA\)", _MLA),
+    "falcon": (_OTHER_FORM, {"head_dim": ..., "ffn_hidden_size": 512}),
+    "minicpm3": (_OTHER_FORM, {"head_dim": ...}),
     "glm4_moe_lite": (r"do not support multi-head latent attention \(MLA\)", _MLA),
     **{
         name: (_RECURRENT, {})
