@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -110,9 +111,12 @@ def parse_gib(text: str) -> int:
         argparse.ArgumentTypeError: If it is no number >= 0.
     """
     try:
-        return int(float(text) * 2**30) if float(text) >= 0 else int("negative")
-    except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"expected a number of GiB >= 0, got {text!r}") from error
+        num_bytes = float(text) * 2**30
+    except ValueError:
+        num_bytes = math.nan
+    if not 0 <= num_bytes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB >= 0, got {text!r}")
+    return int(num_bytes)
 
 
 def check_name(name: str) -> None:

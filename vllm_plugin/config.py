@@ -147,14 +147,6 @@ def replace_settings(kv_transfer_config: Any, settings: Mapping[str, Any]) -> An
     return dataclasses.replace(kv_transfer_config, kv_connector_extra_config=extra)
 
 
-def specs_in(kv_transfer_config: Any) -> dict[str, PrefixSpec]:
-    """Returns the adapters of an engine at this moment, by name; {} for one without prefixes."""
-    from vllm_plugin.registry import registry_in
-
-    registry = registry_in(kv_transfer_config)
-    return {} if registry is None else {adapter.spec.name: adapter.spec for adapter in registry.adapters()}
-
-
 def _connectors(kv_transfer_config: Any) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
     if kv_transfer_config is None:
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_plugin import lora, prompt_logprobs, serving
 from vllm_plugin.compat import Seam
-from vllm_plugin.config import settings_in
+from vllm_plugin.config import PrefixSpec, settings_in
 from vllm_plugin.failures import handle_invalid_blocks
 
 
@@ -18,10 +18,8 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     arguments = _arguments(wrapped, args, kwargs)
     if not serving.concerns(arguments.get("lora_request"), config):
         return wrapped(*args, **kwargs)
-    spec = serving.adapter_named(arguments.get("lora_request"), config)
-    params, max_model_len = arguments["params"], instance.model_config.max_model_len
-    serving.check(spec, serving.Prompt.of_input(arguments["prompt"]), params, max_model_len)
-    lora.check(params, config)
+    params, max_model_len = arguments["params"], config.model_config.max_model_len
+    spec = _checked(arguments, params, config)
     if spec is not None:
         arguments["lora_request"] = lora.request_for(spec)
     request = wrapped(**arguments)
@@ -36,13 +34,17 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Checks before the stream starts: once a response streams, its status can no longer be 400."""
     config = instance.vllm_config
     arguments = _arguments(wrapped, args, kwargs)
-    if not serving.concerns(arguments.get("lora_request"), config):
-        return wrapped(*args, **kwargs)
-    spec = serving.adapter_named(arguments.get("lora_request"), config)
-    prompt = serving.Prompt.of_input(arguments["prompt"])
-    serving.check(spec, prompt, arguments["sampling_params"], config.model_config.max_model_len)
-    lora.check(arguments["sampling_params"], config)
+    if serving.concerns(arguments.get("lora_request"), config):
+        _checked(arguments, arguments["sampling_params"], config)
     return wrapped(*args, **kwargs)
+
+
+def _checked(arguments: dict[str, Any], params: Any, config: Any) -> PrefixSpec | None:
+    """Returns the prefix of a call, or None, if the call can be answered as far as its arguments tell."""
+    spec = serving.adapter_named(arguments.get("lora_request"), config)
+    serving.check(spec, serving.Prompt.of_input(arguments["prompt"]), params, config.model_config.max_model_len)
+    lora.check(params, config)
+    return spec
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

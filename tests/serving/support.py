@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, layer_key
 from peft_prefix_ext.fingerprint import fingerprint
+from vllm_plugin.config import PrefixSpec
+from vllm_plugin.registry import registry_in
 
 BLOCK_SIZE = 32
 # What vLLM takes: heads of 32 on CPUs.
@@ -140,3 +142,9 @@ class Reference:
         for _ in range(max_tokens):
             tokens.append(int(self.logits(tokens, prefix)[-1].argmax()))
         return tokens[len(token_ids) :]
+
+
+def specs_in(kv_transfer_config: Any) -> dict[str, PrefixSpec]:
+    """Returns the adapters of an engine at this moment, by name; {} for one without prefixes."""
+    registry = registry_in(kv_transfer_config)
+    return {} if registry is None else {adapter.spec.name: adapter.spec for adapter in registry.adapters()}

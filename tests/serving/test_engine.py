@@ -11,9 +11,8 @@ import pytest
 
 from serving import support
 from serving.engines import LENGTHS, Engine, Pool, make_engine
-from serving.support import prompt_ids
+from serving.support import prompt_ids, specs_in
 from vllm_plugin.bank import Shelf
-from vllm_plugin.config import specs_in
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -148,9 +148,7 @@ def test_lora_below_prefixes_and_beside_them(engine: Engine, folder: Path, train
 
 
 def specs(engine: Engine) -> list[Any]:
-    from vllm_plugin.config import specs_in
-
-    found = specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)
+    found = support.specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)
     return [found[name] for name in ("first", "second", "copy")]
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from serving.engines import Engine
-from serving.support import prompt_ids
+from serving.support import prompt_ids, specs_in
 from vllm_plugin import PrefixAdapterRequest, serving
-from vllm_plugin.config import specs_in
 
 
 def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any) -> Any:

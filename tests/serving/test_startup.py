@@ -52,7 +52,7 @@ def refused(model: Path, sources: Any, message: str, **settings: Any) -> None:
 
 
 def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
-    spec = config.specs_in(engine_config(model, adapter).kv_transfer_config)["one"]
+    spec = support.specs_in(engine_config(model, adapter).kv_transfer_config)["one"]
     assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
 
 
@@ -187,7 +187,7 @@ def test_another_connector_is_kept_behind_ours(model: Path, adapter: Path) -> No
     children = merged.kv_connector_extra_config["connectors"]
     assert [child["kv_connector"] for child in children] == ["PrefixConnector", "OffloadingConnector"]
     assert merged.kv_load_failure_policy == "fail"
-    assert config.specs_in(merged)["one"].num_virtual_tokens == 4
+    assert support.specs_in(merged)["one"].num_virtual_tokens == 4
 
 
 def test_settings_of_several_connectors_are_kept(model: Path, adapter: Path) -> None:
@@ -195,7 +195,7 @@ def test_settings_of_several_connectors_are_kept(model: Path, adapter: Path) -> 
     theirs = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     merged = engine_config(model, adapter, kv_transfer_config=theirs).kv_transfer_config
     assert merged.kv_connector_extra_config["mine"] == 1
-    assert config.specs_in(merged).keys() == {"one"}
+    assert support.specs_in(merged).keys() == {"one"}
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path)
         "prefix_device_memory": 2**28,
     }
     registry_in(first.kv_transfer_config).remove("one")
-    assert config.specs_in(second.kv_transfer_config) == {}
+    assert support.specs_in(second.kv_transfer_config) == {}
 
 
 def test_options_attach_the_plugin_in_spawned_servers() -> None:
