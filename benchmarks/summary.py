@@ -13,9 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from methods import Method, variants
+from readme import put
+from readme import table as markdown
 from records import Record
 
-BEGIN, END = "<!-- quality: made by benchmarks/quality.py --report -->", "<!-- /quality -->"
 HEADER = ["method", "trained numbers", "learning rate"]
 
 
@@ -25,11 +26,7 @@ def write_report(results: Path, methods: Sequence[Method], plot: Path, readme: P
     parts = [caption(content["settings"]), table(content, methods), f"![BLEU by rows](benchmarks/{plot.name})"]
     text = "\n\n".join(filter(None, [*parts, variant_table(content, methods[0])]))
     save_plot(content, methods, plot)
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{readme} must have the lines {BEGIN!r} and {END!r}.")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    put(readme, "quality", text)
     return text
 
 
@@ -56,12 +53,10 @@ def table(content: Record, methods: Sequence[Method]) -> str:
     settings = content["settings"]
     sizes = [_name(size) for size in reversed(settings["sizes"])]
     header = [*HEADER, *(f"BLEU, {size} rows" for size in sizes), "NIST, all rows", "ROUGE-L, all rows"]
-    lines = [_row(header), _row(["---"] * len(header))]
     base = next(record["scores"] for record in content["records"] if record["kind"] == "base")
     blanks = [""] * (len(sizes) - 1)
-    lines.append(
-        _row(["base model", "", "", *blanks, _cell([base["bleu"]], 1), f"{base['nist']:.2f}", f"{base['rouge_l']:.1f}"])
-    )
+    scores = _cell([base["bleu"]], 1), f"{base['nist']:.2f}", f"{base['rouge_l']:.1f}"
+    rows = [["base model", "", "", *blanks, *scores]]
     for method in methods:
         runs = [_runs(content, method, size) for size in sizes]
         done = [run for group in runs for run in group]
@@ -73,8 +68,8 @@ def table(content: Record, methods: Sequence[Method]) -> str:
             _cell([run["scores"][name] for run in runs[-1]], seeds, digits)
             for name, digits in (("nist", 2), ("rouge_l", 1))
         ]
-        lines.append(_row([method.title, f"{done[0]['trained']:,}", f"{done[0]['learning_rate']:g}", *cells]))
-    return "\n".join(lines)
+        rows.append([method.title, f"{done[0]['trained']:,}", f"{done[0]['learning_rate']:g}", *cells])
+    return markdown(header, rows)
 
 
 def variant_table(content: Record, method: Method) -> str:
@@ -88,10 +83,9 @@ def variant_table(content: Record, method: Method) -> str:
     for variant in variants(method, own[0]["learning_rate"]):
         wanted = {"kind": "variant", "options": variant.options, "learning_rate": own[0]["learning_rate"]}
         found = [record for record in content["records"] if wanted.items() <= record.items()]
-        rows += [_row([variant.title, f"{record['held_out_loss']:.3f}"]) for record in found]
+        rows += [[variant.title, f"{record['held_out_loss']:.3f}"] for record in found]
     header = [f"{method.title}, changed (seed {seed})", "loss on held-out rows"]
-    lines = [_row(header), _row(["---"] * 2), _row(["nothing", f"{own[0]['held_out_loss']:.3f}"]), *rows]
-    return "\n".join(lines) if rows else ""
+    return markdown(header, [["nothing", f"{own[0]['held_out_loss']:.3f}"], *rows]) if rows else ""
 
 
 def save_plot(content: Record, methods: Sequence[Method], path: Path) -> None:
@@ -131,7 +125,3 @@ def _cell(values: Sequence[float], seeds: int, digits: int = 1) -> str:
         return ""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
