@@ -1,0 +1,142 @@
+"""How `serving.py` asks and what it makes of the answers; with engines it runs in `make soak`."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from comparisons import TRANSPORTS, Settings, comparisons, ratios
+from interleaving import Measurement, interleave, ratio
+from serving_report import absolute, ratio_table, write_report
+from workload import Workload, write_loras, write_prefixes
+
+from peft_prefix_ext.checkpoint import read_prefix
+
+SETTINGS = Settings("tiny", lengths=(16, 50), mixes=(1, 8), loras=(1, 8), ranks=(8, 16), rounds=3)
+
+
+def test_ratios_are_of_candidates_that_were_measured() -> None:
+    for transport in TRANSPORTS:
+        found = list(comparisons(SETTINGS, transport))
+        assert len({comparison.name for comparison in found}) == len(found)
+        for comparison in found:
+            names = {candidate.name for candidate in comparison.candidates}
+            wanted = ratios(SETTINGS.record(), comparison.name)
+            assert wanted
+            assert {name for one in wanted for name in (one.ours, one.theirs)} <= names
+
+
+def test_jobs_are_as_long_as_said_and_new_each_time() -> None:
+    workload = Workload(num_requests=10, input_tokens=5, output_tokens=3, vocab_size=100)
+    names = ("a", "b", "c", "d")
+    jobs = workload.jobs("round 1", names, prefix=[7, 7])
+    assert [len(job.prompt) for job in jobs] == [7] * 10
+    assert all(job.prompt[:2] == [7, 7] for job in jobs)
+    assert {job.adapter for job in jobs[:4]} == set(names)
+    assert sorted(jobs.count(job) for job in jobs) == [1] * 10
+    assert jobs == workload.jobs("round 1", names, prefix=[7, 7])
+    assert jobs != workload.jobs("round 2", names, prefix=[7, 7])
+
+
+def test_ratios_are_within_rounds() -> None:
+    """However loaded the machine is in a round, it is so for both."""
+    loads, calls = [random.Random(0).uniform(1, 100) for _ in range(6)], []
+
+    def action(name: str, seconds: float) -> Callable[[], Measurement]:
+        rounds = iter(loads)
+
+        def measure() -> Measurement:
+            calls.append(name)
+            return {"seconds": seconds * next(rounds)}
+
+        return measure
+
+    results = interleave({"slow": action("slow", 2.0), "fast": action("fast", 1.0)}, rounds=5)
+    assert [len(rounds) for rounds in results.values()] == [5, 5]
+    assert all({first, second} == {"slow", "fast"} for first, second in zip(calls[::2], calls[1::2], strict=True))
+    assert len(set(calls[::2])) == 2, "the order changes"
+    assert ratio(results["slow"], results["fast"], "seconds") == {"median": 2.0, "quartiles": [2.0, 2.0], "rounds": 5}
+
+
+def test_adapters_are_real_and_differ(tmp_path: Path) -> None:
+    from tiny import tiny_model
+
+    base = tiny_model("llama")
+    prefixes = write_prefixes(tmp_path, base, 5, 3)
+    read = [read_prefix(path) for path in prefixes.values()]
+    assert [one.num_virtual_tokens for one in read] == [5] * 3
+    assert len({one.digest for one in read}) == 3
+    loras = write_loras(tmp_path, base, 2, 2)
+    weights = [(path / "adapter_model.safetensors").read_bytes() for path in loras.values()]
+    assert len(set(weights)) == 2
+    assert not hasattr(base, "peft_config")
+
+
+def test_report(tmp_path: Path) -> None:
+    results = tmp_path / "serving.json"
+    records = []
+    for comparison in comparisons(SETTINGS, "offline"):
+        measurements = {
+            candidate.name: [
+                {"tokens_per_second": 100.0 + 10 * place + round_, "ttft_p50": 0.5, "itl_p50": 0.01, "blocks": 7}
+                for round_ in range(3)
+            ]
+            for place, candidate in enumerate(comparison.candidates)
+        }
+        machine = {"accelerator": None, "cores": 2, "cpu": "A", "versions": {"torch": "2"}, "revision": "abc"}
+        records.append(
+            {
+                "transport": "offline",
+                "comparison": comparison.name,
+                "machine": machine,
+                "measurements": measurements,
+            }
+        )
+    content = {"settings": SETTINGS.record(), "records": records}
+    results.write_text(json.dumps(content), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "a\n<!-- serving: made by benchmarks/serving.py --report -->\n<!-- /serving -->\nb\n", encoding="utf-8"
+    )
+    text = write_report(results, readme)
+    assert "| 1 prefix / 1 LoRA of rank 8 | offline | 0.910 (0.909 to 0.910) | 1.000" in text
+    assert ratio_table(content) in readme.read_text(encoding="utf-8")
+    assert "| offline | lengths | base, no plugin | 101 | 0.5 |  | 0.01 | 7 |" in absolute(content)
+    assert results.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.soak
+def test_with_engines(tmp_path: Path) -> None:
+    from serving import server, support
+
+    support.write_model(tmp_path / "model", server.CONFIG, tokenizer=True)
+    script = Path(write_report.__globals__["__file__"]).with_name("serving.py")
+    small = "--lengths 32 50 --mixes 1 3 --loras 2 --ranks 8 --rounds 2 --requests 4 --mix-requests 4 --output-tokens 4"
+    command = [
+        sys.executable,
+        str(script),
+        "--model",
+        str(tmp_path / "model"),
+        "--results",
+        str(tmp_path / "results.json"),
+    ]
+    options = [*small.split(), "--dtype", "float32", "--block-size", "32", "--cache-gib", "1"]
+    answered = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    records = {
+        (one["transport"], one["comparison"]): one["measurements"]
+        for one in json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["records"]
+    }
+    offline = records["offline", "lengths"]
+    assert offline["text of 32"][0]["cached_tokens"] == 32
+    assert offline["prefix of 50"][0]["blocks"] >= 4
+    assert offline["prefix of 32"][0]["loads_per_request"] == 0  # whole blocks, in the cache since the warm-up
+    assert offline["prefix of 50"][0]["loads_per_request"] == 1  # of the 18 tokens in the last block
+    assert all(
+        one["tokens_per_second"] > 0 for found in records.values() for rounds in found.values() for one in rounds
+    )
+    assert "| prefix of 32 / cached text of 32 | http |" in answered.stdout
