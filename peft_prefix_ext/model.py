@@ -17,6 +17,7 @@ from torch import nn
 from peft_prefix_ext.below import adapters_below
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
+from peft_prefix_ext.grouped import use_groups
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
@@ -285,3 +286,4 @@ class PrefixExtModel(BaseTuner):
 
 register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)
 wrap_peft_model()
+use_groups()

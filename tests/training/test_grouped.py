@@ -1,0 +1,60 @@
+"""Grouped-query attention over a prefix copies no K/V, and says what transformers' own says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prefixed import perturb, with_prefix
+from tiny import random_ids, tiny_model
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peft_prefix_ext.grouped import attend, use_groups
+
+ROWS, HEADS, TOKENS, LENGTH = 2, 4, 7, 11
+
+
+@pytest.fixture
+def transformers_own():
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_attention_forward)
+    yield
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
+
+
+def step(model, padded):
+    """Returns logits, gradients and the shapes of what autograd keeps."""
+    ids = random_ids(ROWS, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0 if padded else 1
+    kept = []
+    model.zero_grad()
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape[:3]) or tensor, lambda tensor: tensor):
+        logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    logits.square().mean().backward()
+    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad], kept
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_no_copy_for_each_head_and_the_same_outcome(name, padded, request):
+    model = with_prefix(tiny_model(name)).train()
+    perturb(model)
+    logits, gradients, kept = step(model, padded)
+    request.getfixturevalue("transformers_own")
+    expected, expected_gradients, kept_before = step(model, padded)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-6, rtol=1e-4)
+    repeated = (ROWS, HEADS, TOKENS + LENGTH)
+    assert repeated in kept_before
+    assert repeated not in kept
+
+
+def test_what_somebody_else_registered_stays(transformers_own):
+    def own(*args, **kwargs):
+        return sdpa_attention_forward(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", own)
+    use_groups()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
