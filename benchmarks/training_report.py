@@ -1,0 +1,101 @@
+"""The results of `training.py` as a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from machine import title
+from readme import put, table
+from records import Record
+from steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP
+
+MIB = 2**20
+NOTE = (
+    "Stock PEFT refuses gradient checkpointing with prefix tuning: ours with checkpointing is compared with stock without. "
+    "Memory is what a step needs beside weights and optimizer: kept for the backward pass, and at its peak."
+)
+
+
+def write_report(results: Path, readme: Path | None) -> str:
+    """Returns caption and tables in Markdown, after writing a plot beside the results, and all to a README if one is given."""
+    content = json.loads(results.read_text(encoding="utf-8"))
+    plot = results.with_suffix(".png")
+    save_plot(content, plot)
+    picture = f"![Time and memory of a training step, to stock PEFT's](benchmarks/{plot.name})"
+    text = "\n\n".join([caption(content), *(cell_table(cell) for cell in cells(content)), NOTE, picture])
+    if readme is not None:
+        put(readme, "training", text)
+    return text
+
+
+def cells(content: Record) -> list[Record]:
+    """Returns the records by batch and prefix."""
+    return sorted(content["records"], key=lambda record: (record["batch"], record["prefix"]))
+
+
+def caption(content: Record) -> str:
+    """Returns under which conditions the results were made."""
+    settings = content["settings"]
+    machines = "; ".join(dict.fromkeys(title(record["machine"]) for record in content["records"]))
+    layers = "" if settings["layers"] is None else f" with {settings['layers']} of its layers"
+    threads = f", {settings['threads']} threads" if settings["device"] == "cpu" else ""
+    return (
+        f"{settings['model']}{layers}, {settings['dtype']}{threads}, rows of {settings['length']} tokens. Step time as a ratio: "
+        f"median (quartiles) of {settings['rounds']} interleaved rounds. {machines}."
+    )
+
+
+def cell_table(cell: Record) -> str:
+    """Returns the table of a cell, a row per method."""
+    header = [
+        f"batch {cell['batch']}, prefix {cell['prefix']}",
+        "step / limit",
+        "/ PEFT flat",
+        "/ PEFT MLP",
+        "kept, MiB",
+        "peak, MiB",
+    ]
+    rows = []
+    for name in METHODS:
+        method = cell["methods"][name]
+        ratios = [_ratio(method["ratios"][other]) for other in (LIMIT, STOCK_FLAT, STOCK_MLP)]
+        rows.append([name, *ratios, *(f"{method[field] / MIB:.0f}" for field in ("saved", "peak"))])
+    return table(header, rows)
+
+
+def save_plot(content: Record, path: Path) -> None:
+    """Saves a picture: in each cell, every method's step time and kept memory, over those of stock PEFT's flat prefix."""
+    found = cells(content)
+    shown = [name for name in METHODS if name != STOCK_FLAT]
+    figure, axes = plt.subplots(2, 1, figsize=(max(8, 1.4 * len(found)), 8), sharex=True)
+    width = 0.8 / len(shown)
+    for number, name in enumerate(shown):
+        places = [place + (number - (len(shown) - 1) / 2) * width for place in range(len(found))]
+        times = [cell["methods"][name]["ratios"][STOCK_FLAT] for cell in found]
+        middles = [time["median"] for time in times]
+        spreads = [
+            [time["median"] - time["quartiles"][0] for time in times],
+            [time["quartiles"][1] - time["median"] for time in times],
+        ]
+        axes[0].bar(places, middles, width, yerr=spreads, label=name, color=f"C{number}", error_kw={"linewidth": 0.8})
+        kept = [cell["methods"][name]["saved"] / cell["methods"][STOCK_FLAT]["saved"] for cell in found]
+        axes[1].bar(places, kept, width, color=f"C{number}")
+    for part, label in zip(axes, ("step time", "memory kept for the backward pass"), strict=True):
+        part.axhline(1, color="black", linewidth=0.8)
+        part.set_ylabel(f"{label}\n(PEFT prefix tuning, flat = 1)")
+        part.grid(axis="y", alpha=0.3)
+    axes[1].set_xticks(range(len(found)), [f"batch {cell['batch']}\nprefix {cell['prefix']}" for cell in found])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['median']:.2f} ({low:.2f} to {high:.2f})"
