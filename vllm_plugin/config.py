@@ -8,10 +8,11 @@ vLLM is imported on use only.
 from __future__ import annotations
 
 import dataclasses
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from vllm_plugin.cli import AdapterOption, check_name
+from vllm_plugin.cli import AdapterOption, check_name, parse_gib
 from vllm_plugin.errors import PrefixServeError
 
 CONNECTOR = "PrefixConnector"
@@ -56,17 +57,24 @@ class PrefixSpec:
 
 
 def prefix_adapters(
-    adapters: Mapping[str, str] | None = None, kv_transfer_config: Any = None, /, **more: str
+    adapters: Mapping[str, str] | None = None,
+    kv_transfer_config: Any = None,
+    /,
+    *,
+    prefix_adapter_device_memory: float | None = None,
+    **more: str,
 ) -> dict[str, Any]:
     """Returns the keyword arguments that make `LLM(...)` or `EngineArgs(...)` serve prefix adapters.
 
     Args:
         adapters: Folder or Hub repository of each adapter, by name, for names that are no Python identifiers.
         kv_transfer_config: A KV connector of your own to run beside the prefixes, if any.
+        prefix_adapter_device_memory: What prefixes may take of each device's memory beside the KV cache, in GiB; 0.5 by
+            default.
         more: Further adapters, by name.
 
     Raises:
-        PrefixServeError: If there is no adapter, a name is not usable, or the connector cannot be combined.
+        PrefixServeError: If there is no adapter, a name or the memory is not usable, or the connector cannot be combined.
     """
     from vllm_plugin import register
 
@@ -77,7 +85,13 @@ def prefix_adapters(
     for name in sources:
         check_name(name)
     options = [AdapterOption(name, str(source)) for name, source in sources.items()]
-    return {"kv_transfer_config": merge(kv_transfer_config, settings(options))}
+    memory: dict[str, int] = {}
+    if prefix_adapter_device_memory is not None:
+        try:
+            memory[DEVICE_MEMORY] = parse_gib(str(prefix_adapter_device_memory))
+        except ArgumentTypeError as error:
+            raise PrefixServeError(f"`prefix_adapter_device_memory`: {error}.") from error
+    return {"kv_transfer_config": merge(kv_transfer_config, settings(options, **memory))}
 
 
 def settings(options: Iterable[AdapterOption], **more: Any) -> dict[str, Any]:

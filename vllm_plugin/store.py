@@ -131,7 +131,6 @@ def check_engine(vllm_config: Any) -> None:
         "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
         # They would see the placeholders of the virtual tokens as text.
         "custom logits processors": bool(getattr(model, "logits_processors", None)),
-        "--calculate-kv-scales": bool(getattr(vllm_config.cache_config, "calculate_kv_scales", False)),
     }
     if found := [what for what, present in refusals.items() if present]:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")

@@ -1,15 +1,32 @@
-"""Engines for the tests of the serving half: in this process, where tests can look into them, one at a time; a server."""
+"""Engines for the tests of the serving half: in this process, where tests can look into them, one at a time; a server, whole or its app."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from fastapi.testclient import TestClient
 
-from serving import server, support
+from serving import app, support
 from serving.engines import Engine, Pool
+from serving.server import serve, write_models
+from vllm_plugin.endpoints import SWITCH
+
+
+@pytest.fixture(scope="package")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama."""
+    return support.write_model(tmp_path_factory.mktemp("model") / "model", support.llama_config())
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """The folder of a prefix of 4 tokens for it."""
+    config = support.llama_config()
+    return support.write_adapter(tmp_path / "adapter", config, support.random_prefix(config, 4))
 
 
 @pytest.fixture(scope="package")
@@ -36,10 +53,28 @@ def llama(pool: Pool) -> Engine:
 
 @pytest.fixture(scope="package")
 def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return server.write_models(tmp_path_factory.mktemp("server"))
+    return write_models(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="package")
 def client(server_folder: Path) -> Iterator[openai.OpenAI]:
-    with server.serve(server_folder) as client:
+    with serve(server_folder) as client:
         yield client
+
+
+@pytest.fixture
+def options(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The parsed options of a server with one adapter, which may be told to load others."""
+    monkeypatch.setenv(SWITCH, "1")
+    return app.options(model, tmp_path)
+
+
+@pytest.fixture
+def server(options: Any) -> TestClient:
+    return app.start(options)
+
+
+@pytest.fixture
+def other(server: TestClient, options: Any) -> TestClient:
+    """Another API server process of that server."""
+    return app.start(options)
