@@ -105,13 +105,16 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self.scheduler is not None
-        self.scheduler.finished(request)
+        self.scheduler.finished(request, block_ids)
         return False, None
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        # vLLM does so for requests that still run: one that was aborted meanwhile has left blocks behind, too.
+        # vLLM does so for requests that still run: one that was aborted or preempted meanwhile has left blocks behind, too.
         if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
-            self._kv_cache_manager.evict_blocks(connector_output.invalid_block_ids)
+            assert self.scheduler is not None
+            self._kv_cache_manager.evict_blocks(
+                self.scheduler.given_blocks.together_with(connector_output.invalid_block_ids)
+            )
 
     # Worker side
 

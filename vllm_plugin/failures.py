@@ -1,38 +1,78 @@
-"""Which requests a load that failed takes with it, where vLLM cannot say."""
+"""Which requests a load that failed takes with it, and what they may not leave behind in the prefix cache.
+
+Blocks computed behind a prefix that was not there are wrong, and would be found again once it is. Some of them vLLM does
+not name: those of a request that shares the block which was not loaded; and, where steps are scheduled before the outcome
+of an earlier one is known, of a request that is gone by then, or whose first blocks have left a sliding window.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.config import settings_in
 
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
 logger = logging.getLogger("vllm.prefix_adapters")
+
+# More steps than are scheduled before the outcome of one is known: as many as pipeline stages, or two.
+STEPS_IN_FLIGHT = 32
+BlockIds = tuple[list[int], ...]
+_GIVEN = "prefix_block_ids"
+
+
+class GivenBlocks:
+    """The blocks that requests with a prefix had in the last steps."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._recent: deque[tuple[int, Request, BlockIds]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def add(self, request: Request, block_ids: BlockIds) -> None:
+        """Notes what a request was scheduled with, or what it had when it ended."""
+        self._recent.append((self._step, request, block_ids))
+        setattr(request, _GIVEN, block_ids)
+
+    def next_step(self) -> None:
+        """Forgets what can no longer turn out not to be loaded."""
+        self._step += 1
+        while self._recent and self._recent[0][0] <= self._step - STEPS_IN_FLIGHT:
+            _, request, block_ids = self._recent.popleft()
+            if getattr(request, _GIVEN) is block_ids:
+                setattr(request, _GIVEN, ())
+
+    def together_with(self, block_ids: set[int]) -> set[int]:
+        """Returns these blocks and all that a request had together with one of them."""
+        had = (_flat(blocks) for _, _, blocks in self._recent)
+        return block_ids.union(*(blocks for blocks in had if not blocks.isdisjoint(block_ids)))
 
 
 def handle_invalid_blocks(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Wraps vLLM's own, which raises, and so ends the engine, where the layers of a model form several KV cache groups."""
-    is_ours = settings_in(instance.vllm_config.kv_transfer_config) is not None
-    if not is_ours or len(instance.kv_cache_config.kv_cache_groups) == 1:
+    """Wraps vLLM's own, which also ends the engine where the layers of a model form several KV cache groups."""
+    if settings_in(instance.vllm_config.kv_transfer_config) is None:
         return wrapped(*args, **kwargs)
-    return fail_requests_with(kwargs["invalid_block_ids"] if "invalid_block_ids" in kwargs else args[0], instance)
-
-
-def fail_requests_with(block_ids: set[int], scheduler: Any) -> set[str]:
-    """Returns the running requests that hold one of these blocks, and takes all of their blocks out of the prefix cache.
-
-    Args:
-        block_ids: Blocks of any KV cache group: all groups take theirs from one pool, so an id names one block.
-        scheduler: vLLM's `Scheduler`.
-    """
-    manager = scheduler.kv_cache_manager
-    held = {
-        request.request_id: set().union(*manager.get_block_ids(request.request_id)) for request in scheduler.running
+    invalid = kwargs["invalid_block_ids"] if "invalid_block_ids" in kwargs else args[0]
+    manager = instance.kv_cache_manager
+    blocks = {
+        request.request_id: _flat((*manager.get_block_ids(request.request_id), *getattr(request, _GIVEN, ())))
+        for request in instance.running
     }
-    failed = {request_id for request_id, ids in held.items() if not ids.isdisjoint(block_ids)}
-    if failed:
-        logger.error(
-            "Failing %d requests whose prefix could not be loaded: %s.", len(failed), ", ".join(sorted(failed))
-        )
-        manager.evict_blocks(set().union(*(held[request_id] for request_id in failed)))
+    # Whatever the group: all of them take their blocks from one pool, so an id names one block.
+    failed = {request_id for request_id, ids in blocks.items() if not ids.isdisjoint(invalid)}
+    if len(instance.kv_cache_config.kv_cache_groups) == 1:
+        # It knows what another connector loads, too.
+        failed |= wrapped(*args, **kwargs)
+    elif failed:
+        logger.error("Failing %d requests whose prefix was not loaded: %s.", len(failed), ", ".join(sorted(failed)))
+    manager.evict_blocks(set().union(*(blocks.get(request_id, ()) for request_id in failed)))
     return failed
+
+
+def _flat(block_ids: BlockIds) -> set[int]:
+    return set().union(*block_ids)

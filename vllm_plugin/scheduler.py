@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cachetools import LRUCache
 
 from vllm_plugin.config import ADAPTERS, PrefixSpec
+from vllm_plugin.failures import GivenBlocks
 from vllm_plugin.stats import PrefixStats
 from vllm_plugin.usage import RealPrefillStats
 
@@ -49,6 +50,7 @@ class PrefixScheduler:
 
     def __init__(self, block_size: int) -> None:
         self.stats = PrefixStats()
+        self.given_blocks = GivenBlocks()
         self._block_size = block_size
         self._hashes: LRUCache[Any, tuple[Any, ...]] = LRUCache(NUM_HASHED)
         self._specs: dict[str, PrefixSpec] = {}
@@ -109,6 +111,7 @@ class PrefixScheduler:
         if promised is None:
             # An asynchronous load by another connector makes this the second call.
             return
+        self.given_blocks.add(request, block_ids)
         p = spec.num_virtual_tokens
         self.stats.add("block_hits", spec.name, (p - promised) // self._block_size)
         if promised == 0:
@@ -127,12 +130,18 @@ class PrefixScheduler:
         for request in self._private:
             request.skip_reading_prefix_cache = True
         self._private.clear()
+        self.given_blocks.next_step()
         loads, self._loads = self._loads, []
         return loads
 
-    def finished(self, request: Request) -> None:
-        """Forgets a request, whether it ran or not."""
-        self._specs.pop(request.request_id, None)
+    def finished(self, request: Request, block_ids: tuple[list[int], ...]) -> None:
+        """Forgets a request, whether it ran or not.
+
+        Args:
+            block_ids: What it had, per KV cache group.
+        """
+        if self._specs.pop(request.request_id, None) is not None:
+            self.given_blocks.add(request, block_ids)
         self._promised.pop(request.request_id, None)
 
     def _prefix_hashes(self, request: Request, p: int) -> tuple[Any, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 
 from serving import support
 from serving.engines import LENGTHS, Engine, Pool, make_engine
-from serving.support import prompt_ids, specs_in
-from vllm_plugin.bank import Shelf
+from serving.support import prompt_ids
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -126,50 +124,6 @@ def test_an_aborted_request_leaves_nothing_behind(llama: Engine) -> None:
     llama.check(["p33", None], [prompt_ids(10), prompt_ids(10)])
 
 
-def test_a_load_that_fails_fails_its_requests_only_and_leaves_nothing_in_the_cache(
-    llama: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fails_without_its_file(llama, monkeypatch)
-
-
-def fails_without_its_file(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asks for a prefix whose file is gone, in one batch with others, and again when the file is back."""
-    prompts = [prompt_ids(70, seed=seed) for seed in (1, 1, 2, 3)]
-    names = ["p33", "p33", None, "p7"]
-    with file_gone(engine, "p33", monkeypatch):
-        for _ in range(2):
-            outputs = engine.generate(names, prompts)
-            assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error", "length", "length"]
-            assert [len(output.outputs[0].token_ids) for output in outputs] == [0, 0, 10, 10]
-    for _ in range(2):
-        engine.check(names, prompts)
-
-
-@contextmanager
-def file_gone(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Moves an adapter's folder away, and has the worker forget what it keeps, as after an eviction."""
-    for shelf in ("_on_device", "_on_host"):
-        monkeypatch.setattr(engine.writer._bank, shelf, Shelf(0))
-    folder = Path(specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)[name].path)
-    folder.rename(folder.with_name("gone"))
-    try:
-        yield
-    finally:
-        folder.with_name("gone").rename(folder)
-
-
-def test_a_request_that_is_gone_when_its_load_fails_leaves_nothing_in_the_cache(
-    llama: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompt = prompt_ids(70)
-    with file_gone(llama, "p33", monkeypatch), monkeypatch.context() as aborted:
-        # As vLLM does for requests that no longer run: for them it leaves the blocks in its cache.
-        aborted.setattr(llama.scheduler, "_handle_invalid_blocks", lambda *args: set())
-        llama.generate(["p33"], [prompt], max_tokens=1)
-    for _ in range(2):
-        llama.check(["p33"], [prompt])
-
-
 def test_a_reset_with_requests_running_loads_again(llama: Engine) -> None:
     from vllm import SamplingParams
 
@@ -221,6 +175,14 @@ def test_client_salts_do_not_share(llama: Engine) -> None:
             use_tqdm=False,
         )
     assert llama.counts("loads") == {"p32": 2}
+
+
+def test_a_second_engine_in_the_process_is_refused(llama: Engine, tmp_path: Path) -> None:
+    from vllm_plugin.errors import PrefixServeError
+
+    with pytest.raises(PrefixServeError, match="Another engine with a KV connector runs in this process"):
+        make_engine(tmp_path, support.llama_config(), (8,))
+    llama.check(["p33", None], [prompt_ids(5)] * 2)
 
 
 # 17 blocks of 32 tokens, one of them vLLM's null block: eight requests of 33 + 20 + 60 tokens do not fit at once.
@@ -283,23 +245,6 @@ def test_chunked_prefill_and_no_prefix_caching(engine_factory: Callable[..., Eng
     assert engine.counts("loaded_tokens") == {"p33": 66, "p64": 256}
 
 
-def test_sliding_window_layers_let_the_prefix_slide_out(pool: Pool) -> None:
-    engine = pool.shared(support.gemma3_config)
-    assert len(engine.scheduler.kv_cache_config.kv_cache_groups) > 1
-    names = [None, "p1", "p7", "p32", "p33", "p130", "p130"]
-    prompts = [prompt_ids(count, seed=count) for count in (30, 90, 5, 70, 33, 1, 150)]
-    for round_number in range(3):
-        if round_number == 2:
-            assert engine.llm.reset_prefix_cache()
-        engine.check(names, prompts, max_tokens=24)
-
-
-def test_a_load_fails_alone_where_layers_form_several_groups(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = pool.shared(support.gemma3_config)
-    assert engine.llm.reset_prefix_cache()
-    fails_without_its_file(engine, monkeypatch)
-
-
 def test_runs_under_a_multi_connector(engine_factory: Callable[..., Engine]) -> None:
     others = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": []}}
     engine = engine_factory(support.llama_config(), (32, 33), others)
@@ -309,9 +254,12 @@ def test_runs_under_a_multi_connector(engine_factory: Callable[..., Engine]) -> 
     assert engine.counts("loads") == {"p32": 1, "p33": 1}
 
 
-def test_a_second_engine_in_the_process_is_refused(llama: Engine, tmp_path: Path) -> None:
-    from vllm_plugin.errors import PrefixServeError
-
-    with pytest.raises(PrefixServeError, match="Another engine with a KV connector runs in this process"):
-        make_engine(tmp_path, support.llama_config(), (8,))
-    llama.check(["p33", None], [prompt_ids(5)] * 2)
+def test_sliding_window_layers_let_the_prefix_slide_out(pool: Pool) -> None:
+    engine = pool.shared(support.gemma3_config)
+    assert len(engine.scheduler.kv_cache_config.kv_cache_groups) > 1
+    names = [None, "p1", "p7", "p32", "p33", "p130", "p130"]
+    prompts = [prompt_ids(count, seed=count) for count in (30, 90, 5, 70, 33, 1, 150)]
+    for round_number in range(3):
+        if round_number == 2:
+            assert engine.llm.reset_prefix_cache()
+        engine.check(names, prompts, max_tokens=24)

@@ -132,7 +132,7 @@ def test_nothing_is_kept_of_a_request_that_is_gone(make: Any) -> None:
             scheduler.num_loadable(request, 0)
         if step > 1:
             scheduler.allocated(request, ([1, 2, 3, 4],), 70)
-        scheduler.finished(request)
+        scheduler.finished(request, ())
     scheduler.take_loads()
     assert not scheduler._specs
     assert not scheduler._promised
@@ -151,6 +151,6 @@ def test_requests_to_the_base_model_are_left_alone(make: Any) -> None:
         assert request.block_hashes == before
         assert scheduler.num_loadable(request, 0) == 0
         scheduler.allocated(request, ([1, 2, 3],), 0)
-        scheduler.finished(request)
+        scheduler.finished(request, ())
     assert scheduler.take_loads() == []
     assert scheduler.stats.take() is None
