@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prefixed import perturb, with_prefix
+from prefixed import perturb, prefix_layers, with_prefix
 from tiny import random_ids, tiny_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_prefix_ext.grouped import attend, use_groups
+from peft_prefix_ext.grouped import additive, attend, use_groups
 
 ROWS, HEADS, TOKENS, LENGTH = 2, 4, 7, 11
 
@@ -23,16 +23,23 @@ def transformers_own():
 
 
 def step(model, padded):
-    """Returns logits, gradients and the shapes of what autograd keeps."""
+    """Returns logits, gradients and what autograd keeps: shapes, and how many masks."""
     ids = random_ids(ROWS, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0 if padded else 1
-    kept = []
+    kept, masks = [], set()
+
+    def pack(tensor):
+        kept.append(tensor.shape[:3])
+        if tensor.shape[1:] == (1, LENGTH, TOKENS + LENGTH):
+            masks.add(tensor.data_ptr())
+        return tensor
+
     model.zero_grad()
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape[:3]) or tensor, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
     logits.square().mean().backward()
-    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad], kept
+    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad], kept, len(masks)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -40,15 +47,17 @@ def step(model, padded):
 def test_no_copy_for_each_head_and_the_same_outcome(name, padded, request):
     model = with_prefix(tiny_model(name)).train()
     perturb(model)
-    logits, gradients, kept = step(model, padded)
+    logits, gradients, kept, masks = step(model, padded)
     request.getfixturevalue("transformers_own")
-    expected, expected_gradients, kept_before = step(model, padded)
+    expected, expected_gradients, kept_before, masks_before = step(model, padded)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-6, rtol=1e-4)
     repeated = (ROWS, HEADS, TOKENS + LENGTH)
     assert repeated in kept_before
     assert repeated not in kept
+    # One for all layers of a kind, of which Gemma 3 has two.
+    assert (masks, masks_before) == (1 if name == "llama" else 2, len(prefix_layers(model)))
 
 
 def test_what_somebody_else_registered_stays(transformers_own):
@@ -58,3 +67,13 @@ def test_what_somebody_else_registered_stays(transformers_own):
     ALL_ATTENTION_FUNCTIONS.register("sdpa", own)
     use_groups()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+
+
+def test_a_mask_that_was_written_into_is_read_again():
+    mask = torch.ones(1, 1, 2, 3, dtype=torch.bool)
+    assert additive(mask, torch.float32) is additive(mask, torch.float32)
+    mask[..., 0] = False
+    assert additive(mask, torch.float32)[..., 0].isneginf().all()
+    assert additive(mask, torch.float64).dtype == torch.float64
+    with torch.no_grad():
+        assert additive(mask, torch.float32) is mask
