@@ -115,7 +115,7 @@ def load(model: str, dtype: torch.dtype, device: torch.device, num_layers: int |
     """
     fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
     if model not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **fewer).to(device)
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device, **fewer)
     torch.manual_seed(0)
     config = copy.deepcopy(SHAPES[model])
     config.update({"vocab_size": VOCABULARY, **fewer})

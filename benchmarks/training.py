@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,17 @@ class Benchmark:
 
     def _measure(self, batch: int, prefix: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
-        vocabulary = self.base.get_input_embeddings().num_embeddings
-        ids = torch.randint(vocabulary, (batch, self.settings.length), generator=generator).to(self.device)
+        ids = torch.randint(self.base.config.vocab_size, (batch, self.settings.length), generator=generator).to(
+            self.device
+        )
         steps = {name: TrainingStep(self.base, method, prefix) for name, method in METHODS.items()}
-        candidates = {name: lambda step=step: self._timed(step, ids) for name, step in steps.items()}
+        candidates = {name: partial(self._timed, step, ids) for name, step in steps.items()}
         measured = interleave(candidates, self.settings.rounds)
         return {
             "methods": {
                 name: {
                     "trained": sum(parameter.numel() for parameter in step.trained),
-                    **footprint(lambda step=step: step.forward(ids), step.update, self.device),
+                    **footprint(partial(step.forward, ids), step.update, self.device),
                     "seconds": [round(one["seconds"], 5) for one in measured[name]],
                     "ratios": {other: ratio(measured[name], measured[other], "seconds") for other in REFERENCES},
                 }
