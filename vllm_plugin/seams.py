@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -92,14 +93,31 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
         instance.prefix_models = prefixes
 
 
+class _Room(int):
+    """How many tokens of a prompt fit behind a prefix; a client can send a number, and none of these."""
+
+
 async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Truncates to the context where a client asks for that: vLLM's own limit does not know of virtual tokens."""
     request = kwargs["request"] if "request" in kwargs else args[0]
     prefix = _request_for(instance.models, request.model)
-    if prefix is not None and getattr(request, "truncate_prompt_tokens", None) == -1:
+    if prefix is not None:
         # One is left for the output, as vLLM does.
-        request.truncate_prompt_tokens = instance.model_config.max_model_len - prefix.spec.num_virtual_tokens - 1
+        room = _Room(instance.model_config.max_model_len - prefix.spec.num_virtual_tokens - 1)
+        if getattr(request, "truncate_prompt_tokens", None) == -1:
+            request.truncate_prompt_tokens = room
+        elif hasattr(request, "truncation"):
+            request.prefix_room = room
     return await wrapped(*args, **kwargs)
+
+
+def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """The same for `/v1/responses`, where clients have no number to set."""
+    params = wrapped(*args, **kwargs)
+    room = getattr(instance, "prefix_room", None)
+    if isinstance(room, _Room) and params.truncate_prompt_tokens == -1:
+        return dataclasses.replace(params, truncate_prompt_tokens=room)
+    return params
 
 
 def _is_model_supported(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
@@ -186,6 +204,12 @@ SERVER_SEAMS = (
     Seam(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     Seam(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported),
     Seam(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters),
+    Seam(
+        "vllm.entrypoints.openai.responses.protocol",
+        "ResponsesRequest.build_tok_params",
+        ("model_config",),
+        _build_tok_params,
+    ),
     # vLLM's hook for endpoints loads plugins that the operator lists in VLLM_PLUGINS, and then no others but those.
     Seam("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router),
 )

@@ -143,6 +143,19 @@ class Reference:
             tokens.append(int(self.logits(tokens, prefix)[-1].argmax()))
         return tokens[len(token_ids) :]
 
+    def beams(self, token_ids: Sequence[int], prefix: Prefix | None, width: int, max_tokens: int) -> list[list[int]]:
+        """Returns the best `width` outputs of a beam search that does not end."""
+        beams: list[tuple[float, list[int]]] = [(0.0, [])]
+        for _ in range(max_tokens):
+            candidates = [
+                (score + float(scores[token]), [*output, int(token)])
+                for score, output in beams
+                for scores in [self.logits([*token_ids, *output], prefix)[-1].log_softmax(-1)]
+                for token in scores.topk(2 * width).indices
+            ]
+            beams = sorted(candidates, key=lambda beam: -beam[0])[:width]
+        return [output for _, output in beams]
+
 
 def specs_in(kv_transfer_config: Any) -> dict[str, PrefixSpec]:
     """Returns the adapters of an engine at this moment, by name; {} for one without prefixes."""

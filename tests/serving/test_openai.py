@@ -38,17 +38,7 @@ class Oracle:
         return output
 
     def beams(self, model: str, prompt: list[int], width: int, max_tokens: int) -> list[list[int]]:
-        """Returns the best `width` outputs of a beam search that does not end."""
-        beams: list[tuple[float, list[int]]] = [(0.0, [])]
-        for _ in range(max_tokens):
-            candidates = [
-                (score + float(scores[token]), [*output, int(token)])
-                for score, output in beams
-                for scores in [self.logprobs(model, [*prompt, *output])[-1]]
-                for token in scores.topk(2 * width).indices
-            ]
-            beams = sorted(candidates, key=lambda beam: -beam[0])[:width]
-        return [output for _, output in beams]
+        return self._reference.beams(prompt, PREFIXES.get(model), width, max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +245,14 @@ def test_prompts_are_cut_to_the_context(client: Any, oracle: Oracle, model: str)
     assert response.choices[0].text.split() == text_of(expected).split()
     chat = {"messages": [{"role": "user", "content": text_of(long)}], "max_tokens": 6, "temperature": 0}
     assert client.chat.completions.create(model=model, extra_body=options, **chat).usage.prompt_tokens == room - 1
+    response = client.responses.create(
+        model=model, input=text_of(long), max_output_tokens=6, temperature=0, truncation="auto"
+    )
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (room - 1, 1)
+    # From the right, as vLLM has it here.
+    assert response.output_text.split() == text_of(oracle.greedy(model, long[: room - 1], 1)).split("</s>")[0].split()
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model=model, input=text_of(long), max_output_tokens=6)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,32 @@ def test_a_request_may_leave_the_cache_alone(llama: Engine) -> None:
     assert llama.counts("loads") == {"p33": 2}
     # What it computed others may read.
     assert llama.generate(["p33"], [prompt])[0].num_cached_tokens == 63
+
+
+@pytest.mark.parametrize(("name", "p"), [("p33", 33), (None, 0)])
+def test_offline_beams_reach_the_end_of_the_context(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch, name: str | None, p: int
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    # The engine has no tokenizer.
+    tokenizer = SimpleNamespace(eos_token_id=2, decode=lambda tokens, **_: "")
+    monkeypatch.setattr(llama.llm.renderer, "get_tokenizer", lambda: tokenizer)
+    prompt = prompt_ids(512 - p - 4)
+
+    def search(max_tokens: int) -> Any:
+        params = BeamSearchParams(beam_width=2, max_tokens=max_tokens, ignore_eos=True)
+        adapter = None if name is None else PrefixAdapterRequest(name)
+        return llama.llm.beam_search([{"prompt_token_ids": prompt}], params, lora_request=adapter)
+
+    (output,) = search(4)
+    expected = llama.reference.beams(prompt, name and llama.prefixes[name], 2, 4)
+    assert [beam.tokens[len(prompt) :] for beam in output.sequences] == expected
+    # vLLM cuts nothing off here, with a prefix or without.
+    with pytest.raises(VLLMValidationError, match="tokens"):
+        search(5)
+    assert not llama.llm.llm_engine.has_unfinished_requests()
 
 
 @pytest.mark.parametrize(
