@@ -34,9 +34,10 @@ BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 4
 class Cache:
     """An attention layer that stores what it is given by slot: `[NUM_BLOCKS * BLOCK_SIZE, H, D]`, NaN where nothing is."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: CacheLayer) -> None:
         self.impl = self
-        self.kv_cache = [torch.full((NUM_BLOCKS * BLOCK_SIZE, 2, 32), torch.nan) for _ in range(2)]
+        sizes = layer.key_size, layer.value_size
+        self.kv_cache = [torch.full((NUM_BLOCKS * BLOCK_SIZE, 2, size), torch.nan) for size in sizes]
         self.num_writes = 0
 
     def do_kv_cache_update(self, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
@@ -44,16 +45,22 @@ class Cache:
         kv_cache[0][slots], kv_cache[1][slots] = key, value
 
 
-def layer(index: int, group: int = 0) -> CacheLayer:
-    return CacheLayer(f"model.layers.{index}.self_attn.attn", index, group, BLOCK_SIZE, 2, 32, 32)
+def layer(index: int, group: int = 0, value_size: int = 32) -> CacheLayer:
+    return CacheLayer(f"model.layers.{index}.self_attn.attn", index, group, BLOCK_SIZE, 2, 32, value_size)
 
 
 class Worker:
     """A bank and a writer over two layers."""
 
-    def __init__(self, device_memory: int, device: torch.device = CPU, groups: tuple[int, int] = (0, 0)) -> None:
-        layers = [layer(0, groups[0]), layer(1, groups[1])]
-        self.caches = {each.name: Cache() for each in layers}
+    def __init__(
+        self,
+        device_memory: int,
+        device: torch.device = CPU,
+        groups: tuple[int, int] = (0, 0),
+        value_sizes: tuple[int, int] = (32, 32),
+    ) -> None:
+        layers = [layer(index, groups[index], value_sizes[index]) for index in (0, 1)]
+        self.caches = {each.name: Cache(each) for each in layers}
         stacks = stacks_of(layers)
         self.bank = PrefixBank(
             stacks, tp_rank=0, tp_size=1, dtype=torch.float32, device=device, device_memory=device_memory
@@ -100,6 +107,21 @@ def test_all_loads_of_a_step_are_one_write_per_layer(adapters: Any) -> None:
     assert [cache.num_writes for cache in worker.caches.values()] == [1, 1]
     assert worker.opened == ["one", "two"]
     assert worker.writer.take_unwritten() == set()
+
+
+@pytest.mark.parametrize("value_sizes", [(16, 16), (32, 16)])
+def test_values_may_be_narrower_than_keys(tmp_path: Path, value_sizes: tuple[int, int]) -> None:
+    prefix = [
+        (key, value[..., :size].contiguous())
+        for (key, value), size in zip(support.random_prefix(CONFIG, 6), value_sizes, strict=True)
+    ]
+    folder = support.write_adapter(tmp_path / "one", CONFIG, prefix)
+    spec = PrefixSpec("one", str(folder), str(folder), 6, digest_of(load_adapter("one", str(folder))))
+    worker = Worker(1 << 20, value_sizes=value_sizes)
+    worker.writer.write([load(spec, [3, 1]), load(spec, [3, 6], start=4)])
+    assert worker.holds(prefix, [3, 1], 0, 6)
+    assert worker.holds(prefix, [3, 6], 4, 6)
+    assert worker.bank._on_device.used == 6 * 4 * 2 * (2 * 32 + sum(value_sizes))
 
 
 def test_layers_of_a_sliding_window_skip_what_has_left_it(adapters: Any) -> None:

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from peft_prefix_ext.checkpoint import LayerKV
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.geometry import CacheLayer, model_shapes, shard, stacks_of
+from vllm_plugin.geometry import CacheLayer, cache_layers, model_shapes, shard, stacks_of
 from vllm_plugin.registry import Registry
 from vllm_plugin.store import check_shapes
 
 
-def layer(index: int, heads: int = 2, size: int = 32, group: int = 0) -> CacheLayer:
-    return CacheLayer(f"model.layers.{index}.self_attn.attn", index, group, 32, heads, size, size)
+def layer(index: int, heads: int = 2, size: int = 32, group: int = 0, value_size: int | None = None) -> CacheLayer:
+    return CacheLayer(f"model.layers.{index}.self_attn.attn", index, group, 32, heads, size, value_size or size)
 
 
+@pytest.mark.parametrize("value_size", [32, 16])
 @pytest.mark.parametrize(("heads", "tp_size"), [(2, 1), (1, 2), (1, 4)])
-def test_each_rank_has_its_heads(heads: int, tp_size: int) -> None:
-    kv = LayerKV(torch.randn(2, 4, 32), torch.randn(2, 4, 32))
-    shards = [shard("one", kv, layer(0, heads), rank, tp_size) for rank in range(tp_size)]
+def test_each_rank_has_its_heads(heads: int, tp_size: int, value_size: int) -> None:
+    kv, own = LayerKV(torch.randn(2, 4, 32), torch.randn(2, 4, value_size)), layer(0, heads, value_size=value_size)
+    shards = [shard("one", kv, own, rank, tp_size) for rank in range(tp_size)]
     for kind in (0, 1):
         together = torch.cat([part[kind] for part in shards], dim=1).transpose(0, 1)
         assert together.equal(kv[kind].repeat_interleave(max(1, tp_size // 2), 0))
     # Whatever the number of ranks, these are two heads of the model.
-    assert model_shapes([layer(0, heads)], tp_size, 2) == ((0, 2, 32, 32),)
+    assert model_shapes([own], tp_size, 2) == ((0, 2, 32, value_size),)
 
 
-@pytest.mark.parametrize(("other", "tp_size"), [(layer(0, 2), 2), (layer(0, 2, 64), 1)])
+@pytest.mark.parametrize(("other", "tp_size"), [(layer(0, 2), 2), (layer(0, 2, 64), 1), (layer(0, value_size=16), 1)])
 def test_a_prefix_of_another_shape_is_refused(other: CacheLayer, tp_size: int) -> None:
     kv = LayerKV(torch.randn(2, 4, 32), torch.randn(2, 4, 32))
     with pytest.raises(PrefixServeError, match="layer 0 has 2 KV heads of sizes"):
@@ -55,5 +64,34 @@ def test_a_pipeline_stage_checks_and_publishes_its_own_layers(tmp_path: Path) ->
 
 
 def test_what_is_written_alike_is_one_stack() -> None:
-    layers = [layer(0), layer(1, group=1), layer(2), layer(3, size=64), layer(4, group=1)]
-    assert [[each.index for each in stack.layers] for stack in stacks_of(layers)] == [[0, 2], [1, 4], [3]]
+    layers = [layer(0), layer(1, group=1), layer(2), layer(3, size=64), layer(4, group=1), layer(5, value_size=16)]
+    assert [[each.index for each in stack.layers] for stack in stacks_of(layers)] == [[0, 2], [1, 4], [3], [5]]
+
+
+def config_of(*groups: tuple[list[int], Any]) -> KVCacheConfig:
+    names = [([f"model.layers.{index}.self_attn.attn" for index in indices], spec) for indices, spec in groups]
+    return KVCacheConfig(8, [], [KVCacheGroupSpec(*group) for group in names])
+
+
+def test_layers_are_what_vllm_says_they_are() -> None:
+    sizes = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
+    full = FullAttentionSpec(**sizes)
+    sliding = SlidingWindowSpec(**sizes, head_size_v=16, sliding_window=64)
+    assert cache_layers(config_of(([0, 2], full), ([1], sliding))) == [
+        layer(0),
+        layer(2),
+        layer(1, group=1, value_size=16),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([([0], MLAAttentionSpec)], "plain attention layers only.* of type MLAAttentionSpec"),
+        ([([0], FullAttentionSpec), ([0], FullAttentionSpec)], "one KV cache per layer; .* share one layer number"),
+    ],
+)
+def test_layers_of_another_kind_are_refused(groups: list[tuple[list[int], Any]], message: str) -> None:
+    sizes = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": torch.bfloat16}
+    with pytest.raises(PrefixServeError, match=message):
+        cache_layers(config_of(*((indices, spec(**sizes)) for indices, spec in groups)))
