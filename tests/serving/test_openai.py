@@ -249,10 +249,11 @@ def test_prompts_are_cut_to_the_context(client: Any, oracle: Oracle, model: str)
         model=model, input=text_of(long), max_output_tokens=6, temperature=0, truncation="auto"
     )
     assert (response.usage.input_tokens, response.usage.output_tokens) == (room - 1, 1)
-    # From the right, as vLLM has it here.
-    assert response.output_text.split() == text_of(oracle.greedy(model, long[: room - 1], 1)).split("</s>")[0].split()
+    assert response.output_text.split() == text_of(expected).split("</s>")[0].split()
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model=model, input=text_of(long), max_output_tokens=6)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=model, extra_body={"truncation": "auto", "prefix_room": 5}, **chat)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -285,6 +286,17 @@ def test_responses_and_messages(client: Any, oracle: Oracle, model: str) -> None
     )
     assert message["content"][0]["text"].split() == expected
     assert message["usage"]["input_tokens"] == len(PROMPT)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_batch_of_chats(client: Any, oracle: Oracle, model: str) -> None:
+    prompts = [PROMPT, PROMPT[:5]]
+    chats = [[{"role": "user", "content": text_of(prompt)}] for prompt in prompts]
+    options = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False}
+    response = post(client, "/chat/completions/batch", model=model, messages=chats, **options)
+    for prompt, choice in zip(prompts, response["choices"], strict=True):
+        assert choice["message"]["content"].split() == text_of(oracle.greedy(model, prompt)).split()
+    assert response["usage"]["prompt_tokens"] == sum(map(len, prompts))
 
 
 def test_tokens_of_a_model_are_its_real_ones(client: Any) -> None:

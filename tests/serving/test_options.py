@@ -13,43 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_prefix_ext import PrefixExtConfig, read_prefix
+from peft_prefix_ext import read_prefix
 from serving import support
 from serving.engines import Engine
+from serving.on_lora import greedy, train
 from serving.support import prompt_ids
 from vllm_plugin import PrefixAdapterRequest, lora
 from vllm_plugin.errors import PrefixServeError
 
 CONFIG = support.llama_config()
-
-
-def train(folder: Path, model: Path, seed: int, *, lora_first: bool) -> PeftModel:
-    """Saves LoRA and a prefix, as if they had been trained together, and returns both."""
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    below = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
-    prefix = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=33, init_std=1.5)
-    if lora_first:
-        both = get_peft_model(get_peft_model(base, below), prefix, adapter_name="prefix")
-    else:
-        both = get_peft_model(get_peft_model(base, prefix).get_base_model(), below, adapter_name="lora")
-    with torch.no_grad():
-        for name, parameter in both.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    both.eval().save_pretrained(folder)
-    return both
-
-
-@torch.no_grad()
-def greedy(model: torch.nn.Module, prompt: list[int], max_tokens: int = 10) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
 
 
 @pytest.fixture(scope="module")

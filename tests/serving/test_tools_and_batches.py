@@ -31,6 +31,18 @@ TOOLS = [
         },
     }
 ]
+CANCEL = {
+    "type": "function",
+    "function": {
+        "name": "cancel",
+        "parameters": {
+            "type": "object",
+            "properties": {"reason": {"enum": ["late", "cold"]}},
+            "required": ["reason"],
+            "additionalProperties": False,
+        },
+    },
+}
 MESSAGES = [{"role": "user", "content": "name: Aromi, food: Italian"}]
 
 
@@ -67,6 +79,47 @@ def test_a_call_among_text_is_parsed(client: Any) -> None:
         ).choices
         assert choice.finish_reason == "tool_calls"
         assert json.loads(choice.message.tool_calls[0].function.arguments)["dish"] in ("soup", "rice")
+
+
+def test_calls_side_by_side(client: Any) -> None:
+    call = r'<tool_call>\n\{"name": "order", "arguments": \{"dish": "(soup|rice)"\}\}\n</tool_call>'
+    for model in MODELS:
+        for parallel, count in ((True, 2), (False, 1)):
+            (choice,) = client.chat.completions.create(
+                model=model,
+                messages=MESSAGES,
+                tools=TOOLS,
+                parallel_tool_calls=parallel,
+                temperature=0,
+                max_tokens=150,
+                extra_body={"structured_outputs": {"regex": f"{call}\n{call}"}},
+            ).choices
+            assert [call.function.name for call in choice.message.tool_calls] == ["order"] * count
+
+
+@pytest.mark.parametrize("forced", ["required", {"type": "function", "function": {"name": "cancel"}}], ids=str)
+def test_a_call_that_is_forced(client: Any, subword_tokenizer: PreTrainedTokenizerFast, forced: Any) -> None:
+    # A random model would write blanks forever where JSON allows them, and call again and again.
+    blanks = [token for word, token in subword_tokenizer.get_vocab().items() if not set(word) - set("ĠĊĉč")]
+    options: dict[str, Any] = {
+        **{"messages": MESSAGES, "tools": [*TOOLS, CANCEL], "tool_choice": forced, "temperature": 0, "max_tokens": 120},
+        "logit_bias": {subword_tokenizer.eos_token_id: 100, **dict.fromkeys(blanks, -100)},
+    }
+    for model in MODELS:
+        (choice,) = client.chat.completions.create(model=model, **options).choices
+        (call,) = choice.message.tool_calls
+        name, arguments = call.function.name, json.loads(call.function.arguments)
+        assert name == "cancel" or forced == "required"
+        assert arguments.keys() == ({"dish", "spicy"} if name == "order" else {"reason"})
+        assert choice.finish_reason == "tool_calls"
+        streamed = [
+            delta.function
+            for chunk in client.chat.completions.create(model=model, stream=True, **options)
+            for choice in chunk.choices
+            for delta in choice.delta.tool_calls or []
+        ]
+        assert "".join(delta.name or "" for delta in streamed) == name
+        assert json.loads("".join(delta.arguments or "" for delta in streamed)) == arguments
 
 
 def test_json_of_a_schema(client: Any) -> None:
