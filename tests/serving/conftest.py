@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def adapter(tmp_path: Path) -> Path:
     """The folder of a prefix of 4 tokens for it."""
     config = support.llama_config()
     return support.write_adapter(tmp_path / "adapter", config, support.random_prefix(config, 4))
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What is logged; vLLM keeps its own from whoever else listens."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="package")

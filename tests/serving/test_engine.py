@@ -68,10 +68,17 @@ def test_only_the_tail_of_an_unaligned_prefix_is_loaded_again(llama: Engine) -> 
 
 def test_cached_tokens_count_real_tokens_only(llama: Engine) -> None:
     prompt = prompt_ids(70)
+    before = prompt_tokens(llama)
     cold, warm = (llama.generate(["p33"], [prompt])[0] for _ in range(2))
+    assert prompt_tokens(llama) - before == 2 * 70
     assert cold.num_cached_tokens == 0
     # 33 + 70 tokens fill three blocks of 32, of which the last two hold 63 real ones.
     assert warm.num_cached_tokens == 63
+
+
+def prompt_tokens(engine: Engine) -> int:
+    """Returns how many prompt tokens vLLM's own metrics count."""
+    return sum(metric.value for metric in engine.llm.get_metrics() if metric.name == "vllm:prompt_tokens")
 
 
 def test_n_samples_share_the_prefix(llama: Engine) -> None:

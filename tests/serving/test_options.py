@@ -208,15 +208,19 @@ def test_an_engine_that_cannot_load_lora_says_so(
         ({"name": "../first", "digest": "ab" * 32}, "and it lies in none of"),
         ({"digest": None}, "whose weights were not recorded"),
         ({"peft_type": "LOHA"}, "the server takes one LoRA adapter below a prefix"),
+        (None, "the server takes one LoRA adapter below a prefix"),
     ],
 )
 def test_lora_that_is_not_there_is_refused(
-    engine: Engine, folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+    engine: Engine, folder: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
 ) -> None:
     shutil.copytree(folder / "first", tmp_path / "first")
     path = tmp_path / "first" / "prefix" / "adapter_config.json"
     fields = json.loads(path.read_text())
-    fields["base_adapters"][0].update(change)
+    if change is None:
+        fields["base_adapters"].append({**fields["base_adapters"][0], "name": "another"})
+    else:
+        fields["base_adapters"][0].update(change)
     path.write_text(json.dumps(fields))
     with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
         lora.lora_below("first", read_prefix(path.parent), engine.llm.llm_engine.vllm_config)

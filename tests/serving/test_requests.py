@@ -159,6 +159,11 @@ def checks() -> list[tuple[Callable[[], serving.Prompt], Callable[[], Any], str]
         (prompt(num_tokens=None), SamplingParams, "`prompt_embeds` are not supported"),
         (prompt(has_media=True), SamplingParams, "Images, audio and video are not supported"),
         (prompt(num_tokens=0), SamplingParams, "The prompt is empty"),
+        (
+            prompt(),
+            lambda: SamplingParams(prompt_logprob_token_ids=[[5, 6]] * 4, max_tokens=1),
+            "`prompt_logprob_token_ids` is not supported",
+        ),
     ]
 
 

@@ -39,11 +39,23 @@ def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
     assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
 
 
-def test_no_prefix_caching_is_worth_one_warning(model: Path, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_prefix_caching_is_worth_one_warning(model: Path, adapter: Path, log: pytest.LogCaptureFixture) -> None:
     for setting in (True, False):
         engine_config(model, adapter, enable_prefix_caching=setting)
-    assert [record.getMessage() for record in caplog.records if "caching" in record.getMessage()] == [
+    assert [record.getMessage() for record in log.records if "caching" in record.getMessage()] == [
         "Prefix caching is off: every request gets a copy of its prefix of its own; leave it on to share one."
+    ]
+
+
+def test_a_base_model_of_another_name_is_worth_a_warning(
+    model: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    for name in ("org/model", "org/other"):
+        prefix = support.random_prefix(CONFIG, 4)
+        engine_config(model, support.write_adapter(tmp_path / name, CONFIG, prefix, base_model_name_or_path=name))
+    assert [record.getMessage() for record in log.records if "trained on" in record.getMessage()] == [
+        f"Prefix adapter 'one' was trained on org/other and is served on {model}: the architecture fits, but only the same "
+        "weights give the same answers."
     ]
 
 
