@@ -1,0 +1,43 @@
+"""Prompts that are cut to the context, which virtual tokens are part of; `test_openai.py` has a server cut some."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.engine.serving import BaseServing
+
+MESSAGES = [{"role": "user", "content": "w5"}]
+
+
+def limit(server: TestClient, request: Any) -> int | None:
+    """Returns what a prompt is cut to, when a request came as far as its prompt is rendered."""
+    models = server.app.state.openai_serving_models
+    assert asyncio.run(BaseServing(models, models.model_config)._check_model(request)) is None
+    cut: int | None = request.build_tok_params(models.model_config).truncate_prompt_tokens
+    return cut
+
+
+# The context is 256, and the prefix has 4 tokens; one is left for the output.
+@pytest.mark.parametrize(("name", "room"), [("one", 256 - 4 - 1), ("base", -1)])
+def test_as_long_as_fits(server: TestClient, name: str, room: int) -> None:
+    assert limit(server, CompletionRequest(model=name, prompt="w5", truncate_prompt_tokens=-1)) == room
+    assert limit(server, ChatCompletionRequest(model=name, messages=MESSAGES, truncate_prompt_tokens=-1)) == room
+    for auto in ("auto", None):
+        assert limit(server, ResponsesRequest(model=name, input="w5", truncation=auto)) == room
+
+
+@pytest.mark.parametrize("name", ["one", "base"])
+def test_only_where_asked(server: TestClient, name: str) -> None:
+    assert limit(server, CompletionRequest(model=name, prompt="w5", truncate_prompt_tokens=7)) == 7
+    assert limit(server, ResponsesRequest(model=name, input="w5")) is None
+    # What a client makes up has no meaning.
+    forged = {"truncation": "auto", "prefix_room": 7}
+    assert limit(server, ChatCompletionRequest(model=name, messages=MESSAGES, **forged)) is None
+    assert limit(server, ResponsesRequest(model=name, input="w5", truncation="disabled", prefix_room=7)) is None
+    assert limit(server, ResponsesRequest(model=name, input="w5", truncation="auto", prefix_room=7)) != 7
