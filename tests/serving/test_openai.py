@@ -288,17 +288,6 @@ def test_responses_and_messages(client: Any, oracle: Oracle, model: str) -> None
     assert message["usage"]["input_tokens"] == len(PROMPT)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_batch_of_chats(client: Any, oracle: Oracle, model: str) -> None:
-    prompts = [PROMPT, PROMPT[:5]]
-    chats = [[{"role": "user", "content": text_of(prompt)}] for prompt in prompts]
-    options = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False}
-    response = post(client, "/chat/completions/batch", model=model, messages=chats, **options)
-    for prompt, choice in zip(prompts, response["choices"], strict=True):
-        assert choice["message"]["content"].split() == text_of(oracle.greedy(model, prompt)).split()
-    assert response["usage"]["prompt_tokens"] == sum(map(len, prompts))
-
-
 def test_tokens_of_a_model_are_its_real_ones(client: Any) -> None:
     for model in MODELS:
         assert post(client, "/../tokenize", model=model, prompt=text_of(PROMPT))["tokens"] == PROMPT
