@@ -14,12 +14,17 @@ def put(readme: Path, name: str, text: str) -> None:
     Raises:
         ValueError: If the file has no such markers.
     """
-    begin, end = f"<!-- {name}: made by benchmarks/{name}.py --report -->", f"<!-- /{name} -->"
+    begin, end = markers(name)
     before, found, rest = readme.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise ValueError(f"{readme} must have the lines {begin!r} and {end!r}.")
     readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def markers(name: str) -> tuple[str, str]:
+    """Returns the lines before and after the part of the benchmark `name`."""
+    return f"<!-- {name}: made by benchmarks/{name}.py --report -->", f"<!-- /{name} -->"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

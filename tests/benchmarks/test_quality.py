@@ -6,8 +6,9 @@ import methods
 import pytest
 from methods import METHODS
 from quality import Benchmark, Settings, Size
+from readme import markers
 from records import Records
-from summary import BEGIN, END, variant_table, write_report
+from summary import variant_table, write_report
 from tiny import tiny_model
 
 TESTED = [method for method in METHODS if method.name in ("ours-mlp-exemplars", "stock-zero", "lora-r8")]
@@ -87,10 +88,10 @@ def test_results_of_other_settings_are_refused(finished, settings):
 
 
 def test_report_fills_the_readme_and_saves_the_plot(finished, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n")
+    readme, (begin, end) = tmp_path / "README.md", markers("quality")
+    readme.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nrest\n")
     text = write_report(finished, METHODS, tmp_path / "quality.png", readme)
-    assert readme.read_text() == f"# Title\n\n{BEGIN}\n{text}\n{END}\n\nrest\n"
+    assert readme.read_text() == f"# Title\n\n{begin}\n{text}\n{end}\n\nrest\n"
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 3 + len(TESTED)
     assert lines[0].count("|") == lines[-1].count("|")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from comparisons import TRANSPORTS, Settings, comparisons, ratios
 from interleaving import Measurement, interleave, ratio
+from readme import markers
 from serving_report import absolute, ratio_table, write_report
 from workload import Workload, write_loras, write_prefixes
 
@@ -100,9 +101,7 @@ def test_report(tmp_path: Path) -> None:
     content = {"settings": SETTINGS.record(), "records": records}
     results.write_text(json.dumps(content), encoding="utf-8")
     readme = tmp_path / "README.md"
-    readme.write_text(
-        "a\n<!-- serving: made by benchmarks/serving.py --report -->\n<!-- /serving -->\nb\n", encoding="utf-8"
-    )
+    readme.write_text("\n".join(markers("serving")), encoding="utf-8")
     text = write_report(results, readme)
     assert "| 1 prefix / 1 LoRA of rank 8 | offline | 0.910 (0.909 to 0.910) | 1.000" in text
     assert ratio_table(content) in readme.read_text(encoding="utf-8")
