@@ -65,7 +65,8 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     Layers are given the same mask, and it is the mask that remembers. Where nothing is kept for a backward pass, the kernel's
     own conversion will do.
     """
-    if mask.dtype != torch.bool or mask.is_inference() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    # The compiler comes first: it cannot trace what follows.
+    if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.is_inference() or not torch.is_grad_enabled():
         return mask
     state = dtype, mask._version  # which tells whether somebody wrote into it
     remembered, found = getattr(mask, _ADDITIVE, (None, mask))
