@@ -1,7 +1,7 @@
 """How fast does it train, and in how much memory? One training step of every method, side by side.
 
     python benchmarks/training.py                          # all cells of the table; goes on where it was interrupted
-    python benchmarks/training.py --short --results /tmp/short.json
+    python benchmarks/training.py --short --results short.json
     python benchmarks/training.py --shape 3B --length 512 --results 3b.json
     python benchmarks/training.py --report                 # table and plot, out of the results
 
