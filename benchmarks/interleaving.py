@@ -46,6 +46,12 @@ def ratio(ours: Sequence[Measurement], theirs: Sequence[Measurement], field: str
     return spread([mine[field] / other[field] for mine, other in zip(ours, theirs, strict=True)])
 
 
+def shown(found: dict[str, Any], digits: int) -> str:
+    """Returns a result of `ratio` as tables have it: the median, and the quartiles in brackets."""
+    low, high = found["quartiles"]
+    return f"{found['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Returns median and quartiles; of a single value, that value."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def title(found: dict[str, Any]) -> str:
     place = found["accelerator"] or f"{found['cores']} cores of {found['cpu']}"
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return f"{place}; {versions}; revision {found['revision']}"
+
+
+def titles(records: Iterable[dict[str, Any]]) -> str:
+    """Returns the line for all machines that results were made on."""
+    return "; ".join(dict.fromkeys(title(record["machine"]) for record in records))
 
 
 def revision() -> str:

@@ -13,8 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from comparisons import TRANSPORTS, Ratio, ratios
-from interleaving import ratio
-from machine import title
+from interleaving import ratio, shown
+from machine import titles
 from readme import put, table
 from records import Record
 
@@ -40,12 +40,11 @@ def write_report(results: Path, readme: Path | None) -> str:
 def caption(content: Record) -> str:
     """Returns under which conditions the results were made."""
     settings = content["settings"]
-    machines = "; ".join(dict.fromkeys(title(record["machine"]) for record in content["records"]))
     return (
         f"{settings['model']}, {settings['dtype']}, blocks of {settings['block_size']} tokens, {settings['input_tokens']} "
         f"tokens in and {settings['output_tokens']} out; {settings['requests']} requests at once, {settings['mix_requests']} "
         f"in mixes of adapters (over HTTP {settings['concurrency']} at a time). Medians and quartiles of "
-        f"{settings['rounds']} interleaved rounds. {machines}."
+        f"{settings['rounds']} interleaved rounds. {titles(content['records'])}."
     )
 
 
@@ -59,8 +58,7 @@ def ratio_table(content: Record) -> str:
                 cells.append("")
                 continue
             value = ratio(measurements[found.ours], measurements[found.theirs], field)
-            low, high = value["quartiles"]
-            cells.append(f"{value['median']:.3f} ({low:.3f} to {high:.3f})")
+            cells.append(shown(value, 3))
         rows.append(cells)
     return table(["ratio", "", *FIELDS.values()], rows)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-# Of Qwen2.5-0.5B, Llama-3.2-3B and Llama-3.1-8B; the vocabulary is smaller than theirs, for it is not what is measured.
+# The vocabulary is smaller than theirs, for it is not what is measured.
+COMMON: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 8192, "dtype": "bfloat16"}
+# Of Qwen2.5-0.5B, Llama-3.2-3B and Llama-3.1-8B.
 SHAPES: dict[str, PreTrainedConfig] = {
     "0.5B": Qwen2Config(
+        **COMMON,
         hidden_size=896,
         intermediate_size=4864,
         num_hidden_layers=24,
@@ -17,6 +22,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=True,
     ),
     "3B": LlamaConfig(
+        **COMMON,
         hidden_size=3072,
         intermediate_size=8192,
         num_hidden_layers=28,
@@ -26,6 +32,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=True,
     ),
     "8B": LlamaConfig(
+        **COMMON,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
@@ -34,13 +41,11 @@ SHAPES: dict[str, PreTrainedConfig] = {
         head_dim=128,
     ),
 }
-CONTEXT, VOCABULARY = 8192, 32000
 
 
 def write_shape(folder: Path, name: str) -> Path:
     """Saves the config of a shape: a model folder for engines that make up the weights (`load_format="dummy"`)."""
-    config = SHAPES[name]
-    config.update({"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "dtype": "bfloat16"})
+    config = copy.deepcopy(SHAPES[name])
     config.architectures = [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[config.model_type]]
     config.save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
-from shapes import SHAPES, VOCABULARY
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_prefix_ext import PrefixExtConfig
@@ -118,6 +118,6 @@ def load(model: str, dtype: torch.dtype, device: torch.device, num_layers: int |
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device, **fewer)
     torch.manual_seed(0)
     config = copy.deepcopy(SHAPES[model])
-    config.update({"vocab_size": VOCABULARY, **fewer})
+    config.update(fewer)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

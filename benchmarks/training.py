@@ -132,7 +132,7 @@ def main() -> int:
         changes = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
         settings = Settings(**{**changes, **(SHORT if args.short else {})})
         Benchmark(settings, args.results).go()
-    print(write_report(args.results, readme=args.readme if args.report else None))
+    print(write_report(args.results, readme=args.readme))
     return 0
 
 
@@ -158,10 +158,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, default=HERE / "training.json", help="default: benchmarks/training.json"
     )
-    parser.add_argument(
-        "--report", action="store_true", help="measure nothing; write benchmarks/training.png and the table"
-    )
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="where the table goes")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write benchmarks/training.png")
+    parser.add_argument("--readme", type=Path, help="where the report goes, between its markers; by default nowhere")
     return parser.parse_args()
 
 

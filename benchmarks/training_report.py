@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from machine import title
+from interleaving import shown
+from machine import titles
 from readme import put, table
 from records import Record
 from steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP
@@ -42,12 +42,11 @@ def cells(content: Record) -> list[Record]:
 def caption(content: Record) -> str:
     """Returns under which conditions the results were made."""
     settings = content["settings"]
-    machines = "; ".join(dict.fromkeys(title(record["machine"]) for record in content["records"]))
     layers = "" if settings["layers"] is None else f" with {settings['layers']} of its layers"
     threads = f", {settings['threads']} threads" if settings["device"] == "cpu" else ""
     return (
         f"{settings['model']}{layers}, {settings['dtype']}{threads}, rows of {settings['length']} tokens. Step time as a ratio: "
-        f"median (quartiles) of {settings['rounds']} interleaved rounds. {machines}."
+        f"median (quartiles) of {settings['rounds']} interleaved rounds. {titles(content['records'])}."
     )
 
 
@@ -64,7 +63,7 @@ def cell_table(cell: Record) -> str:
     rows = []
     for name in METHODS:
         method = cell["methods"][name]
-        ratios = [_ratio(method["ratios"][other]) for other in (LIMIT, STOCK_FLAT, STOCK_MLP)]
+        ratios = [shown(method["ratios"][other], 2) for other in (LIMIT, STOCK_FLAT, STOCK_MLP)]
         rows.append([name, *ratios, *(f"{method[field] / MIB:.0f}" for field in ("saved", "peak"))])
     return table(header, rows)
 
@@ -72,11 +71,11 @@ def cell_table(cell: Record) -> str:
 def save_plot(content: Record, path: Path) -> None:
     """Saves a picture: in each cell, every method's step time and kept memory, over those of stock PEFT's flat prefix."""
     found = cells(content)
-    shown = [name for name in METHODS if name != STOCK_FLAT]
+    names = [name for name in METHODS if name != STOCK_FLAT]
     figure, axes = plt.subplots(2, 1, figsize=(max(8, 1.4 * len(found)), 8), sharex=True)
-    width = 0.8 / len(shown)
-    for number, name in enumerate(shown):
-        places = [place + (number - (len(shown) - 1) / 2) * width for place in range(len(found))]
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(found))]
         times = [cell["methods"][name]["ratios"][STOCK_FLAT] for cell in found]
         middles = [time["median"] for time in times]
         spreads = [
@@ -94,8 +93,3 @@ def save_plot(content: Record, path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
-
-
-def _ratio(found: dict[str, Any]) -> str:
-    low, high = found["quartiles"]
-    return f"{found['median']:.2f} ({low:.2f} to {high:.2f})"

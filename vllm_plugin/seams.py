@@ -199,9 +199,9 @@ SERVER_SEAMS = (
     Seam(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
     Seam(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
     Seam(_MODELS, "OpenAIServingModels.load_lora_adapter", ("request",), _load_lora_adapter),
+    Seam(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     # LoRA requests and prefixes are told apart by name here, and not by an entry of ours in vLLM's own table: that one is
     # searched from end to end for each chat request to the base model, and no other API server process sees it.
-    Seam(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     Seam(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported),
     Seam(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters),
     Seam(
