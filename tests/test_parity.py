@@ -1,6 +1,6 @@
 """What the server says is what training saw: token for token in float32, for every architecture, length and cache state.
 
-One engine per architecture serves ten prefixes of ours, one of stock PEFT and the base model; each batch mixes them all.
+One engine per architecture serves ten prefixes of ours, two of stock PEFT and the base model; each batch mixes them all.
 The references are `PeftModel.generate`, one request at a time.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import perturb, with_prefix
 from serving.engines import start
 from tiny import random_ids, tiny_model
@@ -30,6 +30,11 @@ ARCHITECTURES = {
     "qwen3": {},
     "gemma3": {},
     "mistral": {"head_dim": 32},
+}
+
+STOCK = {
+    "stock45": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=45),
+    "cartridge34": CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=34, num_frozen_tokens=2),
 }
 
 
@@ -93,11 +98,14 @@ class Line:
                 self.peft = PeftModel.from_pretrained(base(), path, adapter_name=name)
             else:
                 self.peft.load_adapter(path, adapter_name=name)
-        # An adapter that stock PEFT trained is served as it is.
+        # Adapters that stock PEFT trained are served as they are.
+        self.stock: dict[str | None, PeftModel] = {}
         torch.manual_seed(1)
-        self.stock = get_peft_model(base(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=45)).eval()
-        self.adapters["stock"] = str(folder / "stock")
-        self.stock.save_pretrained(self.adapters["stock"])
+        for name, config in STOCK.items():
+            self.stock[name] = get_peft_model(base(), config).eval()
+            perturb(self.stock[name])
+            self.adapters[name] = str(folder / name)
+            self.stock[name].save_pretrained(self.adapters[name])
         self.requests = [
             (name, random_ids(length, seed=length + number).tolist())
             for number, name in enumerate([None, *self.adapters])
@@ -106,7 +114,7 @@ class Line:
         self.expected = [self.reference(name, prompt) for name, prompt in self.requests]
         self.llm = start(
             folder / "base",
-            # Far fewer than the 36 requests need together, so that every pass preempts.
+            # Far fewer than the 39 requests need together, so that every pass preempts.
             num_gpu_blocks_override=40,
             disable_log_stats=False,
             **prefix_adapters(self.adapters),
@@ -116,8 +124,8 @@ class Line:
     def reference(self, name: str | None, prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
-        if name == "stock":
-            return self.stock.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
+        if name in self.stock:
+            return self.stock[name].generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
         if name is None:
             with self.peft.disable_adapter():
                 return self.peft.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()

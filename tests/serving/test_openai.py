@@ -16,6 +16,7 @@ from serving.support import WORDS, prompt_ids, text_of
 
 MODELS = ["base", "pirate", "poet"]
 PROMPT = prompt_ids(12)
+EOS = WORDS.index("</s>")
 # Of the tokens so far, prompt and output, to the logits of the next.
 Adjust = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
 
@@ -287,6 +288,20 @@ def test_responses_and_messages(client: Any, oracle: Oracle, model: str) -> None
     )
     assert message["content"][0]["text"].split() == expected
     assert message["usage"]["input_tokens"] == len(PROMPT)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_batch_of_chats(client: Any, oracle: Oracle, model: str) -> None:
+    prompts = [PROMPT, PROMPT[:5]]
+    chats = [[{"role": "user", "content": text_of(prompt)}] for prompt in prompts]
+    options = {"temperature": 0, "logit_bias": {EOS: -100}, "return_token_ids": True}
+    response = post(client, "/chat/completions/batch", model=model, messages=chats, max_tokens=6, **options)
+    for prompt, choice in zip(prompts, response["choices"], strict=True):
+        assert choice["token_ids"] == oracle.greedy(model, prompt, adjust=forbidden([EOS]))
+    assert response["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    room = MAX_MODEL_LEN - (PREFIXES[model][0][0].shape[1] if model in PREFIXES else 0)
+    response = post(client, "/chat/completions/batch", model=model, messages=chats[:1], **options)
+    assert response["usage"]["completion_tokens"] == room - len(PROMPT)
 
 
 def test_tokens_of_a_model_are_its_real_ones(client: Any) -> None:
