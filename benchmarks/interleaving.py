@@ -46,6 +46,11 @@ def ratio(ours: Sequence[Measurement], theirs: Sequence[Measurement], field: str
     return spread([mine[field] / other[field] for mine, other in zip(ours, theirs, strict=True)])
 
 
+def difference(ours: Sequence[Measurement], theirs: Sequence[Measurement], field: str) -> dict[str, Any]:
+    """Returns the median of what a field of ours is more than theirs within rounds, and the quartiles around it."""
+    return spread([mine[field] - other[field] for mine, other in zip(ours, theirs, strict=True)])
+
+
 def shown(found: dict[str, Any], digits: int) -> str:
     """Returns a result of `ratio` as tables have it: the median, and the quartiles in brackets."""
     low, high = found["quartiles"]

@@ -1,0 +1,80 @@
+"""Requests take the ways that the benchmark says, and its report shows what it found."""
+
+import dataclasses
+import json
+
+import pytest
+import readme
+import scheduler
+import wrapt
+
+SETTINGS = scheduler.Settings(cells=((1, 1), (3, 2)), rounds=2, requests=3)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    return scheduler.make_configs(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture(scope="module")
+def found(configs):
+    cells = [scheduler.measure_cell(configs, *cell, SETTINGS) for cell in SETTINGS.cells]
+    return {"machine": scheduler.machine(), "settings": dataclasses.asdict(SETTINGS), "idle": [], "cells": cells}
+
+
+def test_only_requests_with_a_prefix_run_behind_one(configs):
+    from ways import BASE, Engine, FrontEnd, Way, with_plugin, without_plugin
+
+    lengths = {}
+    for plugin, model, shared in (
+        (True, scheduler.name_of(0), 0),
+        (True, BASE, 0),
+        (False, BASE, 0),
+        (False, BASE, 64),
+    ):
+        kind = with_plugin if plugin else without_plugin
+        engine = Engine(configs[plugin], kind)
+        way = Way(FrontEnd(configs[plugin], kind), engine, [model], prompt_tokens=40, shared_tokens=shared, running=3)
+        way.measure(5)
+        assert engine.num_running == 3
+        lengths[plugin, model, shared] = [request.num_prompt_tokens for request in engine._scheduler.running]
+        # The first one filled the blocks that the others share, or nothing is shared.
+        blocks = [engine._scheduler.kv_cache_manager.get_block_ids(f"request-{index:012d}")[0] for index in range(3)]
+        assert blocks[0][:4] == blocks[1][:4] if model != BASE or shared else blocks[0][0] != blocks[1][0]
+    base = [40, 41, 42]
+    behind = [64 + length for length in base]
+    assert list(lengths.values()) == [behind, base, base, behind]
+
+
+def test_a_class_without_the_plugin_has_none_of_its_wraps(configs):
+    from vllm.v1.engine.input_processor import InputProcessor
+    from ways import without_plugin
+
+    assert isinstance(vars(InputProcessor)["process_inputs"], wrapt.FunctionWrapper)
+    assert without_plugin(InputProcessor).process_inputs is InputProcessor.process_inputs.__wrapped__
+
+
+def test_a_process_with_the_plugin_and_no_prefixes_runs_none_of_it():
+    assert scheduler.wraps_when_idle() == []
+
+
+def test_every_cell_has_every_kind_and_stage(found):
+    assert [(cell["adapters"], cell["running"]) for cell in found["cells"]] == list(SETTINGS.cells)
+    for cell in found["cells"]:
+        assert all(numbers["total"] > 0 and numbers["step"] > 0 for numbers in cell["microseconds"].values())
+        bytes_of = cell["message bytes"]
+        assert bytes_of[scheduler.BESIDE] == bytes_of[scheduler.ALONE] < bytes_of[scheduler.PREFIX]
+        assert bytes_of[scheduler.ALONE] < bytes_of[scheduler.TEXT]
+
+
+def test_the_report_has_a_row_per_cell(found, tmp_path, monkeypatch):
+    results, page = tmp_path / "scheduler.json", tmp_path / "README.md"
+    results.write_text(json.dumps(found), encoding="utf-8")
+    page.write_text(readme.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(scheduler, "README", page)
+    scheduler.main(["--report", "--out", str(results)])
+    text = page.read_text(encoding="utf-8")
+    assert scheduler.report(found) in text
+    rows = [line for line in scheduler.report(found).splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows] == ["adapters", "---", "1", "3"]
+    assert len({row.count("|") for row in rows}) == 1
