@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm_plugin.cli import AdapterOption, check_name, parse_gib
@@ -146,7 +146,14 @@ def merge(theirs: Any, settings: Mapping[str, Any]) -> Any:
 
 def settings_in(kv_transfer_config: Any) -> Mapping[str, Any] | None:
     """Returns the extra config of our connector in a `KVTransferConfig`; None if it is not there."""
-    return next((extra for connector, extra in _connectors(kv_transfer_config) if connector == CONNECTOR), None)
+    # Asked for each request.
+    if kv_transfer_config is None:
+        return None
+    extra: Mapping[str, Any] = kv_transfer_config.kv_connector_extra_config
+    if kv_transfer_config.kv_connector == CONNECTOR:
+        return extra
+    children = extra.get("connectors", []) if kv_transfer_config.kv_connector == "MultiConnector" else []
+    return next((child.get("kv_connector_extra_config", {}) for child in children if child.get("kv_connector") == CONNECTOR), None)
 
 
 def replace_settings(kv_transfer_config: Any, settings: Mapping[str, Any]) -> Any:
@@ -159,13 +166,3 @@ def replace_settings(kv_transfer_config: Any, settings: Mapping[str, Any]) -> An
     ]
     extra = {**kv_transfer_config.kv_connector_extra_config, "connectors": children}
     return dataclasses.replace(kv_transfer_config, kv_connector_extra_config=extra)
-
-
-def _connectors(kv_transfer_config: Any) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
-    if kv_transfer_config is None:
-        return
-    extra = kv_transfer_config.kv_connector_extra_config
-    yield kv_transfer_config.kv_connector, extra
-    if kv_transfer_config.kv_connector == "MultiConnector":
-        for child in extra.get("connectors", []):
-            yield child.get("kv_connector"), child.get("kv_connector_extra_config", {})

@@ -88,10 +88,10 @@ def request_for(spec: PrefixSpec) -> LoRARequest | None:
 
 def check(params: Any, vllm_config: Any) -> None:
     """Raises `PrefixRequestError` for what would end the engine: on CPU, vLLM's LoRA code takes sampled tokens only."""
-    from vllm.platforms import current_platform
-
     if vllm_config.lora_config is None or getattr(params, "prompt_logprobs", None) is None:
         return
+    from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
         raise request_error_type()(
             "Log-probabilities of the prompt are not supported on CPU with --enable-lora; leave out `prompt_logprobs`, or "

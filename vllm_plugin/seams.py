@@ -20,12 +20,13 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if not serving.concerns(arguments.get("lora_request"), config):
         return wrapped(*args, **kwargs)
     params, max_model_len = arguments["params"], config.model_config.max_model_len
-    spec = _checked(arguments, params, config)
+    spec, prompt = _checked(arguments, params, config)
     if spec is not None:
         arguments["lora_request"] = lora.request_for(spec)
     request = wrapped(**arguments)
-    # Again on the result: a raw prompt is rendered by the call itself.
-    serving.check(spec, serving.Prompt.of_request(request), params, max_model_len)
+    if prompt is None:
+        # A raw one, which the call itself has rendered.
+        serving.check(spec, serving.Prompt.of_request(request), params, max_model_len)
     if spec is not None:
         serving.route(request, spec, max_model_len)
     return request
@@ -40,12 +41,15 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
-def _checked(arguments: dict[str, Any], params: Any, config: Any) -> PrefixSpec | None:
-    """Returns the prefix of a call, or None, if the call can be answered as far as its arguments tell."""
+def _checked(
+    arguments: dict[str, Any], params: Any, config: Any
+) -> tuple[PrefixSpec | None, serving.Prompt | None]:
+    """Returns the prefix and the prompt of a call, if there are, and if it can be answered as far as its arguments tell."""
     spec = serving.adapter_named(arguments.get("lora_request"), config)
-    serving.check(spec, serving.Prompt.of_input(arguments["prompt"]), params, config.model_config.max_model_len)
+    prompt = serving.Prompt.of_input(arguments["prompt"])
+    serving.check(spec, prompt, params, config.model_config.max_model_len)
     lora.check(params, config)
-    return spec
+    return spec, prompt
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

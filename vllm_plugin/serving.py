@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm import PoolingParams
 
@@ -18,8 +18,7 @@ from vllm_plugin.registry import registry_in
 from vllm_plugin.request import PrefixAdapterRequest
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What the checks need to know of a prompt that vLLM has rendered."""
 
     num_tokens: int | None
@@ -30,7 +29,8 @@ class Prompt:
     @classmethod
     def of_input(cls, prompt: Any) -> Prompt | None:
         """Reads an `EngineInput`; None for a prompt that is not rendered yet."""
-        if not (isinstance(prompt, Mapping) and "type" in prompt):
+        # As vLLM tells them apart.
+        if not (isinstance(prompt, dict) and "type" in prompt):
             return None
         token_ids = prompt.get("prompt_token_ids")
         return cls(
