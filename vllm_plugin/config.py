@@ -8,9 +8,12 @@ vLLM is imported on use only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import msgspec
 
 from vllm_plugin.cli import AdapterOption, check_name, parse_gib
 from vllm_plugin.errors import PrefixServeError
@@ -18,7 +21,7 @@ from vllm_plugin.errors import PrefixServeError
 CONNECTOR = "PrefixConnector"
 CONNECTOR_MODULE = "vllm_plugin.connector"
 # Of the extra config: adapters to open, the folder of the registry, whether to put each into the cache at the start.
-# `ADAPTERS` is also where a request's KV transfer parameters hold its `PrefixSpec`.
+# `ADAPTERS` is also where a request's KV transfer parameters hold its `PrefixSpec`, packed.
 ADAPTERS, REGISTRY, WARMUP = "prefix_adapters", "prefix_registry", "prefix_adapter_warmup"
 # What prefixes may take of each device, in bytes; vLLM's own memory profile does not know of it.
 DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY = "prefix_device_memory", 512 << 20
@@ -54,6 +57,19 @@ class PrefixSpec:
     def salt(self, client_salt: str | None) -> str:
         """Returns the salt of the block hashes: other content, another name or another client salt shares no block."""
         return f"{SALT_PREFIX}{self.digest}:{len(self.name)}:{self.name}:{client_salt or ''}"
+
+
+# Both ends do so for each request, and it is the same for all requests with one prefix.
+@functools.lru_cache(maxsize=4096)
+def pack(spec: PrefixSpec) -> bytes:
+    """Returns what a request brings along to the engine: one string of bytes costs next to nothing to send and to read."""
+    return msgspec.msgpack.encode(spec)
+
+
+@functools.lru_cache(maxsize=4096)
+def unpack(packed: bytes) -> PrefixSpec:
+    """Returns the prefix that `pack` made this of."""
+    return msgspec.msgpack.decode(packed, type=PrefixSpec)
 
 
 def prefix_adapters(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
-from vllm_plugin.config import ADAPTERS, PrefixSpec
+from vllm_plugin.config import ADAPTERS, PrefixSpec, unpack
 from vllm_plugin.failures import GivenBlocks
 from vllm_plugin.stats import PrefixStats
 from vllm_plugin.usage import RealPrefillStats
@@ -62,10 +62,10 @@ class PrefixScheduler:
         """Puts the placeholders in front of a new request's prompt and salts its block hashes."""
         # To release what a connector may hold for a request that the front end refused, vLLM sends it here, aborted and
         # with the client's own parameters. It never runs.
-        fields = (request.kv_transfer_params or {}).get(ADAPTERS)
-        if fields is None or getattr(request, "abort_immediately", False):
+        packed = (request.kv_transfer_params or {}).get(ADAPTERS)
+        if packed is None or getattr(request, "abort_immediately", False):
             return
-        spec = self._specs[request.request_id] = PrefixSpec(**fields)
+        spec = self._specs[request.request_id] = unpack(packed)
         p = spec.num_virtual_tokens
         tokens = request._all_token_ids
         prompt = list(tokens)

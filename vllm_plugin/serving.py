@@ -6,13 +6,12 @@ parameters, which a client may not set itself: the engine holds no table of adap
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vllm import PoolingParams
 
-from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, settings_in
+from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, pack, settings_in
 from vllm_plugin.errors import request_error_type
 from vllm_plugin.registry import registry_in
 from vllm_plugin.request import PrefixAdapterRequest
@@ -142,5 +141,5 @@ def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
     extra_args = dict(params.extra_args or {})
     transfer = extra_args.get("kv_transfer_params") or {}
-    extra_args["kv_transfer_params"] = {**transfer, ADAPTERS: dataclasses.asdict(spec)}
+    extra_args["kv_transfer_params"] = {**transfer, ADAPTERS: pack(spec)}
     params.extra_args = extra_args

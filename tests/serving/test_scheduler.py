@@ -14,7 +14,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import Request
 
 from serving.support import prompt_ids
-from vllm_plugin.config import PrefixSpec
+from vllm_plugin.config import PrefixSpec, pack
 from vllm_plugin.scheduler import PrefixScheduler
 
 BLOCK_SIZE = 32
@@ -38,7 +38,7 @@ def make() -> Iterator[Callable[..., Request]]:
             request.hashed = getattr(request, "hashed", 0) + len(hashes)
             return hashes
 
-        transfer = None if spec is None else {"kv_transfer_params": {"prefix_adapters": dataclasses.asdict(spec)}}
+        transfer = None if spec is None else {"kv_transfer_params": {"prefix_adapters": pack(spec)}}
         params = SamplingParams(max_tokens=5, extra_args=transfer)
         return Request(
             f"request-{next(numbers)}",
