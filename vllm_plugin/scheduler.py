@@ -6,10 +6,9 @@ this class says that they can be loaded; either way the model never runs them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from cachetools import LRUCache
 
 from vllm_plugin.config import ADAPTERS, PrefixSpec, unpack
 from vllm_plugin.failures import GivenBlocks
@@ -52,7 +51,8 @@ class PrefixScheduler:
         self.stats = PrefixStats()
         self.given_blocks = GivenBlocks()
         self._block_size = block_size
-        self._hashes: LRUCache[Any, tuple[Any, ...]] = LRUCache(NUM_HASHED)
+        # The least recently used first.
+        self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
         self._specs: dict[str, PrefixSpec] = {}
         self._promised: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
@@ -67,8 +67,6 @@ class PrefixScheduler:
             return
         spec = self._specs[request.request_id] = unpack(packed)
         p = spec.num_virtual_tokens
-        tokens = request._all_token_ids
-        prompt = list(tokens)
         request.cache_salt = spec.salt(request.cache_salt)
         request.prefill_stats = RealPrefillStats(p)
         if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
@@ -77,9 +75,13 @@ class PrefixScheduler:
         request.block_hashes[:] = self._prefix_hashes(request, p)
         # What samplers see is the request's own first token: the repetition penalty is about the set of prompt tokens,
         # which stays as it was, and every kernel that reads prompt ids gets a valid one.
-        tokens[:] = [prompt[0]] * p + prompt
-        request.prompt_token_ids = list(tokens)
-        request.num_prompt_tokens = len(tokens)
+        prompt = request.prompt_token_ids
+        assert prompt is not None
+        placeholders = [prompt[0]] * p
+        request._all_token_ids[:0] = placeholders
+        # A new list: an engine in its front end's process has the prompt in common with it.
+        request.prompt_token_ids = placeholders + prompt
+        request.num_prompt_tokens += p
         request.update_block_hashes()
         self.stats.add("requests", spec.name)
 
@@ -152,11 +154,16 @@ class PrefixScheduler:
         """
         lora = request.lora_request
         key = request.cache_salt, p, lora and (lora.lora_name, lora.lora_path)
-        if key not in self._hashes:
+        hashes = self._hashes.get(key)
+        if hashes is None:
             tokens = request._all_token_ids
             request.block_hashes.clear()
             prompt, tokens[:] = list(tokens), [0] * p
             request.update_block_hashes()
             tokens[:] = prompt
-            self._hashes[key] = tuple(request.block_hashes)
-        return self._hashes[key]
+            hashes = self._hashes[key] = tuple(request.block_hashes)
+            if len(self._hashes) > NUM_HASHED:
+                self._hashes.popitem(last=False)
+        else:
+            self._hashes.move_to_end(key)
+        return hashes

@@ -32,7 +32,10 @@ class PrefixStats(KVConnectorStats):
 
     def add(self, count: str, adapter: str, number: int = 1) -> None:
         if number:
-            self.data.setdefault(count, Counter())[adapter] += number
+            numbers = self.data.get(count)
+            if numbers is None:
+                numbers = self.data[count] = Counter()
+            numbers[adapter] += number
 
     def take(self) -> PrefixStats | None:
         """Returns what there is, if anything, and starts again."""
