@@ -116,7 +116,12 @@ def make_configs(folder: Path) -> dict[bool, Any]:
     prefix = support.random_prefix(config, PREFIX_TOKENS)
     adapter = prefix_adapters({name_of(0): str(support.write_adapter(folder / "adapter", config, prefix))})
     require(server=True)
-    fields: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 1100, "max_num_batched_tokens": 1 << 17, "enforce_eager": True}
+    fields: dict[str, Any] = {
+        "dtype": "float32",
+        "max_num_seqs": 1100,
+        "max_num_batched_tokens": 1 << 17,
+        "enforce_eager": True,
+    }
     return {
         adapters: EngineArgs(
             model=str(folder / "model"), **fields, **(adapter if adapters else {})

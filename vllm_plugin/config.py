@@ -169,7 +169,10 @@ def settings_in(kv_transfer_config: Any) -> Mapping[str, Any] | None:
     if kv_transfer_config.kv_connector == CONNECTOR:
         return extra
     children = extra.get("connectors", []) if kv_transfer_config.kv_connector == "MultiConnector" else []
-    return next((child.get("kv_connector_extra_config", {}) for child in children if child.get("kv_connector") == CONNECTOR), None)
+    return next(
+        (child.get("kv_connector_extra_config", {}) for child in children if child.get("kv_connector") == CONNECTOR),
+        None,
+    )
 
 
 def replace_settings(kv_transfer_config: Any, settings: Mapping[str, Any]) -> Any:

@@ -8,9 +8,9 @@ Either way the last L - 1 are those of the L real tokens, of which the first has
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllm_plugin.config import ADAPTERS
+from vllm_plugin.serving import has_prefix
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
@@ -22,10 +22,7 @@ _ROWS = "num_real_prompt_rows"
 
 def expect(processor: LogprobsProcessor, request: EngineCoreRequest) -> None:
     """Notes how many rows of prompt log-probabilities belong to real tokens, if the request runs with a prefix."""
-    if processor.prompt_logprobs is None:
-        return
-    params: Any = request.sampling_params
-    if ADAPTERS in ((params.extra_args or {}).get("kv_transfer_params") or {}):
+    if processor.prompt_logprobs is not None and has_prefix(request):
         setattr(processor, _ROWS, len(request.prompt_token_ids or ()) - 1)
 
 

@@ -41,9 +41,7 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
-def _checked(
-    arguments: dict[str, Any], params: Any, config: Any
-) -> tuple[PrefixSpec | None, serving.Prompt | None]:
+def _checked(arguments: dict[str, Any], params: Any, config: Any) -> tuple[PrefixSpec | None, serving.Prompt | None]:
     """Returns the prefix and the prompt of a call, if there are, and if it can be answered as far as its arguments tell."""
     spec = serving.adapter_named(arguments.get("lora_request"), config)
     prompt = serving.Prompt.of_input(arguments["prompt"])
@@ -75,6 +73,16 @@ def _arguments(wrapped: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 @functools.cache
 def _parameters(function: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
+
+
+def _new_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Hashes no blocks of a request before its prefix is in front of them, which is when they are hashed anyway."""
+    arguments = _arguments(wrapped, args, kwargs)
+    if not serving.has_prefix(arguments["request"]):
+        return wrapped(*args, **kwargs)
+    request = wrapped(arguments["request"], None)
+    request._block_hasher = arguments["block_hasher"]
+    return request
 
 
 def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -179,6 +187,13 @@ ENGINE_SEAMS = (
         "LogprobsProcessor._update_prompt_logprobs",
         ("prompt_logprobs_tensors",),
         _update_prompt_logprobs,
+    ),
+    # There is no hook before vLLM hashes a new request, which costs as much again as the rest of its way to the scheduler.
+    Seam(
+        "vllm.v1.request",
+        "Request.from_engine_core_request",
+        ("request", "block_hasher"),
+        _new_request,
     ),
     Seam(
         "vllm.v1.core.sched.scheduler",

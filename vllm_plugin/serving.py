@@ -123,6 +123,12 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
         )
 
 
+def has_prefix(request: Any) -> bool:
+    """Says whether an `EngineCoreRequest` is on its way with a prefix; see `route`."""
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    return extra_args is not None and ADAPTERS in (extra_args.get("kv_transfer_params") or ())
+
+
 def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     """Marks a checked `EngineCoreRequest` for its prefix and keeps its output inside the context.
 

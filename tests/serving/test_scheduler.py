@@ -11,9 +11,11 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from serving.support import prompt_ids
+from vllm_plugin.compat import require
 from vllm_plugin.config import PrefixSpec, pack
 from vllm_plugin.scheduler import PrefixScheduler
 
@@ -71,6 +73,31 @@ def test_the_hashes_are_those_that_vllm_would_make(make: Any, p: int) -> None:
         assert list(request.all_token_ids) == [prompt[0]] * p + prompt
         others = (p + 80) // BLOCK_SIZE - full
         assert request.hashed - before == others + (0 if seed == 2 else full)
+
+
+@pytest.mark.parametrize("spec", [None, SPECS[70]], ids=["base", "prefix"])
+def test_no_block_is_hashed_twice(spec: PrefixSpec | None) -> None:
+    """Not before its prefix is in front of it, either, where vLLM hashes new requests."""
+    require(server=False)
+    hasher = kv_cache_utils.get_request_block_hasher(BLOCK_SIZE, sha256)
+    hashed: list[Any] = []
+
+    def counting(request: Request) -> list[Any]:
+        hashed.extend(hashes := hasher(request))
+        return hashes
+
+    transfer = None if spec is None else {"kv_transfer_params": {"prefix_adapters": pack(spec)}}
+    params = SamplingParams(max_tokens=5, extra_args=transfer)
+    message = EngineCoreRequest("request", prompt_ids(80), None, params, None, 0.0, None, None, None)
+    request = Request.from_engine_core_request(message, counting)
+    PrefixScheduler(BLOCK_SIZE).admit(request)
+    assert hashed == request.block_hashes
+    assert len(hashed) == (80 + (spec.num_virtual_tokens if spec else 0)) // BLOCK_SIZE
+    # Blocks of its own output go on being hashed.
+    request.append_output_token_ids([5] * BLOCK_SIZE)
+    assert hashed == request.block_hashes
+    # The front end has the prompt still.
+    assert message.prompt_token_ids == prompt_ids(80)
 
 
 def test_no_two_of_salt_lora_and_adapter_share_a_block(make: Any) -> None:
