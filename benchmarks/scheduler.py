@@ -24,11 +24,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters import write_random
 from interleaving import Measurement, difference, interleave, ratio, spread
 from machine import machine, title
 from readme import README, put, table
-
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "scheduler.json"
@@ -75,11 +74,11 @@ SHORT = Settings(cells=((1, 1), (100, 100), (10_000, 100)), rounds=10)
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer rounds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where results go, and where --report finds them")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go, and where --report finds them")
     parser.add_argument("--report", action="store_true", help="write the README's table from the results there are")
     options = parser.parse_args(arguments)
     if options.report:
-        put(README, "scheduler", report(json.loads(options.out.read_text(encoding="utf-8"))))
+        put(README, "scheduler", report(json.loads(options.results.read_text(encoding="utf-8"))))
         return
     settings = SHORT if options.short else Settings()
     found = {
@@ -88,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         "idle": wraps_when_idle(),
         "cells": measure(settings),
     }
-    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    options.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(report(found))
 
 
@@ -104,23 +103,32 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
 
 def make_configs(folder: Path) -> dict[bool, Any]:
     """Returns vLLM's config of an engine with adapters (True), and without."""
-    from serving import support
+    from transformers import LlamaConfig
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_plugin import prefix_adapters
     from vllm_plugin.compat import require
 
-    config = support.llama_config(max_position_embeddings=8192, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=8192,
+    )
     config.save_pretrained(folder / "model")
-    support.write_tokenizer(folder / "model")
-    prefix = support.random_prefix(config, PREFIX_TOKENS)
-    adapter = prefix_adapters({name_of(0): str(support.write_adapter(folder / "adapter", config, prefix))})
+    adapter = prefix_adapters({name_of(0): str(write_random(folder / "adapter", config, PREFIX_TOKENS, seed=0))})
     require(server=True)
     fields: dict[str, Any] = {
         "dtype": "float32",
         "max_num_seqs": 1100,
         "max_num_batched_tokens": 1 << 17,
         "enforce_eager": True,
+        "skip_tokenizer_init": True,
     }
     return {
         adapters: EngineArgs(

@@ -72,7 +72,7 @@ def test_the_report_has_a_row_per_cell(found, tmp_path, monkeypatch):
     results.write_text(json.dumps(found), encoding="utf-8")
     page.write_text(readme.README.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(scheduler, "README", page)
-    scheduler.main(["--report", "--out", str(results)])
+    scheduler.main(["--report", "--results", str(results)])
     text = page.read_text(encoding="utf-8")
     assert scheduler.report(found) in text
     rows = [line for line in scheduler.report(found).splitlines() if line.startswith("|")]
