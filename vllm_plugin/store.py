@@ -10,7 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, PrefixNotFoundError, read_prefix
+import torch
+
+from peft_prefix_ext.checkpoint import (
+    PrefixCheckpoint,
+    PrefixCheckpointError,
+    PrefixNotFoundError,
+    magnitude,
+    read_prefix,
+)
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.hub import resolve
 from vllm_plugin.cli import AdapterOption
@@ -169,7 +177,8 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             trained_on,
             model.model,
         )
-    if any(not tensor.to(model.dtype).isfinite().all() for layer in checkpoint.layers.values() for tensor in layer):
+    largest = max(magnitude(tensor) for layer in checkpoint.layers.values() for tensor in layer)
+    if not torch.tensor(largest, dtype=torch.float64).to(model.dtype).isfinite():
         raise PrefixServeError(
             f"Prefix adapter {name!r} holds values too large for {str(model.dtype).removeprefix('torch.')}; start with "
             "another --dtype."
