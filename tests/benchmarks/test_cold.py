@@ -1,0 +1,75 @@
+"""The adapters that the benchmark writes, and what it makes of its measurements; no server."""
+
+import json
+
+import cold
+import pytest
+import readme
+from transformers import LlamaConfig
+
+from peft_prefix_ext.checkpoint import read_prefix
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
+    ).save_pretrained(folder)
+    return cold.Settings(model=str(folder))
+
+
+@pytest.fixture(scope="module")
+def found(settings):
+    starts = {
+        number: [{"seconds": seconds, "bytes": size} for seconds, size in rounds]
+        for number, rounds in {
+            "0": [(30.0, 1000), (40.0, 1100), (50.0, 1050)],
+            "10": [(31.0, 2000), (42.0, 2000), (51.0, 2000)],
+            "1000": [(35.0, 9000), (46.0, 5_001_000), (54.0, 5_001_500)],
+        }.items()
+    }
+    starts["1000"][0]["bytes"] = 5_002_000
+    requests = {
+        kind: [{"seconds": value} for value in values]
+        for kind, values in {"cold": [0.030, 0.040, 0.035], "warm": [0.020, 0.028, 0.026]}.items()
+    }
+    return {
+        "machine": cold.machine(),
+        "settings": cold.dataclasses.asdict(settings),
+        **cold.summarize(starts, requests, [0.011, 0.012, 0.019]),
+        "file bytes": 400_000,
+        "bytes per resident adapter": 368_640,
+    }
+
+
+def test_adapters_are_prefixes_of_the_model_and_all_differ(settings, tmp_path):
+    paths = cold.write_adapters(tmp_path, settings, "a", 3, 5)
+    read = {name: read_prefix(path) for name, path in paths.items()}
+    assert list(read) == ["a-0", "a-1", "a-2"]
+    assert len({checkpoint.digest for checkpoint in read.values()}) == 3
+    for checkpoint in read.values():
+        assert [tuple(layer.key.shape) for layer in checkpoint.layers.values()] == [(2, 5, 16)] * 2
+    assert cold.server_options(paths)[-4:] == ["--prefix-adapter", *(f"{name}={path}" for name, path in paths.items())]
+    assert "--prefix-adapter" not in cold.server_options({})
+
+
+def test_starts_are_compared_within_rounds_and_memory_by_the_smallest(found):
+    assert found["start"]["1000"]["more"]["median"] == 5
+    assert found["start"]["10"]["more"]["median"] == 1
+    assert found["bytes per registered adapter"] == 5000
+    assert found["first request"]["more"]["median"] == pytest.approx(10)
+    assert found["load"]["median"] == pytest.approx(12)
+
+
+def test_the_report_says_what_each_thing_costs(found, tmp_path, monkeypatch):
+    results, page = tmp_path / "cold.json", tmp_path / "README.md"
+    results.write_text(json.dumps(found), encoding="utf-8")
+    page.write_text(readme.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(cold, "README", page)
+    cold.main(["--report", "--results", str(results)])
+    text = page.read_text(encoding="utf-8")
+    assert cold.report(found) in text
+    assert "| more with 1,000 adapters | 5.0 s (4.5 to 5.5) |" in text
+    assert "| memory of a registered adapter | 4.9 KiB |" in text
+    assert "| loading an adapter of 64 tokens at run time | 12.0 ms (11.5 to 15.5) |" in text
