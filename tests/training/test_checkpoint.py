@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiny import random_ids, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_prefix_ext import PrefixCheckpointError, PrefixExtConfig, read_prefix
+from peft_prefix_ext.checkpoint import FLOAT_DTYPES, magnitude
 from peft_prefix_ext.fingerprint import fingerprint
 
 IDS = random_ids(2, 9)
@@ -299,3 +301,16 @@ def test_a_truncated_file_is_refused(folder, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(PrefixCheckpointError, match="cannot be read as safetensors"):
         read_prefix(folder)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES.values(), ids=str)
+@pytest.mark.parametrize("size", [1, 7, 64, 4099])
+def test_no_place_hides_what_is_not_finite(dtype: torch.dtype, size: int) -> None:
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    assert magnitude(tensor) == tensor.abs().max().item()
+    for place in {0, size // 2, size - 1}:
+        for value in (math.nan, math.inf, -math.inf):
+            spoiled = tensor.clone()
+            spoiled[place] = value
+            assert not math.isfinite(magnitude(spoiled))
+    assert magnitude(tensor[:0]) == 0
