@@ -211,7 +211,7 @@ def wraps_when_idle() -> list[str]:
     child = subprocess.run(
         [sys.executable, "-c", _IDLE], input=json.dumps(seams) + "\n", check=True, capture_output=True, text=True
     )
-    return json.loads(child.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def report(found: dict[str, Any]) -> str:

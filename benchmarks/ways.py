@@ -93,11 +93,11 @@ class FrontEnd:
         self._client.generate(prompt, params, request_id, lora_request=adapter)
         request = self._inputs.process_inputs(request_id, prompt, params, ("generate",), lora_request=adapter)
         self._logprobs.from_new_request(tokenizer=None, request=request)
-        return request  # type: ignore[no-any-return]
+        return request
 
     def message(self, request: EngineCoreRequest) -> EngineCoreRequest:
         """To the engine, and read there."""
-        return self._decoder.decode(self._encoder.encode(request))  # type: ignore[no-any-return]
+        return self._decoder.decode(self._encoder.encode(request))
 
     def num_bytes(self, request: EngineCoreRequest) -> int:
         return sum(len(part) for part in self._encoder.encode(request))
@@ -224,7 +224,7 @@ class Way:
         """Brings requests as far as into the scheduler's queue."""
         ids = [f"request-{self._count + index:012d}" for index in range(number)]
         bodies = [
-            CompletionRequest(model=self._models[(self._count + index) % len(self._models)], prompt="x")
+            CompletionRequest(model=self._models[(self._count + index) % len(self._models)], prompt="x", seed=None)
             for index in range(number)
         ]
         self._count += number
