@@ -6,6 +6,7 @@ The references are `PeftModel.generate`, one request at a time.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +103,8 @@ class Line:
         self.stock: dict[str | None, PeftModel] = {}
         torch.manual_seed(1)
         for name, config in STOCK.items():
-            self.stock[name] = get_peft_model(base(), config).eval()
+            # PEFT writes into a config what it finds in the model.
+            self.stock[name] = get_peft_model(base(), copy.copy(config)).eval()
             perturb(self.stock[name])
             self.adapters[name] = str(folder / name)
             self.stock[name].save_pretrained(self.adapters[name])
