@@ -34,7 +34,7 @@ soak: $(STAMP)
 # Anew each time: results of another revision are others.
 bench: $(STAMP)
 	rm -rf .bench && mkdir .bench
-	for name in training serving; do \
+	for name in training serving scheduler cold; do \
 	    $(BIN)/python benchmarks/$$name.py --short --results .bench/$$name.json || exit 1; \
 	done
 

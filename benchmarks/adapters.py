@@ -1,39 +1,52 @@
-"""Adapters of random numbers, for a model of which only the config is at hand."""
+"""Adapters of random numbers, as many as there should be: what they hold does not matter for speed."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from peft_prefix_ext.checkpoint import LayerKV
-from peft_prefix_ext.fingerprint import fingerprint
-from peft_prefix_ext.writing import write_prefix
+from peft_prefix_ext import PrefixExtConfig
+from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
 
-def write_random(
-    folder: Path, config: Any, num_virtual_tokens: int, *, seed: int, dtype: torch.dtype = torch.bfloat16
-) -> Path:
-    """Saves an adapter of a decoder whose layers are alike, with numbers drawn with `seed`; returns its folder.
-
-    Args:
-        config: The model's config, of transformers.
-    """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (config.num_key_value_heads, num_virtual_tokens, head_dim)
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    indices = range(config.num_hidden_layers)
-    write_prefix(
-        folder,
-        {index: LayerKV(draw(), draw()) for index in indices},
-        {index: f"model.layers.{index}.self_attn" for index in indices},
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=config.name_or_path or None,
-        base_fingerprint=fingerprint(config),
+def write_prefixes(folder: Path, base: PreTrainedModel, num_virtual_tokens: int, number: int) -> dict[str, Path]:
+    """Saves so many prefixes, all different, and returns their folders by name."""
+    config = PrefixExtConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, reparam="none", init="random"
     )
-    return folder
+    return _write(folder, base, config, [f"prefix{num_virtual_tokens}-{index}" for index in range(number)])
+
+
+def write_loras(folder: Path, base: PreTrainedModel, rank: int, number: int) -> dict[str, Path]:
+    """Saves so many LoRA adapters of PEFT's default target modules, and returns their folders by name."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank)
+    return _write(folder, base, config, [f"lora{rank}-{index}" for index in range(number)])
+
+
+def _write(folder: Path, base: PreTrainedModel, config: PeftConfig, names: Sequence[str]) -> dict[str, Path]:
+    """Saves an adapter, then others like it whose numbers are drawn anew."""
+    model = get_peft_model(base, config)
+    paths = {name: folder / name for name in names}
+    first = paths[names[0]]
+    model.save_pretrained(str(first))
+    model.unload()
+    with safe_open(first / WEIGHTS_NAME, framework="pt") as tensors:
+        metadata = tensors.metadata()
+    like = load_file(first / WEIGHTS_NAME)
+    for index, path in enumerate(paths.values()):
+        path.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(index)
+        drawn = {
+            key: (0.1 * torch.randn(value.shape, generator=generator)).to(base.dtype) for key, value in like.items()
+        }
+        save_file(drawn, path / WEIGHTS_NAME, metadata=metadata)
+        if path != first:
+            shutil.copy(first / CONFIG_NAME, path)
+    return paths

@@ -1,7 +1,7 @@
 """What does it cost to serve many? The start, the first request of an adapter, loading one at run time, and memory.
 
     python benchmarks/cold.py             # SmolLM2, each start three times; writes cold.json
-    python benchmarks/cold.py --short     # each once, about 3 minutes on 2 cores
+    python benchmarks/cold.py --short     # each once, two minutes on 2 cores
     python benchmarks/cold.py --report    # puts cold.json's table into the main README
 
 Starts real servers with 0, 10 and 1,000 adapters of random numbers, and asks the last one. Its KV cache is small, and full
@@ -22,11 +22,13 @@ from statistics import median
 from typing import Any
 
 import psutil
-from adapters import write_random
+import torch
+from adapters import write_prefixes
 from interleaving import Measurement, difference, interleave, spread
 from machine import machine, title
 from online import BASE, PLUGIN, Server, adapter_options
 from readme import README, put, table
+from transformers import AutoModelForCausalLM
 
 RESULTS = Path(__file__).parent / "cold.json"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -62,7 +64,7 @@ class Settings:
 
 
 def short(settings: Settings) -> Settings:
-    return dataclasses.replace(settings, rounds=1, cold=40, loads=15)
+    return dataclasses.replace(settings, rounds=1, loads=15)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,8 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(settings: Settings) -> dict[str, Any]:
     """Starts the servers, and returns the results."""
     with tempfile.TemporaryDirectory() as name:
-        adapters = write_adapters(Path(name), settings, "adapter", max(settings.adapters), settings.tokens)
-        loaded = write_adapters(Path(name), settings, "loaded", settings.loads, settings.loaded_tokens)
+        base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16)
+        adapters = write_prefixes(Path(name), base, settings.tokens, max(settings.adapters))
+        loaded = write_prefixes(Path(name), base, settings.loaded_tokens, settings.loads)
+        del base
         most: dict[str, Any] = {}
 
         def start(number: int) -> Measurement:
@@ -148,17 +152,6 @@ def summarize(
 
 def milliseconds(seconds: list[float]) -> dict[str, Any]:
     return spread([1000 * value for value in seconds])
-
-
-def write_adapters(folder: Path, settings: Settings, kind: str, number: int, tokens: int) -> dict[str, Path]:
-    """Saves so many different adapters for the model, and returns their folders by name."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(settings.model)
-    return {
-        f"{kind}-{index}": write_random(folder / f"{kind}-{index}", config, tokens, seed=index)
-        for index in range(number)
-    }
 
 
 def server_options(adapters: dict[str, Path]) -> list[str]:

@@ -30,6 +30,8 @@ class Settings:
     input_tokens: int = 32
     output_tokens: int = 32
     rounds: int = 9
+    # Of comparisons with what takes several times as long.
+    slow_rounds: int = 3
     concurrency: int = 8
     dtype: str = "bfloat16"
     block_size: int = 16
@@ -50,7 +52,7 @@ class Settings:
 
 SHORT: dict[str, Any] = {
     **{"lengths": (50, 64), "mixes": (1, 8), "loras": (8,), "ranks": (8,)},
-    **{"requests": 16, "mix_requests": 16, "output_tokens": 16, "rounds": 5},
+    **{"requests": 16, "mix_requests": 16, "output_tokens": 16, "rounds": 5, "slow_rounds": 2},
 }
 
 
@@ -77,6 +79,7 @@ class Comparison:
 
     name: str
     num_requests: int
+    rounds: int
     candidates: tuple[Candidate, ...]
 
 
@@ -105,12 +108,12 @@ def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
         )
     ]
     bases = [Candidate(f"base, {engine}", engine) for engine in (NO_PLUGIN, IDLE, PREFIXES)]
-    yield Comparison("lengths", settings.requests, (*bases, *lengths))
+    yield Comparison("lengths", settings.requests, settings.rounds, (*bases, *lengths))
     mixes = [
         Candidate(_title(number, "prefix", "prefixes"), PREFIXES, prefix_names(settings.mix_tokens, number))
         for number in settings.mixes
     ]
-    yield Comparison("mixes", settings.mix_requests, tuple(mixes))
+    yield Comparison("mixes", settings.mix_requests, settings.rounds, tuple(mixes))
     if transport == "http":
         return
     for number in settings.loras:
@@ -123,11 +126,12 @@ def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
             )
             for rank in settings.ranks
         ]
-        yield Comparison(f"LoRA, {number}", settings.mix_requests, (ours, *theirs))
+        yield Comparison(f"LoRA, {number}", settings.mix_requests, settings.slow_rounds, (ours, *theirs))
     one = prefix_names(settings.mix_tokens, 1)
     yield Comparison(
         TRANSFORMERS,
         settings.requests,
+        settings.slow_rounds,
         (Candidate("vLLM, 1 prefix", PREFIXES, one), Candidate("PeftModel.generate", TRANSFORMERS, one)),
     )
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters import write_random
+from adapters import write_prefixes
 from interleaving import Measurement, difference, interleave, ratio, spread
 from machine import machine, title
 from readme import README, put, table
@@ -103,7 +103,7 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
 
 def make_configs(folder: Path) -> dict[bool, Any]:
     """Returns vLLM's config of an engine with adapters (True), and without."""
-    from transformers import LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_plugin import prefix_adapters
@@ -121,7 +121,8 @@ def make_configs(folder: Path) -> dict[bool, Any]:
         max_position_embeddings=8192,
     )
     config.save_pretrained(folder / "model")
-    adapter = prefix_adapters({name_of(0): str(write_random(folder / "adapter", config, PREFIX_TOKENS, seed=0))})
+    (path,) = write_prefixes(folder, AutoModelForCausalLM.from_config(config), PREFIX_TOKENS, 1).values()
+    adapter = prefix_adapters({name_of(0): str(path)})
     require(server=True)
     fields: dict[str, Any] = {
         "dtype": "float32",

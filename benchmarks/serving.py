@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapters import write_loras, write_prefixes
 from comparisons import (
     NO_PLUGIN,
     PREFIXES,
@@ -42,7 +43,7 @@ from records import Records
 from serving_report import write_report
 from shapes import SHAPES, write_shape
 from transformers import AutoConfig, AutoModelForCausalLM
-from workload import Workload, write_loras, write_prefixes
+from workload import Workload
 
 HERE = Path(__file__).parent
 
@@ -87,7 +88,7 @@ class Benchmark:
                 candidate.name: self._action(engines[candidate.engine], workload, candidate)
                 for candidate in comparison.candidates
             },
-            self.settings.rounds,
+            comparison.rounds,
         )
 
     def _action(self, engine: Any, workload: Workload, candidate: Candidate) -> Callable[[], Measurement]:

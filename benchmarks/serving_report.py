@@ -44,7 +44,7 @@ def caption(content: Record) -> str:
         f"{settings['model']}, {settings['dtype']}, blocks of {settings['block_size']} tokens, {settings['input_tokens']} "
         f"tokens in and {settings['output_tokens']} out; {settings['requests']} requests at once, {settings['mix_requests']} "
         f"in mixes of adapters (over HTTP {settings['concurrency']} at a time). Medians and quartiles of "
-        f"{settings['rounds']} interleaved rounds. {titles(content['records'])}."
+        f"{settings['rounds']} interleaved rounds, {settings['slow_rounds']} with LoRA and transformers. {titles(content['records'])}."
     )
 
 

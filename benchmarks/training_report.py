@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -23,15 +24,24 @@ NOTE = (
 
 
 def write_report(results: Path, readme: Path | None) -> str:
-    """Returns caption and tables in Markdown, after writing a plot beside the results, and all to a README if one is given."""
+    """Returns caption and tables in Markdown, after writing a plot beside the results.
+
+    Args:
+        readme: Where all but the tables of the smaller batches go, if anywhere.
+    """
     content = json.loads(results.read_text(encoding="utf-8"))
     plot = results.with_suffix(".png")
     save_plot(content, plot)
     picture = f"![Time and memory of a training step, to stock PEFT's](benchmarks/{plot.name})"
-    text = "\n\n".join([caption(content), *(cell_table(cell) for cell in cells(content)), NOTE, picture])
+    found = cells(content)
     if readme is not None:
-        put(readme, "training", text)
-    return text
+        largest = [cell for cell in found if cell["batch"] == found[-1]["batch"]]
+        put(readme, "training", _text(content, largest, picture))
+    return _text(content, found, picture)
+
+
+def _text(content: Record, shown_cells: Iterable[Record], picture: str) -> str:
+    return "\n\n".join([caption(content), *map(cell_table, shown_cells), NOTE, picture])
 
 
 def cells(content: Record) -> list[Record]:

@@ -90,7 +90,9 @@ class FrontEnd:
 
     def check(self, request_id: str, prompt: dict[str, Any], params: SamplingParams, adapter: Any) -> EngineCoreRequest:
         """The call of the engine's client up to a request that the engine understands."""
-        self._client.generate(prompt, params, request_id, lora_request=adapter)
+        stream = self._client.generate(prompt, params, request_id, lora_request=adapter)
+        # What the call goes on with, once someone reads what it streams.
+        adapter = stream.ag_frame.f_locals["lora_request"]
         request = self._inputs.process_inputs(request_id, prompt, params, ("generate",), lora_request=adapter)
         self._logprobs.from_new_request(tokenizer=None, request=request)
         return request

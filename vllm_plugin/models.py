@@ -11,7 +11,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 
 from vllm_plugin import lora
 from vllm_plugin.cli import AdapterOption, check_name
-from vllm_plugin.config import WARMUP, settings_in
+from vllm_plugin.config import WARMUP, PrefixSpec, settings_in
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
 from vllm_plugin.registry import Adapter, NameTakenError, registry_in
 from vllm_plugin.report import report
@@ -56,14 +56,19 @@ class PrefixModels:
         if self._warms_up:
             await warm_up(self._engine, [adapter.spec for adapter in adapters])
 
+    def spec(self, name: str | None) -> PrefixSpec | None:
+        """Returns the adapter `name`; None if this names something else."""
+        adapter = self._registry.get(name) if name else None
+        return None if adapter is None else adapter.spec
+
     def request(self, name: str | None) -> PrefixAdapterRequest | None:
         """Returns what stands for the adapter `name` in a request; None if it names something else."""
-        adapter = self._registry.get(name) if name else None
-        return None if adapter is None else PrefixAdapterRequest(lora_name=adapter.spec.name, spec=adapter.spec)
+        spec = self.spec(name)
+        return None if spec is None else PrefixAdapterRequest(lora_name=spec.name, spec=spec)
 
     def refuse_lora(self, name: str) -> ErrorResponse | None:
         """Returns what the loading of a LoRA of this name is answered with; None if no adapter of ours has it."""
-        if self._registry.get(name) is None:
+        if self.spec(name) is None:
             return None
         return _error(f"The lora adapter '{name}' conflicts with a prefix adapter.")
 
@@ -95,7 +100,7 @@ class PrefixModels:
             "'load_inplace' to True.",
             HTTPStatus.CONFLICT,
         )
-        if not replace and self._registry.get(name) is not None:
+        if not replace and self.spec(name) is not None:
             return taken
         try:
             check_name(name)

@@ -1,9 +1,8 @@
 """The adapters of one server, in a private folder that all of its API server processes share.
 
-The table is a journal to which each change appends a line; a process reads what was appended since it last looked. The
-length of the file says whether anything was, so that a lookup is one `fstat` and one look into a dict however many
-adapters there are. (The time of the last change would not do: two within one tick of the clock look like one.) Names
-are never part of a path.
+The table is a journal to which each change appends a line; a process reads what was appended since it last looked. Whether
+anything was, says the length of the journal, which all have in memory that they share: a lookup is a look at that and one
+into a dict, without a system call, however many adapters there are. Names are never part of a path.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import fcntl
 import functools
 import json
 import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -27,7 +27,8 @@ from vllm_plugin.config import REGISTRY, PrefixSpec, settings_in
 
 # `(layer index, num_kv_heads, key_size, value_size)` of each layer.
 Shapes = tuple[tuple[int, int, int, int], ...]
-_JOURNAL, _LAYERS = "adapters.jsonl", "layers.json"
+_JOURNAL, _LENGTH, _LAYERS = "adapters.jsonl", "length", "layers.json"
+_NO_LENGTH = bytes(8)
 
 
 class NameTakenError(ValueError):
@@ -59,11 +60,15 @@ class Registry:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._journal = (self.folder / _JOURNAL).open("a+b", buffering=0)
+        with (self.folder / _LENGTH).open("a+b") as length:
+            # It grows to this, and keeps what it holds.
+            os.ftruncate(length.fileno(), len(_NO_LENGTH))
+            self._length = mmap.mmap(length.fileno(), len(_NO_LENGTH))
         self._lock = threading.Lock()
         self._adapters: dict[str, Adapter] = {}
         # Adapters of one model have the same: kept once.
         self._shapes: dict[Shapes, Shapes] = {}
-        self._seen = 0
+        self._seen, self._seen_length = 0, _NO_LENGTH
 
     @property
     def is_new(self) -> bool:
@@ -144,7 +149,7 @@ class Registry:
         return rows
 
     def _refresh(self) -> None:
-        if os.fstat(self._journal.fileno()).st_size != self._seen:
+        if self._length[:] != self._seen_length:
             with self._lock:
                 self._read()
 
@@ -168,6 +173,7 @@ class Registry:
             os.ftruncate(self._journal.fileno(), self._seen)
             raise OSError(f"No room for the table of prefix adapters in {self.folder}.")
         self._read()
+        self._length[:] = self._seen_length
 
     def _read(self) -> None:
         self._journal.seek(self._seen)
@@ -184,6 +190,7 @@ class Registry:
                 spec = PrefixSpec(**change["spec"])
                 self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes)
         self._seen += len(lines)
+        self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")
 
 
 def registry_in(kv_transfer_config: Any) -> Registry | None:

@@ -12,6 +12,7 @@ from vllm_plugin import lora, prompt_logprobs, serving
 from vllm_plugin.compat import Seam
 from vllm_plugin.config import PrefixSpec, settings_in
 from vllm_plugin.failures import handle_invalid_blocks
+from vllm_plugin.request import PrefixAdapterRequest
 
 
 def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -20,12 +21,16 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if not serving.concerns(arguments.get("lora_request"), config):
         return wrapped(*args, **kwargs)
     params, max_model_len = arguments["params"], config.model_config.max_model_len
-    spec, prompt = _checked(arguments, params, config)
+    named = arguments.get("lora_request")
+    if isinstance(named, _CheckedRequest):
+        spec, checked = named.spec, True
+    else:
+        spec, checked = _check(arguments, params, config)
     if spec is not None:
         arguments["lora_request"] = lora.request_for(spec)
     request = wrapped(**arguments)
-    if prompt is None:
-        # A raw one, which the call itself has rendered.
+    if not checked:
+        # A raw prompt, which the call itself has rendered.
         serving.check(spec, serving.Prompt.of_request(request), params, max_model_len)
     if spec is not None:
         serving.route(request, spec, max_model_len)
@@ -36,18 +41,29 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Checks before the stream starts: once a response streams, its status can no longer be 400."""
     config = instance.vllm_config
     arguments = _arguments(wrapped, args, kwargs)
-    if serving.concerns(arguments.get("lora_request"), config):
-        _checked(arguments, arguments["sampling_params"], config)
-    return wrapped(*args, **kwargs)
+    if not serving.concerns(arguments.get("lora_request"), config):
+        return wrapped(*args, **kwargs)
+    spec, checked = _check(arguments, arguments["sampling_params"], config)
+    if spec is not None and checked:
+        arguments["lora_request"] = _CheckedRequest(lora_name=spec.name, spec=spec)
+    return wrapped(**arguments)
 
 
-def _checked(arguments: dict[str, Any], params: Any, config: Any) -> tuple[PrefixSpec | None, serving.Prompt | None]:
-    """Returns the prefix and the prompt of a call, if there are, and if it can be answered as far as its arguments tell."""
+class _CheckedRequest(PrefixAdapterRequest):
+    """Of a call that need not be checked again."""
+
+
+def _check(arguments: dict[str, Any], params: Any, config: Any) -> tuple[PrefixSpec | None, bool]:
+    """Returns the prefix of a call, if there is one, and whether its prompt was there to be checked, too.
+
+    Raises:
+        PrefixRequestError: If the call cannot be answered, as far as its arguments tell.
+    """
     spec = serving.adapter_named(arguments.get("lora_request"), config)
     prompt = serving.Prompt.of_input(arguments["prompt"])
     serving.check(spec, prompt, params, config.model_config.max_model_len)
     lora.check(params, config)
-    return spec, prompt
+    return spec, prompt is not None
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -109,18 +125,18 @@ class _Room(int):
     """How many tokens of a prompt fit behind a prefix; a client can send a number, and none of these."""
 
 
-async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Truncates to the context where a client asks for that: vLLM's own limit does not know of virtual tokens."""
     request = kwargs["request"] if "request" in kwargs else args[0]
-    prefix = _request_for(instance.models, request.model)
-    if prefix is not None:
+    spec = _spec_of(instance.models, request.model)
+    if spec is not None:
         # One is left for the output, as vLLM does.
-        room = _Room(instance.model_config.max_model_len - prefix.spec.num_virtual_tokens - 1)
+        room = _Room(instance.model_config.max_model_len - spec.num_virtual_tokens - 1)
         if getattr(request, "truncate_prompt_tokens", None) == -1:
             request.truncate_prompt_tokens = room
         elif hasattr(request, "truncation"):
             request.prefix_room = room
-    return await wrapped(*args, **kwargs)
+    return wrapped(*args, **kwargs)
 
 
 def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -133,17 +149,18 @@ def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> An
 
 
 def _is_model_supported(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
-    return wrapped(*args, **kwargs) or _request_for(instance.models, *args, *kwargs.values()) is not None
+    return wrapped(*args, **kwargs) or _spec_of(instance.models, *args, *kwargs.values()) is not None
 
 
 def _maybe_get_adapters(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     request = kwargs["request"] if "request" in kwargs else args[0]
-    return _request_for(instance.models, request.model) or wrapped(*args, **kwargs)
+    prefixes = getattr(instance.models, "prefix_models", None)
+    return (prefixes and prefixes.request(request.model)) or wrapped(*args, **kwargs)
 
 
-def _request_for(models: Any, name: str | None) -> Any:
+def _spec_of(models: Any, name: str | None) -> PrefixSpec | None:
     prefixes = getattr(models, "prefix_models", None)
-    return None if prefixes is None else prefixes.request(name)
+    return None if prefixes is None else prefixes.spec(name)
 
 
 async def _show_available_models(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from adapters import write_loras, write_prefixes
 from comparisons import TRANSPORTS, Settings, comparisons, ratios
 from interleaving import Measurement, interleave, ratio
 from readme import markers
 from serving_report import absolute, ratio_table, write_report
-from workload import Workload, write_loras, write_prefixes
+from workload import Workload
 
 from peft_prefix_ext.checkpoint import read_prefix
 
