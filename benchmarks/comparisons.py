@@ -34,7 +34,8 @@ class Settings:
     slow_rounds: int = 3
     concurrency: int = 8
     dtype: str = "bfloat16"
-    block_size: int = 16
+    # vLLM's kernel for CPUs takes multiples of 32.
+    block_size: int = 16 if torch.cuda.is_available() else 32
     cache_gib: int = 2
     # On a CPU it compiles nothing worth waiting for; on a GPU it is CUDA graphs.
     enforce_eager: bool = not torch.cuda.is_available()

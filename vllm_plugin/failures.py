@@ -28,29 +28,33 @@ class GivenBlocks:
     """The blocks that requests with a prefix had in the last steps."""
 
     def __init__(self) -> None:
-        self._step = 0
-        self._recent: deque[tuple[int, Request, BlockIds]] = deque()
+        self._steps: deque[list[BlockIds]] = deque([[]])
 
     def __len__(self) -> int:
-        return len(self._recent)
+        return sum(map(len, self._steps))
 
     def add(self, request: Request, block_ids: BlockIds) -> None:
         """Notes what a request was scheduled with, or what it had when it ended."""
-        self._recent.append((self._step, request, block_ids))
-        setattr(request, _GIVEN, block_ids)
+        step = self._steps[-1]
+        step.append(block_ids)
+        setattr(request, _GIVEN, (step, block_ids))
 
     def next_step(self) -> None:
         """Forgets what can no longer turn out not to be loaded."""
-        self._step += 1
-        while self._recent and self._recent[0][0] <= self._step - STEPS_IN_FLIGHT:
-            _, request, block_ids = self._recent.popleft()
-            if getattr(request, _GIVEN) is block_ids:
-                setattr(request, _GIVEN, ())
+        if len(self._steps) == STEPS_IN_FLIGHT:
+            self._steps.popleft().clear()
+        self._steps.append([])
 
     def together_with(self, block_ids: set[int]) -> set[int]:
         """Returns these blocks and all that a request had together with one of them."""
-        had = (_flat(blocks) for _, _, blocks in self._recent)
+        had = (_flat(blocks) for step in self._steps for blocks in step)
         return block_ids.union(*(blocks for blocks in had if not blocks.isdisjoint(block_ids)))
+
+
+def given_to(request: Request) -> BlockIds:
+    """Returns the blocks that a request was last noted with, as long as that is not forgotten."""
+    step, block_ids = getattr(request, _GIVEN, (None, ()))
+    return block_ids if step else ()
 
 
 def handle_invalid_blocks(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -60,7 +64,7 @@ def handle_invalid_blocks(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     invalid = kwargs["invalid_block_ids"] if "invalid_block_ids" in kwargs else args[0]
     manager = instance.kv_cache_manager
     blocks = {
-        request.request_id: _flat((*manager.get_block_ids(request.request_id), *getattr(request, _GIVEN, ())))
+        request.request_id: _flat((*manager.get_block_ids(request.request_id), *given_to(request)))
         for request in instance.running
     }
     # Whatever the group: all of them take their blocks from one pool, so an id names one block.

@@ -14,7 +14,7 @@ from serving import support
 from serving.engines import Engine, Pool
 from serving.support import prompt_ids, specs_in
 from vllm_plugin.bank import Shelf
-from vllm_plugin.failures import STEPS_IN_FLIGHT, GivenBlocks
+from vllm_plugin.failures import STEPS_IN_FLIGHT, GivenBlocks, given_to
 
 
 def fails_without_its_file(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +125,10 @@ def test_what_was_given_long_ago_is_forgotten() -> None:
         given.next_step()
     given.add(short, ([3, 4],))
     assert given.together_with({1}) == {1, 2}
-    assert long.prefix_block_ids == ([1, 2],)
+    assert given_to(long) == ([1, 2],)
     given.next_step()
     assert given.together_with({1}) == {1}
     # Its blocks may be another request's by now.
-    assert long.prefix_block_ids == ()
-    assert short.prefix_block_ids == ([3, 4],)
+    assert given_to(long) == ()
+    assert given_to(short) == ([3, 4],)
     assert len(given) == 1
