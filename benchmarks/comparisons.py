@@ -29,10 +29,10 @@ class Settings:
     mix_requests: int = 128
     input_tokens: int = 32
     output_tokens: int = 32
-    rounds: int = 9
+    rounds: int = 7
     # Of comparisons with what takes several times as long.
     slow_rounds: int = 3
-    concurrency: int = 8
+    concurrency: int = 16
     dtype: str = "bfloat16"
     # vLLM's kernel for CPUs takes multiples of 32.
     block_size: int = 16 if torch.cuda.is_available() else 32

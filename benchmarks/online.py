@@ -23,6 +23,9 @@ from workload import Job
 
 BASE = "base"
 READY_SECONDS = 1200
+# With few cores vLLM computes with all of them if there is a KV connector, and otherwise leaves one to its front end: here no
+# server leaves any.
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 # vLLM's own server; the plugin's command is the same with the plugin, whatever VLLM_PLUGINS says.
 VLLM, PLUGIN = ("vllm.entrypoints.openai.api_server", "--model"), ("vllm_plugin",)
 
@@ -54,7 +57,7 @@ class Server:
         address = ("--host", "127.0.0.1", "--port", str(self._port))
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command, model, "--served-model-name", BASE, *address, *options],
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", **(environment or {})},
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_plugin import store
 from vllm_plugin.cli import AdapterOption, SharedFolder, check_unique
 from vllm_plugin.config import ADAPTERS, DEVICE_MEMORY, REGISTRY, WARMUP, merge, replace_settings, settings, settings_in
+from vllm_plugin.cores import keep_cores
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.registry import make_folder, registry_at
 
@@ -66,6 +67,7 @@ def create(engine_args: Any, create_engine_config: Callable[[], Any]) -> Any:
     engine_args.kv_transfer_config = replace_settings(engine_args.kv_transfer_config, ours)
     vllm_config = create_engine_config()
     store.check_engine(vllm_config)
+    keep_cores(vllm_config)
     # Otherwise another process of this server has done it.
     if registry.is_new:
         registry.add(store.open_adapters(adapters, vllm_config))

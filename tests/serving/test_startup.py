@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, WhisperConfig
+from vllm.utils import cpu_resource_utils
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from serving import support
 from vllm_plugin import prefix_adapters, store
+from vllm_plugin.cores import VARIABLE
 from vllm_plugin.errors import PrefixServeError
 
 CONFIG = support.llama_config()
@@ -184,3 +188,24 @@ def test_settings_of_several_connectors_are_kept(model: Path, adapter: Path) -> 
     merged = engine_config(model, adapter, kv_transfer_config=theirs).kv_transfer_config
     assert merged.kv_connector_extra_config["mine"] == 1
     assert support.specs_in(merged).keys() == {"one"}
+
+
+@pytest.mark.parametrize("num_cores", [2, 3, 8])
+def test_a_cpu_computes_with_no_fewer_cores_than_without_prefixes(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int
+) -> None:
+    monkeypatch.setattr(cpu_resource_utils, "get_allowed_cpu_list", lambda: cores)
+    monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: [0])
+    monkeypatch.setattr("vllm_plugin.cores._num_cores", lambda: num_cores)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    cores = [cpu_resource_utils.LogicalCPUInfo(core, core, 0) for core in range(num_cores)]
+
+    def num_computing(sources: Any) -> int:
+        monkeypatch.delenv(VARIABLE, raising=False)
+        (computing,) = OMPProcessManager(engine_config(model, sources)).cpu_lists
+        return len(computing)
+
+    assert num_computing(adapter) >= num_computing(None) >= num_cores - 1
+    monkeypatch.setenv(VARIABLE, "1")
+    engine_config(model, adapter)
+    assert os.environ[VARIABLE] == "1"
