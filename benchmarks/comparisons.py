@@ -29,8 +29,10 @@ class Settings:
     mix_requests: int = 128
     input_tokens: int = 32
     output_tokens: int = 32
-    rounds: int = 7
-    # Of comparisons with what takes several times as long.
+    # The same engine is a few percent faster or slower each time it is started.
+    starts: int = 3
+    rounds: int = 3
+    # Of comparisons with what takes several times as long, which are made with one start.
     slow_rounds: int = 3
     concurrency: int = 16
     dtype: str = "bfloat16"
@@ -53,7 +55,7 @@ class Settings:
 
 SHORT: dict[str, Any] = {
     **{"lengths": (50, 64), "mixes": (1, 8), "loras": (8,), "ranks": (8,)},
-    **{"requests": 16, "mix_requests": 16, "output_tokens": 16, "rounds": 5, "slow_rounds": 2},
+    **{"requests": 16, "mix_requests": 16, "output_tokens": 16, "starts": 1, "slow_rounds": 2},
 }
 
 
@@ -76,10 +78,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidates that take turns."""
+    """Candidates that take turns, in so many rounds of each start of their engines."""
 
     name: str
     num_requests: int
+    starts: int
     rounds: int
     candidates: tuple[Candidate, ...]
 
@@ -109,12 +112,12 @@ def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
         )
     ]
     bases = [Candidate(f"base, {engine}", engine) for engine in (NO_PLUGIN, IDLE, PREFIXES)]
-    yield Comparison("lengths", settings.requests, settings.rounds, (*bases, *lengths))
+    yield Comparison("lengths", settings.requests, settings.starts, settings.rounds, (*bases, *lengths))
     mixes = [
         Candidate(_title(number, "prefix", "prefixes"), PREFIXES, prefix_names(settings.mix_tokens, number))
         for number in settings.mixes
     ]
-    yield Comparison("mixes", settings.mix_requests, settings.rounds, tuple(mixes))
+    yield Comparison("mixes", settings.mix_requests, settings.starts, settings.rounds, tuple(mixes))
     if transport == "http":
         return
     for number in settings.loras:
@@ -127,11 +130,13 @@ def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
             )
             for rank in settings.ranks
         ]
-        yield Comparison(f"LoRA, {number}", settings.mix_requests, settings.slow_rounds, (ours, *theirs))
+        num_requests = max(settings.requests, number)
+        yield Comparison(f"LoRA, {number}", num_requests, 1, settings.slow_rounds, (ours, *theirs))
     one = prefix_names(settings.mix_tokens, 1)
     yield Comparison(
         TRANSFORMERS,
         settings.requests,
+        1,
         settings.slow_rounds,
         (Candidate("vLLM, 1 prefix", PREFIXES, one), Candidate("PeftModel.generate", TRANSFORMERS, one)),
     )

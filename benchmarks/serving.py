@@ -16,7 +16,7 @@ import argparse
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -62,34 +62,37 @@ class Benchmark:
         config = AutoConfig.from_pretrained(settings.model).get_text_config()
         self.workload = Workload(settings.requests, settings.input_tokens, settings.output_tokens, config.vocab_size)
         self.prefixes, self.loras = self._write_adapters(folder)
-        self._engines: dict[tuple[str, str], Any] = {}
-        self._open = ExitStack()
 
     def go(self, transports: Iterable[str]) -> None:
         """Makes the comparisons that have no record yet."""
-        with self._open:
-            for transport in transports:
-                for comparison in comparisons(self.settings, transport):
-                    key = {"transport": transport, "comparison": comparison.name}
-                    if not self.records.find(**key):
-                        print(f"{transport}: {comparison.name}", file=sys.stderr, flush=True)
-                        measured = self._measure(comparison, transport)
-                        self.records.add({**key, "machine": machine(), "measurements": measured})
+        for transport in transports:
+            for comparison in comparisons(self.settings, transport):
+                key = {"transport": transport, "comparison": comparison.name}
+                if not self.records.find(**key):
+                    print(f"{transport}: {comparison.name}", file=sys.stderr, flush=True)
+                    measured: dict[str, list[Measurement]] = {}
+                    for start in range(comparison.starts):
+                        for name, rounds in self._measure(comparison, transport, start).items():
+                            measured.setdefault(name, []).extend(rounds)
+                    self.records.add({**key, "machine": machine(), "measurements": measured})
 
-    def _measure(self, comparison: Comparison, transport: str) -> dict[str, list[Measurement]]:
-        engines = self._start({candidate.engine for candidate in comparison.candidates}, transport)
+    def _measure(self, comparison: Comparison, transport: str, start: int) -> dict[str, list[Measurement]]:
         workload = replace(self.workload, num_requests=comparison.num_requests)
-        for candidate in comparison.candidates:
-            # What is in the cache after many requests, is there from the start.
-            everyone = replace(workload, num_requests=max(len(candidate.adapters), 1))
-            engines[candidate.engine].run(self._jobs(everyone, candidate, "warm-up"), 1)
-        return interleave(
-            {
-                candidate.name: self._action(engines[candidate.engine], workload, candidate)
-                for candidate in comparison.candidates
-            },
-            comparison.rounds,
-        )
+        names = sorted({candidate.engine for candidate in comparison.candidates})
+        with ExitStack() as stack:
+            engines = {name: stack.enter_context(self._make(transport, name)) for name in names}
+            for candidate in comparison.candidates:
+                # What is in the cache after many requests, is there from the start.
+                everyone = replace(workload, num_requests=max(len(candidate.adapters), 1))
+                engines[candidate.engine].run(self._jobs(everyone, candidate, "warm-up"), 1)
+            return interleave(
+                {
+                    candidate.name: self._action(engines[candidate.engine], workload, candidate)
+                    for candidate in comparison.candidates
+                },
+                comparison.rounds,
+                seed=start,
+            )
 
     def _action(self, engine: Any, workload: Workload, candidate: Candidate) -> Callable[[], Measurement]:
         rounds = iter(range(sys.maxsize))
@@ -98,15 +101,6 @@ class Benchmark:
     def _jobs(self, workload: Workload, candidate: Candidate, round_: str) -> Any:
         text = workload.tokens(random.Random(candidate.text_tokens), candidate.text_tokens)
         return workload.jobs(f"{candidate.name} {round_}", candidate.adapters or (None,), text)
-
-    def _start(self, names: set[str], transport: str) -> Mapping[str, Any]:
-        """Returns the engines of these names, and stops the others: there is not room for all."""
-        wanted = {(transport, name) for name in names}
-        for key in self._engines.keys() - wanted:
-            self._engines.pop(key).__exit__(None, None, None)
-        for key in sorted(wanted - self._engines.keys()):
-            self._engines[key] = self._open.enter_context(self._make(*key))
-        return {name: self._engines[transport, name] for name in names}
 
     def _make(self, transport: str, name: str) -> Any:
         settings = self.settings

@@ -1,4 +1,4 @@
-"""LoRA modules, prefixes on LoRA, prefixes on the base model and the base model itself, on one server."""
+"""LoRA modules, prefixes on LoRA, prefixes on the base model and the base model itself, on one server, with priorities."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def load(client: Any, name: str, path: Path) -> None:
     client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": str(path)}, cast_to=str)
 
 
+def priority(job: tuple[str, list[int]]) -> dict[str, int]:
+    """Long prompts come first; what that does to a queue is tested offline."""
+    return {"priority": -len(job[1])}
+
+
 def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None:
     model = server_folder / "model"
     # `first/prefix` on `first`, `second` on `second/lora`.
@@ -40,6 +45,7 @@ def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None
         "8",
         "--lora-modules",
         f"alone={tmp_path / 'first'}",
+        *("--scheduling-policy", "priority", "--max-num-seqs", "3"),
     )
     adapters = {"below": tmp_path / "first" / "prefix", "pirate": server_folder / "pirate"}
     with server.serve(server_folder, *options, adapters=adapters) as client:
@@ -54,7 +60,7 @@ def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None
         assert len(set(map(tuple, expected))) == len(expected)
         for _ in range(2):
             with ThreadPoolExecutor(len(jobs)) as pool:
-                responses = list(pool.map(lambda job: server.complete(client, *job), jobs))
+                responses = list(pool.map(lambda job: server.complete(client, *job, extra_body=priority(job)), jobs))
             for (name, _), response, tokens in zip(jobs, responses, expected, strict=True):
                 assert response.model == name
                 assert response.choices[0].text.split() == text_of(tokens).split(), name
