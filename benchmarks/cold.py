@@ -111,7 +111,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         )
         return {
             "machine": machine(),
-            "settings": dataclasses.asdict(settings),
+            "settings": {**dataclasses.asdict(settings), "model": Path(settings.model).name},
             **summarize(starts, most["requests"], most["loads"]),
             "file bytes": sum(path.stat().st_size for path in next(iter(adapters.values())).iterdir()),
             "bytes per resident adapter": most["bytes per resident adapter"],
