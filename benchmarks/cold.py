@@ -27,10 +27,10 @@ from adapters import write_prefixes
 from interleaving import Measurement, difference, interleave, spread
 from machine import machine, title
 from online import BASE, PLUGIN, Server, adapter_options
-from readme import README, put, table
+from readme import table
+from single import run
 from transformers import AutoModelForCausalLM
 
-RESULTS = Path(__file__).parent / "cold.json"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN = 32, 64, 512
 OPTIONS = (
@@ -69,18 +69,13 @@ def short(settings: Settings) -> Settings:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="folder or Hub id of a decoder whose layers are alike")
-    parser.add_argument("--short", action="store_true", help="less of it")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where they go, and where --report finds them")
-    parser.add_argument("--report", action="store_true", help="write the README's table from the results there are")
-    options = parser.parse_args(arguments)
-    if options.report:
-        put(README, "cold", report(json.loads(options.results.read_text(encoding="utf-8"))))
-        return
-    settings = Settings(model=options.model)
-    found = measure(short(settings) if options.short else settings)
-    options.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(report(found))
+    parser.add_argument("--model", default=MODEL, help="folder or Hub id")
+
+    def measured(options: argparse.Namespace) -> dict[str, Any]:
+        settings = Settings(model=options.model)
+        return measure(short(settings) if options.short else settings)
+
+    run(parser, "cold", measured, report, arguments)
 
 
 def measure(settings: Settings) -> dict[str, Any]:

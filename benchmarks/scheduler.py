@@ -27,10 +27,9 @@ from typing import Any
 from adapters import write_prefixes
 from interleaving import Measurement, difference, interleave, ratio, spread
 from machine import machine, title
-from readme import README, put, table
+from readme import table
+from single import run
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "scheduler.json"
 PREFIX_TOKENS = PROMPT_TOKENS = 64
 # How many adapters requests take turns with, of those that are registered.
 NAMES = 50
@@ -73,22 +72,17 @@ SHORT = Settings(cells=((1, 1), (100, 100), (10_000, 100)), rounds=10)
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer rounds")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go, and where --report finds them")
-    parser.add_argument("--report", action="store_true", help="write the README's table from the results there are")
-    options = parser.parse_args(arguments)
-    if options.report:
-        put(README, "scheduler", report(json.loads(options.results.read_text(encoding="utf-8"))))
-        return
-    settings = SHORT if options.short else Settings()
-    found = {
-        "machine": machine(),
-        "settings": dataclasses.asdict(settings),
-        "idle": wraps_when_idle(),
-        "cells": measure(settings),
-    }
-    options.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(report(found))
+
+    def measured(options: argparse.Namespace) -> dict[str, Any]:
+        settings = SHORT if options.short else Settings()
+        return {
+            "machine": machine(),
+            "settings": dataclasses.asdict(settings),
+            "idle": wraps_when_idle(),
+            "cells": measure(settings),
+        }
+
+    run(parser, "scheduler", measured, report, arguments)
 
 
 def measure(settings: Settings) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def test_the_report_has_a_row_per_cell(found, tmp_path, monkeypatch):
     results, page = tmp_path / "scheduler.json", tmp_path / "README.md"
     results.write_text(json.dumps(found), encoding="utf-8")
     page.write_text(readme.README.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(scheduler, "README", page)
+    monkeypatch.setattr("single.README", page)
     scheduler.main(["--report", "--results", str(results)])
     text = page.read_text(encoding="utf-8")
     assert scheduler.report(found) in text
