@@ -49,7 +49,8 @@ class Settings:
         adapters: How many a server starts with; there is none, some, and the most.
         rounds: How often each server starts.
         tokens: Virtual tokens of these adapters.
-        cold: Of how many of them the first request is measured.
+        cold: Of how many of them the first request is measured; enough for the later half not to find room in memory
+            that the start had freed.
         loads: How many adapters are loaded at run time.
         loaded_tokens: Virtual tokens of those.
     """
@@ -58,7 +59,7 @@ class Settings:
     adapters: tuple[int, ...] = (0, 10, 1000)
     rounds: int = 3
     tokens: int = 16
-    cold: int = 200
+    cold: int = 1000
     loads: int = 50
     loaded_tokens: int = 64
 
@@ -172,11 +173,13 @@ def measure_requests(server: Server, names: list[str], loaded: dict[str, Path]) 
     # The first few make ready what all others use.
     for name in names[:3]:
         ask(server, name, prompt())
-    before = memory_of(server)
-    for name in names[3:]:
+    others = names[3:]
+    for place, name in enumerate(others):
+        if place == len(others) // 2:
+            before = memory_of(server)
         for kind in requests.values():
             kind.append({"seconds": ask(server, name, prompt())})
-    resident = (memory_of(server) - before) / len(names[3:])
+    resident = (memory_of(server) - before) / (len(others) - len(others) // 2)
     loads = [load(server, name, path) for name, path in loaded.items()]
     return {"requests": requests, "loads": loads, "bytes per resident adapter": round(resident)}
 

@@ -13,6 +13,9 @@ from records import Record
 
 TRANSPORTS = ("offline", "http")
 NO_PLUGIN, IDLE, PREFIXES, TRANSFORMERS = "no plugin", "idle plugin", "prefixes", "transformers"
+BASE, SAME_ENGINE = "base", ", same engine"
+# How far two engines that are the same are apart.
+CONTROL = "no plugin, again"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Settings:
     input_tokens: int = 32
     output_tokens: int = 32
     # The same engine is a few percent faster or slower each time it is started.
-    starts: int = 3
+    base_starts: int = 8
+    starts: int = 4
     rounds: int = 3
     # Of comparisons with what takes several times as long, which are made with one start.
     slow_rounds: int = 3
@@ -46,7 +50,7 @@ class Settings:
 
     @property
     def context(self) -> int:
-        return max(self.lengths) + self.input_tokens + self.output_tokens
+        return max(*self.lengths, self.mix_tokens) + self.input_tokens + self.output_tokens
 
     def record(self) -> Record:
         """Returns the settings as they stand in the results: the name of the model, not its folder."""
@@ -55,7 +59,7 @@ class Settings:
 
 SHORT: dict[str, Any] = {
     **{"lengths": (50, 64), "mixes": (1, 8), "loras": (8,), "ranks": (8,)},
-    **{"requests": 16, "mix_requests": 16, "output_tokens": 16, "starts": 1, "slow_rounds": 2},
+    **{"requests": 16, "mix_requests": 16, "output_tokens": 16, "base_starts": 1, "starts": 1, "slow_rounds": 2},
 }
 
 
@@ -103,16 +107,18 @@ def prefix_names(length: int, number: int) -> tuple[str, ...]:
 
 def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
     """Yields what is compared, such that neighbours share engines."""
+    bases = [Candidate(engine, engine) for engine in (NO_PLUGIN, CONTROL, IDLE, PREFIXES)]
+    yield Comparison(BASE, settings.requests, settings.base_starts, settings.rounds, tuple(bases))
     lengths = [
         candidate
         for length in settings.lengths
         for candidate in (
             Candidate(f"text of {length}", NO_PLUGIN, text_tokens=length),
+            Candidate(f"text of {length}{SAME_ENGINE}", PREFIXES, text_tokens=length),
             Candidate(f"prefix of {length}", PREFIXES, prefix_names(length, 1)),
         )
     ]
-    bases = [Candidate(f"base, {engine}", engine) for engine in (NO_PLUGIN, IDLE, PREFIXES)]
-    yield Comparison("lengths", settings.requests, settings.starts, settings.rounds, (*bases, *lengths))
+    yield Comparison("lengths", settings.requests, settings.starts, settings.rounds, tuple(lengths))
     mixes = [
         Candidate(_title(number, "prefix", "prefixes"), PREFIXES, prefix_names(settings.mix_tokens, number))
         for number in settings.mixes
@@ -144,16 +150,15 @@ def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
 
 def ratios(settings: Record, comparison: str) -> list[Ratio]:
     """Returns the results that a comparison is made for, out of the settings as they were recorded."""
+    if comparison == BASE:
+        titles = {CONTROL: "without the plugin, too", IDLE: "idle plugin", PREFIXES: "beside prefixes"}
+        return [Ratio(f"base model, {title} / without the plugin", name, NO_PLUGIN) for name, title in titles.items()]
     if comparison == "lengths":
-        bases = [
-            Ratio(f"base model, {title} / without the plugin", f"base, {engine}", f"base, {NO_PLUGIN}")
-            for title, engine in (("idle plugin", IDLE), ("beside prefixes", PREFIXES))
-        ]
-        lengths = [
-            Ratio(f"prefix of {length} / cached text of {length}", f"prefix of {length}", f"text of {length}")
+        return [
+            Ratio(f"prefix of {length} / cached text of {length}{where}", f"prefix of {length}", f"text of {length}{where}")
+            for where in (SAME_ENGINE, "")
             for length in settings["lengths"]
         ]
-        return [*bases, *lengths]
     if comparison == "mixes":
         first, *more = [_title(number, "prefix", "prefixes") for number in settings["mixes"]]
         return [Ratio(f"{name} / {first}", name, first) for name in more]

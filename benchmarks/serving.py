@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from adapters import write_loras, write_prefixes
 from comparisons import (
+    CONTROL,
     NO_PLUGIN,
     PREFIXES,
     SHORT,
@@ -106,7 +107,7 @@ class Benchmark:
 
     def _make(self, transport: str, name: str) -> Any:
         settings = self.settings
-        environment = {"VLLM_PLUGINS": ""} if name == NO_PLUGIN else {}
+        environment = {"VLLM_PLUGINS": ""} if name in (NO_PLUGIN, CONTROL) else {}
         if name == TRANSFORMERS:
             adapter = next(iter(self.prefixes.values()))
             return Engine(transformers_engine, settings.model, adapter, settings.dtype, settings.threads)

@@ -44,7 +44,8 @@ def caption(content: Record) -> str:
         f"{settings['model']}, {settings['dtype']}, blocks of {settings['block_size']} tokens, {settings['input_tokens']} "
         f"tokens in and {settings['output_tokens']} out; {settings['requests']} requests at once, {settings['mix_requests']} "
         f"in mixes of adapters (over HTTP {settings['concurrency']} at a time). Medians and quartiles of "
-        f"{settings['rounds']} interleaved rounds in each of {settings['starts']} starts of the engines; of "
+        f"{settings['rounds']} interleaved rounds in each of {settings['starts']} starts of the engines "
+        f"({settings['base_starts']} for the base model); of "
         f"{settings['slow_rounds']} rounds in one with LoRA and transformers. {titles(content['records'])}."
     )
 

@@ -1,11 +1,4 @@
-"""The benchmark's modules import each other by name, as a script's folder allows."""
-
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(scope="session")

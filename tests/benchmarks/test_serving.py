@@ -106,7 +106,7 @@ def test_report(tmp_path: Path) -> None:
     text = write_report(results, readme)
     assert "| 1 prefix / 1 LoRA of rank 8 | offline | 0.910 (0.909 to 0.910) | 1.000" in text
     assert ratio_table(content) in readme.read_text(encoding="utf-8")
-    assert "| offline | lengths | base, no plugin | 101 | 0.5 |  | 0.01 | 7 |" in absolute(content)
+    assert "| offline | base | no plugin | 101 | 0.5 |  | 0.01 | 7 |" in absolute(content)
     assert results.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -116,7 +116,10 @@ def test_with_engines(tmp_path: Path) -> None:
 
     support.write_model(tmp_path / "model", server.CONFIG, tokenizer=True)
     script = Path(write_report.__globals__["__file__"]).with_name("serving.py")
-    small = "--lengths 32 50 --mixes 1 3 --loras 2 --ranks 8 --rounds 2 --requests 4 --mix-requests 4 --output-tokens 4"
+    small = (
+        "--lengths 32 50 --mixes 1 3 --loras 2 --ranks 8 --base-starts 1 --starts 2 --rounds 2 --requests 4 "
+        "--mix-requests 4 --output-tokens 4"
+    )
     command = [
         sys.executable,
         str(script),
@@ -126,17 +129,18 @@ def test_with_engines(tmp_path: Path) -> None:
         str(tmp_path / "results.json"),
     ]
     options = [*small.split(), "--dtype", "float32", "--block-size", "32", "--cache-gib", "1"]
-    answered = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    answered = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
     records = {
         (one["transport"], one["comparison"]): one["measurements"]
         for one in json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["records"]
     }
     offline = records["offline", "lengths"]
-    assert offline["text of 32"][0]["cached_tokens"] == 32
+    assert [len(rounds) for rounds in offline.values()] == [4] * 6
+    assert offline["text of 32"][0]["cached_tokens"] == offline["text of 32, same engine"][0]["cached_tokens"] == 32
     assert offline["prefix of 50"][0]["blocks"] >= 4
     assert offline["prefix of 32"][0]["loads_per_request"] == 0  # whole blocks, in the cache since the warm-up
     assert offline["prefix of 50"][0]["loads_per_request"] == 1  # of the 18 tokens in the last block
     assert all(
         one["tokens_per_second"] > 0 for found in records.values() for rounds in found.values() for one in rounds
     )
-    assert "| prefix of 32 / cached text of 32 | http |" in answered.stdout
+    assert "| prefix of 32 / cached text of 32, same engine | http |" in answered.stdout
