@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,10 @@ class Served:
         self.expected = [_generate(models[adapter], prompt) for adapter, prompt in self.requests]
         adapters = prefix_adapters({f"p{length}": str(folder / f"p{length}") for length in LENGTHS})
         fixed = {"num_gpu_blocks_override": 256, "max_model_len": CONTEXT, **adapters}
-        self.llm = start(folder / "base", **{**fixed, **settings})
+        with ExitStack() as stack:
+            stack.enter_context(_unchanged(type(base().base_model)))
+            self.llm = start(folder / "base", **{**fixed, **settings})
+            self._classes = stack.pop_all()
 
     def answers(self) -> list[Answer]:
         """Returns the tokens of every request, and the log-probability of each."""
@@ -79,6 +84,22 @@ class Served:
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+        self._classes.close()
+
+
+@contextmanager
+def _unchanged(cls: type) -> Iterator[None]:
+    """Undoes changes of a class: vLLM decorates transformers' own of some models, which then makes none outside of vLLM."""
+    bases, own = cls.__bases__, dict(vars(cls))
+    try:
+        yield
+    finally:
+        cls.__bases__ = bases
+        for name in vars(cls).keys() - own.keys():
+            delattr(cls, name)
+        for name, value in own.items():
+            if vars(cls)[name] is not value:
+                setattr(cls, name, value)
 
 
 def forget_engine() -> None:

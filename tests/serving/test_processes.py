@@ -39,7 +39,8 @@ def test_processes_agree(server_folder: Path, options: tuple[str, str], monkeypa
         client.post("/unload_prefix_adapter", body={"prefix_name": "late"}, cast_to=str)
         del prefixes["late"]
         check(client, reference, prefixes)
-    log = (server_folder / "log").read_text()
+        # Not what is said when it ends: workers may be gone before the front end is.
+        log = (server_folder / "log").read_text()
     answered = set(re.findall(r"\((ApiServer_\d|APIServer) .*Received request cmpl-", log))
     assert answered == ({"APIServer"} if "tensor" in options[0] else {"ApiServer_0", "ApiServer_1"})
     assert "ERROR" not in log
