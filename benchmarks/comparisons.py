@@ -155,7 +155,11 @@ def ratios(settings: Record, comparison: str) -> list[Ratio]:
         return [Ratio(f"base model, {title} / without the plugin", name, NO_PLUGIN) for name, title in titles.items()]
     if comparison == "lengths":
         return [
-            Ratio(f"prefix of {length} / cached text of {length}{where}", f"prefix of {length}", f"text of {length}{where}")
+            Ratio(
+                f"prefix of {length} / cached text of {length}{where}",
+                f"prefix of {length}",
+                f"text of {length}{where}",
+            )
             for where in (SAME_ENGINE, "")
             for length in settings["lengths"]
         ]

@@ -34,9 +34,9 @@ def resolve(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(place["repo"], revision=place["revision"], allow_patterns=files)) / subfolder
     except Exception as error:
-        # The Hub's errors are many, of several packages, and each means the same to the user.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The Hub's errors are many, of several packages; a type's name says more than some of their first lines.
+        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise PrefixNotFoundError(
-            f"No prefix adapter at {str(source)!r}: there is no such folder, and the Hub has no such repository or cannot "
-            f"be reached ({reason})."
+            f"No prefix adapter at {str(source)!r}: there is no such folder, and the Hub has no such repository or "
+            f"revision, or cannot be reached ({reason})."
         ) from error
