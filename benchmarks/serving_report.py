@@ -74,11 +74,16 @@ def save_plot(content: Record, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.32 * len(rows)))
     for place, (_, value) in enumerate(reversed(rows)):
         middle, (low, high) = value["median"], value["quartiles"]
-        axes.barh(place, middle, color="C0" if middle >= 1 else "C1", xerr=[[middle - low], [high - middle]], capsize=2)
-        axes.annotate(f" {middle:.2f}", (max(high, middle), place), va="center", fontsize="small")
+        # From 1 on; slower is another color, if most rounds say so.
+        color = "C1" if high < 1 else "C0"
+        axes.barh(place, middle - 1, left=1, color=color, xerr=[[middle - low], [high - middle]], capsize=2)
+        axes.annotate(f" {middle:.2f}", (max(high, middle, 1), place), va="center", fontsize="small")
     axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)], fontsize="small")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="output tokens per second, ratio")
+    axes.set(xscale="log", xlabel="output tokens per second, ratio", ylim=(-1, len(rows)))
+    for kind in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        kind("{x:g}")
+    axes.margins(x=0.1)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
