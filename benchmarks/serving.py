@@ -80,7 +80,7 @@ class Benchmark:
     def _measure(self, comparison: Comparison, transport: str, start: int) -> dict[str, list[Measurement]]:
         workload = replace(self.workload, num_requests=comparison.num_requests)
         names = sorted({candidate.engine for candidate in comparison.candidates})
-        # Each comes first once: of two engines that are alike, the one started first was 3 % slower here.
+        # They come first in turn: of two engines that are alike, the one started first was 3 % slower here.
         names = names[start % len(names) :] + names[: start % len(names)]
         with ExitStack() as stack:
             engines = {name: stack.enter_context(self._make(transport, name)) for name in names}
