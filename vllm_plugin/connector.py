@@ -109,9 +109,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        assert self.scheduler is not None
+        self.scheduler.siblings.update()
         # vLLM does so for requests that still run: one that was aborted or preempted meanwhile has left blocks behind, too.
         if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
-            assert self.scheduler is not None
             self._kv_cache_manager.evict_blocks(
                 self.scheduler.given_blocks.together_with(connector_output.invalid_block_ids)
             )

@@ -62,6 +62,9 @@ def handle_invalid_blocks(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     if settings_in(instance.vllm_config.kv_transfer_config) is None:
         return wrapped(*args, **kwargs)
     invalid = kwargs["invalid_block_ids"] if "invalid_block_ids" in kwargs else args[0]
+    # Under vLLM's `MultiConnector` ours is the first.
+    ours, *siblings = getattr(instance.connector, "sub_connectors", [instance.connector])
+    ours.scheduler.siblings.load_failed(siblings)
     manager = instance.kv_cache_manager
     blocks = {
         request.request_id: _flat((*manager.get_block_ids(request.request_id), *given_to(request)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.config import ADAPTERS, PrefixSpec, unpack
 from vllm_plugin.failures import GivenBlocks
+from vllm_plugin.siblings import Siblings
 from vllm_plugin.stats import PrefixStats
 from vllm_plugin.usage import RealPrefillStats
 
@@ -50,6 +51,7 @@ class PrefixScheduler:
     def __init__(self, block_size: int) -> None:
         self.stats = PrefixStats()
         self.given_blocks = GivenBlocks()
+        self.siblings = Siblings()
         self._block_size = block_size
         # The least recently used first.
         self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
@@ -133,6 +135,7 @@ class PrefixScheduler:
             request.skip_reading_prefix_cache = True
         self._private.clear()
         self.given_blocks.next_step()
+        self.siblings.next_step()
         loads, self._loads = self._loads, []
         return loads
 

@@ -1,0 +1,67 @@
+"""vLLM's offloading connector on a CPU: all of it is vLLM's but the copies themselves, which it has for GPUs only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+CONNECTOR = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "spec_name": "HostOffloadingSpec",
+        "spec_module_path": __name__,
+        "cpu_bytes_to_use": 2**26,
+    },
+}
+
+
+class HostWorker(OffloadingWorker):
+    """Copies blocks of the KV cache, one at a time, and is done at once.
+
+    Args:
+        caches: The KV cache, a row per block.
+        num_chunks: How many blocks there is room for.
+    """
+
+    def __init__(self, caches: CanonicalKVCaches, num_chunks: int) -> None:
+        (self._tensor_ids,) = ([ref.tensor_idx for ref in group] for group in caches.group_data_refs)
+        self._cache = [entry.tensor for entry in caches.tensors]
+        self._kept = [torch.empty(num_chunks, tensor.shape[1], dtype=torch.int8) for tensor in self._cache]
+        self._done: list[TransferResult] = []
+        self.num_stored = self.num_loaded = 0
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: LoadStoreSpec) -> bool:
+        self.num_stored += self._copy(job_id, self._cache, src_spec, self._kept, dst_spec)
+        return True
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: Any) -> bool:
+        self.num_loaded += self._copy(job_id, self._kept, src_spec, self._cache, dst_spec)
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        done, self._done = self._done, []
+        return done
+
+    def wait(self, job_ids: set[int]) -> None:
+        return
+
+    def _copy(self, job_id: int, source: list[Any], source_spec: Any, target: list[Any], target_spec: Any) -> int:
+        pairs = list(zip(source_spec.block_ids.tolist(), target_spec.block_ids.tolist(), strict=True))
+        for index in self._tensor_ids:
+            for from_block, to_block in pairs:
+                target[index][to_block].copy_(source[index][from_block])
+        self._done.append(TransferResult(job_id, success=True))
+        return len(pairs)
+
+
+class HostOffloadingSpec(CPUOffloadingSpec):
+    """vLLM's own, with its bookkeeping, on a CPU."""
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self._worker is None:
+            self._worker = HostWorker(kv_caches, self.num_chunks)
+        return self._worker
