@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_plugin import lora, prompt_logprobs, serving
 from vllm_plugin.compat import Seam
-from vllm_plugin.config import PrefixSpec, settings_in
+from vllm_plugin.config import CONNECTOR, PrefixSpec, settings_in
 from vllm_plugin.failures import handle_invalid_blocks
 from vllm_plugin.request import PrefixAdapterRequest
 
@@ -99,6 +99,18 @@ def _new_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     request = wrapped(arguments["request"], None)
     request._block_hasher = arguments["block_hasher"]
     return request
+
+
+def _new_scheduler(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    """Gives freed blocks back at once, as without a connector, so that a running engine can reset its prefix cache.
+
+    Where steps overlap, vLLM holds them back: some connectors load into a block while a step still writes to it. Ours
+    loads on the stream of the steps.
+    """
+    wrapped(*args, **kwargs)
+    config = instance.vllm_config.kv_transfer_config
+    if config is not None and config.kv_connector == CONNECTOR:
+        instance.defer_block_free = False
 
 
 def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -211,6 +223,12 @@ ENGINE_SEAMS = (
         "Request.from_engine_core_request",
         ("request", "block_hasher"),
         _new_request,
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.__init__",
+        ("vllm_config",),
+        _new_scheduler,
     ),
     Seam(
         "vllm.v1.core.sched.scheduler",
