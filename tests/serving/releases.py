@@ -29,6 +29,8 @@ CALLED = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
     "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.reset_cache",
+    "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector.sub_connectors",
     "vllm.config.kv_transfer:KVTransferConfig.get_from_extra_config",
     "vllm.v1.metrics.stats:PrefillStats.finalize",
     "vllm.v1.metrics.stats:PrefillStats.set",

@@ -1,0 +1,43 @@
+"""The tests of engines once more with what vLLM runs by default on a GPU: model runner V2 and async scheduling."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ALL = [
+    "test_engine.py",
+    "test_failures.py",
+    "test_offloading.py",
+    "test_requests.py",
+    "test_isolation.py",
+    "test_prompt_logprobs.py",
+    "test_scheduler.py",
+]
+SHORT = [
+    "test_engine.py::test_matches_transformers_cold_warm_and_after_reset",
+    "test_engine.py::test_a_reset_with_requests_running_loads_again",
+    "test_failures.py::test_a_load_that_fails_fails_its_requests_only_and_leaves_nothing_in_the_cache",
+    "test_failures.py::test_requests_that_are_gone_when_their_load_fails_leave_nothing_in_the_cache",
+]
+
+
+@pytest.mark.parametrize("tests", [SHORT, pytest.param(ALL, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_with_model_runner_v2_and_async_scheduling(tests: list[str]) -> None:
+    """In a process of their own: what the runner's kernels are is settled when Triton is imported."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "serving.runner_v2",
+        *(str(HERE / each) for each in tests),
+    ]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
