@@ -19,6 +19,9 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles what it imports; pip would compile all 25,000 files beforehand, for a minute.
 INSTALL := $(BIN)/python -m pip install --no-compile -e ".[serve-cpu,demo,dev]"
 
+# Each of many processes would compile vLLM and transformers again, for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test soak bench lint clean
 
 demo: $(STAMP)

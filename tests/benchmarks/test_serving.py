@@ -111,6 +111,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)  # some twenty engines
 def test_with_engines(tmp_path: Path) -> None:
     from serving import server, support
 

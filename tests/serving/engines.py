@@ -187,8 +187,15 @@ class Pool:
 
     def start(self, config: Any, *args: Any, **settings: Any) -> Engine:
         """Stops the engine at hand and starts another."""
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
         self.close()
-        self._engine = make_engine(self._folders.mktemp("engine"), config, *args, **settings)
+        try:
+            self._engine = make_engine(self._folders.mktemp("engine"), config, *args, **settings)
+        except BaseException:
+            # One that did not start is still in the way of the next.
+            ensure_kv_transfer_shutdown()
+            raise
         return self._engine
 
     def shared(self, kind: Callable[[], Any], **settings: Any) -> Engine:

@@ -261,6 +261,20 @@ def test_runs_under_a_multi_connector(engine_factory: Callable[..., Engine]) -> 
     assert engine.counts("loads") == {"p32": 1, "p33": 1}
 
 
+def test_a_load_needs_nothing_of_a_step_that_a_cuda_graph_replays(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector = get_kv_transfer_group()
+    assert not connector.requires_piecewise_for_cudagraph({})
+    # With a full graph there are no metadata of the step's attention, either.
+    load = connector.start_load_kv
+    monkeypatch.setattr(connector, "start_load_kv", lambda forward_context, **kwargs: load(None))
+    llama.check(["p33", None, "p130"], [prompt_ids(40, seed=seed) for seed in range(3)])
+    assert llama.counts("loads") == {"p33": 1, "p130": 1}
+
+
 def test_sliding_window_layers_let_the_prefix_slide_out(pool: Pool) -> None:
     engine = pool.shared(support.gemma3_config)
     assert len(engine.scheduler.kv_cache_config.kv_cache_groups) > 1

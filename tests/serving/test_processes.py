@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from serving import server, support
+from serving.runner_v2.sitecustomize import ENVIRONMENT
 from serving.support import prompt_ids, text_of
 
 pytestmark = pytest.mark.soak
@@ -19,11 +20,21 @@ CLIENTS = 8
 
 
 @pytest.mark.parametrize(
-    "options",
-    [("--api-server-count", "2"), ("--data-parallel-size", "2"), ("--tensor-parallel-size", "2")],
-    ids=" ".join,
+    ("options", "environment"),
+    [
+        (("--api-server-count", "2"), {}),
+        (("--data-parallel-size", "2"), {}),
+        (("--tensor-parallel-size", "2"), {}),
+        (("--tensor-parallel-size", "2"), ENVIRONMENT),
+        (("--pipeline-parallel-size", "2"), ENVIRONMENT),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else ("runner-v2" if value else "runner-v1"),
 )
-def test_processes_agree(server_folder: Path, options: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_agree(
+    server_folder: Path, options: tuple[str, str], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setitem(server.ENVIRONMENT, name, value)
     # Two engines, or workers, may not share their threads.
     monkeypatch.setitem(server.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "auto" if "api" in options[0] else "0|1")
     reference = support.Reference(server_folder / "model")
@@ -42,7 +53,9 @@ def test_processes_agree(server_folder: Path, options: tuple[str, str], monkeypa
         # Not what is said when it ends: workers may be gone before the front end is.
         log = (server_folder / "log").read_text()
     answered = set(re.findall(r"\((ApiServer_\d|APIServer) .*Received request cmpl-", log))
-    assert answered == ({"APIServer"} if "tensor" in options[0] else {"ApiServer_0", "ApiServer_1"})
+    several = options[0] in ("--api-server-count", "--data-parallel-size")
+    assert answered == ({"ApiServer_0", "ApiServer_1"} if several else {"APIServer"})
+    assert ("Using V2 Model Runner" in log) == bool(environment)
     assert "ERROR" not in log
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from serving.runner_v2.sitecustomize import ENVIRONMENT
+
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 ALL = [
     "test_engine.py",
     "test_failures.py",
@@ -27,17 +31,8 @@ SHORT = [
 
 
 @pytest.mark.parametrize("tests", [SHORT, pytest.param(ALL, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
-def test_with_model_runner_v2_and_async_scheduling(tests: list[str]) -> None:
+def test_engines_with_model_runner_v2_and_async_scheduling(tests: list[str]) -> None:
     """In a process of their own: what the runner's kernels are is settled when Triton is imported."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "serving.runner_v2",
-        *(str(HERE / each) for each in tests),
-    ]
-    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "runs_ahead", *(str(HERE / each) for each in tests)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
