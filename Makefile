@@ -31,7 +31,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m soak $(ARGS)
 	$(BIN)/python benchmarks/load.py
 
 # Anew each time: results of another revision are others. The model is the demo's, which needs no hub.

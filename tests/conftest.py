@@ -25,12 +25,13 @@ from xdist.scheduler import LoadScopeScheduling
 class TogetherWhatShares(LoadScopeScheduling):
     """Under `-n`, keeps on one worker what shares something that is slow to make.
 
-    That is a file, an architecture of the sweep, and all tests of the serving half, which share engines.
+    That is a file, an architecture of the sweep, and all tests of the serving half, which share engines. Long tests have
+    their own.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, test = nodeid.partition("::")
-        if "/serving/" in path:
+        if "/serving/" in path and self.config.option.markexpr != "soak":
             return "serving"
         architecture = test.partition("[")[2].rstrip("]").partition("-")[0] if "test_architectures" in path else ""
         return path + architecture

@@ -22,8 +22,8 @@ ENVIRONMENT = {
 
 
 def _add_cpu(backends: Any) -> None:
-    """vLLM uses Triton on a CPU if it has a backend of this name."""
-    backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
+    """vLLM uses Triton on a CPU if it has a backend of this name; who would compile for it finds none that is active."""
+    backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: False))
 
 
 def _leave_out(sampler: Any) -> None:
