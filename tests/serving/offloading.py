@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
-from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 CONNECTOR = {
@@ -28,18 +29,19 @@ class HostWorker(OffloadingWorker):
     """
 
     def __init__(self, caches: CanonicalKVCaches, num_chunks: int) -> None:
-        (self._tensor_ids,) = ([ref.tensor_idx for ref in group] for group in caches.group_data_refs)
+        # The tensors that the layers of each KV cache group lie in: another group's may lie there, too, in other blocks.
+        self._groups = [[ref.tensor_idx for ref in group] for group in caches.group_data_refs]
         self._cache = [entry.tensor for entry in caches.tensors]
         self._kept = [torch.empty(num_chunks, tensor.shape[1], dtype=torch.int8) for tensor in self._cache]
         self._done: list[TransferResult] = []
         self.num_stored = self.num_loaded = 0
 
-    def submit_store(self, job_id: int, src_spec: Any, dst_spec: LoadStoreSpec) -> bool:
-        self.num_stored += self._copy(job_id, self._cache, src_spec, self._kept, dst_spec)
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        self.num_stored += self._copy(job_id, src_spec.group_sizes, self._cache, src_spec, self._kept, dst_spec)
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: Any) -> bool:
-        self.num_loaded += self._copy(job_id, self._kept, src_spec, self._cache, dst_spec)
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        self.num_loaded += self._copy(job_id, dst_spec.group_sizes, self._kept, src_spec, self._cache, dst_spec)
         return True
 
     def get_finished(self) -> list[TransferResult]:
@@ -49,13 +51,15 @@ class HostWorker(OffloadingWorker):
     def wait(self, job_ids: set[int]) -> None:
         return
 
-    def _copy(self, job_id: int, source: list[Any], source_spec: Any, target: list[Any], target_spec: Any) -> int:
-        pairs = list(zip(source_spec.block_ids.tolist(), target_spec.block_ids.tolist(), strict=True))
-        for index in self._tensor_ids:
-            for from_block, to_block in pairs:
-                target[index][to_block].copy_(source[index][from_block])
+    def _copy(self, job_id: int, sizes: Any, source: Any, source_spec: Any, target: Any, target_spec: Any) -> int:
+        """Copies the blocks of one job, which come group by group, and returns how many there are."""
+        pairs = zip(source_spec.block_ids.tolist(), target_spec.block_ids.tolist(), strict=True)
+        for tensor_ids, size in zip(self._groups, sizes, strict=True):
+            for from_block, to_block in islice(pairs, size):
+                for index in tensor_ids:
+                    target[index][to_block].copy_(source[index][from_block])
         self._done.append(TransferResult(job_id, success=True))
-        return len(pairs)
+        return len(source_spec.block_ids)
 
 
 class HostOffloadingSpec(CPUOffloadingSpec):

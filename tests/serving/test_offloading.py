@@ -57,3 +57,16 @@ def test_nothing_computed_behind_a_prefix_that_was_not_there_is_offloaded(
         assert output.outputs[0].finish_reason == "error"
     offloaded.check([None, "p32"], [other, other])
     offloaded.check(["p32"], [prompt])
+
+
+def test_prefixes_and_offloaded_text_where_layers_have_windows(pool: Pool) -> None:
+    engine = pool.start(support.gemma3_config(), kv_transfer_config=offloading.CONNECTOR)
+    names = [None, "p32", "p33", "p130", None, "p32"]
+    prompts = [prompt_ids(90 + 20 * seed, seed=seed) for seed in range(len(names))]
+    for _ in range(3):
+        engine.check(names, prompts)
+        assert engine.llm.reset_prefix_cache()
+        engine.check(["p32", "p130"], [prompt_ids(5, seed=50)] * 2)
+    assert worker().num_stored
+    assert worker().num_loaded
+    pool.close()
