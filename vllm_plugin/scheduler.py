@@ -7,11 +7,12 @@ this class says that they can be loaded; either way the model never runs them.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.config import ADAPTERS, PrefixSpec, unpack
-from vllm_plugin.failures import GivenBlocks
+from vllm_plugin.failures import BlockIds, GivenBlocks
 from vllm_plugin.siblings import Siblings
 from vllm_plugin.stats import PrefixStats
 from vllm_plugin.usage import RealPrefillStats
@@ -101,11 +102,11 @@ class PrefixScheduler:
         self._promised[request.request_id] = missing
         return missing
 
-    def allocated(self, request: Request, block_ids: tuple[list[int], ...], num_external: int) -> None:
+    def allocated(self, request: Request, get_block_ids: Callable[[], BlockIds], num_external: int) -> None:
         """Records the load of a request that the scheduler just gave blocks to.
 
         Args:
-            block_ids: Its block ids per KV cache group.
+            get_block_ids: Returns its block ids per KV cache group; asked only if it has a prefix.
             num_external: How many tokens the scheduler takes as loaded.
         """
         spec = self._specs.get(request.request_id)
@@ -115,6 +116,7 @@ class PrefixScheduler:
         if promised is None:
             # An asynchronous load by another connector makes this the second call.
             return
+        block_ids = get_block_ids()
         self.given_blocks.add(request, block_ids)
         p = spec.num_virtual_tokens
         self.stats.add("block_hits", spec.name, (p - promised) // self._block_size)

@@ -17,18 +17,18 @@ from vllm_plugin.request import PrefixAdapterRequest
 
 def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     config = instance.vllm_config
-    arguments = _arguments(wrapped, args, kwargs)
-    if not serving.concerns(arguments.get("lora_request"), config):
+    named = _argument(wrapped, args, kwargs, "lora_request")
+    if not serving.concerns(named, config):
         return wrapped(*args, **kwargs)
-    params, max_model_len = arguments["params"], config.model_config.max_model_len
-    named = arguments.get("lora_request")
+    params, max_model_len = _argument(wrapped, args, kwargs, "params"), config.model_config.max_model_len
     if isinstance(named, _CheckedRequest):
         spec, checked = named.spec, True
     else:
-        spec, checked = _check(arguments, params, config)
-    if spec is not None:
-        arguments["lora_request"] = lora.request_for(spec)
-    request = wrapped(**arguments)
+        spec, checked = _check(named, _argument(wrapped, args, kwargs, "prompt"), params, config)
+    if spec is None:
+        request = wrapped(*args, **kwargs)
+    else:
+        request = wrapped(**{**_arguments(wrapped, args, kwargs), "lora_request": lora.request_for(spec)})
     if not checked:
         # A raw prompt, which the call itself has rendered.
         serving.check(spec, serving.Prompt.of_request(request), params, max_model_len)
@@ -40,30 +40,35 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Checks before the stream starts: once a response streams, its status can no longer be 400."""
     config = instance.vllm_config
-    arguments = _arguments(wrapped, args, kwargs)
-    if not serving.concerns(arguments.get("lora_request"), config):
+    named = _argument(wrapped, args, kwargs, "lora_request")
+    if not serving.concerns(named, config):
         return wrapped(*args, **kwargs)
-    spec, checked = _check(arguments, arguments["sampling_params"], config)
-    if spec is not None and checked:
-        arguments["lora_request"] = _CheckedRequest(lora_name=spec.name, spec=spec)
-    return wrapped(**arguments)
+    params = _argument(wrapped, args, kwargs, "sampling_params")
+    spec, checked = _check(named, _argument(wrapped, args, kwargs, "prompt"), params, config)
+    if spec is None or not checked:
+        return wrapped(*args, **kwargs)
+    checked_request = _CheckedRequest(lora_name=spec.name, spec=spec)
+    return wrapped(**{**_arguments(wrapped, args, kwargs), "lora_request": checked_request})
 
 
 class _CheckedRequest(PrefixAdapterRequest):
     """Of a call that need not be checked again."""
 
 
-def _check(arguments: dict[str, Any], params: Any, config: Any) -> tuple[PrefixSpec | None, bool]:
+def _check(named: Any, prompt: Any, params: Any, config: Any) -> tuple[PrefixSpec | None, bool]:
     """Returns the prefix of a call, if there is one, and whether its prompt was there to be checked, too.
+
+    Args:
+        named: Its `lora_request`.
 
     Raises:
         PrefixRequestError: If the call cannot be answered, as far as its arguments tell.
     """
-    spec = serving.adapter_named(arguments.get("lora_request"), config)
-    prompt = serving.Prompt.of_input(arguments["prompt"])
-    serving.check(spec, prompt, params, config.model_config.max_model_len)
+    spec = serving.adapter_named(named, config)
+    rendered = serving.Prompt.of_input(prompt)
+    serving.check(spec, rendered, params, config.model_config.max_model_len)
     lora.check(params, config)
-    return spec, prompt is not None
+    return spec, rendered is not None
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -82,22 +87,30 @@ def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def _arguments(wrapped: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Returns the arguments of a call to a bound method, by name."""
-    names = _parameters(getattr(wrapped, "__func__", wrapped))[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_places(getattr(wrapped, "__func__", wrapped)), args, strict=False)), **kwargs}
+
+
+def _argument(wrapped: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """Returns one of them, or None: each request comes by, and most go on as they came."""
+    if name in kwargs:
+        return kwargs[name]
+    place = _places(getattr(wrapped, "__func__", wrapped))[name]
+    return args[place] if place < len(args) else None
 
 
 @functools.cache
-def _parameters(function: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def _places(function: Any) -> dict[str, int]:
+    names = list(inspect.signature(function).parameters)[1:]
+    return {name: place for place, name in enumerate(names)}
 
 
 def _new_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Hashes no blocks of a request before its prefix is in front of them, which is when they are hashed anyway."""
-    arguments = _arguments(wrapped, args, kwargs)
-    if not serving.has_prefix(arguments["request"]):
+    sent = _argument(wrapped, args, kwargs, "request")
+    if not serving.has_prefix(sent):
         return wrapped(*args, **kwargs)
-    request = wrapped(arguments["request"], None)
-    request._block_hasher = arguments["block_hasher"]
+    request = wrapped(sent, None)
+    request._block_hasher = _argument(wrapped, args, kwargs, "block_hasher")
     return request
 
 

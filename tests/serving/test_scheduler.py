@@ -124,12 +124,12 @@ def test_a_request_loads_what_is_not_cached(make: Any) -> None:
         assert missing == max(0, 70 - computed)
         # Asked again before there was room for it.
         assert scheduler.num_loadable(request, computed) == missing
-        scheduler.allocated(request, ([1, 2, 3, 4],), missing)
+        scheduler.allocated(request, lambda: ([1, 2, 3, 4],), missing)
         assert [(load.spec, (load.start, load.stop)) for load in scheduler.take_loads()] == (
             [] if part is None else [(SPECS[70], part)]
         )
         # Of a load by another connector, if any.
-        scheduler.allocated(request, ([1, 2, 3, 4],), 0)
+        scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 0)
     taken = scheduler.stats.take()
     assert taken is not None
     assert taken.data == {
@@ -147,7 +147,7 @@ def test_a_promise_that_vllm_does_not_keep_is_no_silent_error(make: Any) -> None
     scheduler.admit(request)
     scheduler.num_loadable(request, 0)
     with pytest.raises(RuntimeError, match="takes 64 tokens of the prefix 'p70' as loaded instead of 70"):
-        scheduler.allocated(request, ([1, 2, 3, 4],), 64)
+        scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 64)
 
 
 def test_nothing_is_kept_of_a_request_that_is_gone(make: Any) -> None:
@@ -158,7 +158,7 @@ def test_nothing_is_kept_of_a_request_that_is_gone(make: Any) -> None:
         if step > 0:
             scheduler.num_loadable(request, 0)
         if step > 1:
-            scheduler.allocated(request, ([1, 2, 3, 4],), 70)
+            scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 70)
         scheduler.finished(request, ())
     scheduler.take_loads()
     assert not scheduler._specs
@@ -177,7 +177,7 @@ def test_requests_to_the_base_model_are_left_alone(make: Any) -> None:
         assert list(request.all_token_ids) == prompt
         assert request.block_hashes == before
         assert scheduler.num_loadable(request, 0) == 0
-        scheduler.allocated(request, ([1, 2, 3],), 0)
+        scheduler.allocated(request, lambda: ([1, 2, 3],), 0)
         scheduler.finished(request, ())
     assert scheduler.take_loads() == []
     assert scheduler.stats.take() is None
