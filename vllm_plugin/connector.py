@@ -117,6 +117,11 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
                 self.scheduler.given_blocks.together_with(connector_output.invalid_block_ids)
             )
 
+    def reset_cache(self) -> bool | None:
+        assert self.scheduler is not None
+        self.scheduler.siblings.were_reset()
+        return True
+
     # Worker side
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:

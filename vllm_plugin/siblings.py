@@ -36,6 +36,10 @@ class Siblings:
         """Notes that a step is scheduled: they take no second reset before that."""
         self._scheduled = True
 
+    def were_reset(self) -> None:
+        """Notes that vLLM has emptied all caches, on somebody's request."""
+        self._scheduled = False
+
     def update(self) -> None:
         """Does what is still to be done, before they hear what the workers have done."""
         if self._connectors and self._reset():

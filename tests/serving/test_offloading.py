@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from serving import offloading, support
 from serving.engines import Engine, Pool
 from serving.support import prompt_ids
 from serving.test_failures import file_gone
+from vllm_plugin.siblings import Siblings
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,8 @@ def test_prefixes_and_offloaded_text(offloaded: Engine) -> None:
         assert offloaded.llm.reset_prefix_cache()
     assert worker().num_stored
     assert worker().num_loaded
+    assert offloaded.llm.reset_prefix_cache(reset_connector=True)
+    offloaded.check(names, prompts)
 
 
 def test_text_behind_a_prefix_is_loaded_back(offloaded: Engine) -> None:
@@ -57,6 +61,24 @@ def test_nothing_computed_behind_a_prefix_that_was_not_there_is_offloaded(
         assert output.outputs[0].finish_reason == "error"
     offloaded.check([None, "p32"], [other, other])
     offloaded.check(["p32"], [prompt])
+
+
+def test_other_connectors_are_reset_twice_and_never_twice_before_a_step() -> None:
+    siblings, answers = Siblings(), [None, False, True]
+    connector = SimpleNamespace(reset_cache=lambda: answers.pop(0))
+    siblings.next_step()
+    siblings.load_failed([connector])
+    siblings.update()
+    assert answers == [False, True]
+    siblings.next_step()
+    siblings.were_reset()
+    siblings.update()
+    assert answers == [False, True]
+    # One that cannot is asked again, and then no more.
+    for left in ([True], [], []):
+        siblings.next_step()
+        siblings.update()
+        assert answers == left
 
 
 def test_prefixes_and_offloaded_text_where_layers_have_windows(pool: Pool) -> None:
