@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
+from peft_prefix_ext.describe import describe
 from peft_prefix_ext.flash import uses_flash
 
 
@@ -65,7 +66,7 @@ class _RecordingCache(DynamicCache):
         layer_idx = len(self.recorded) if layer_idx is None else layer_idx  # encoders need not count their layers
         if key_states.dim() != 4:
             raise ValueError(
-                f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which is not supported."
+                f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which PREFIX_EXT does not support."
             )
         # A layer that shares the K/V of another one does not write; the first writer owns the cache.
         self.recorded.setdefault(layer_idx, (self.running[-1], LayerKV(key_states[0], value_states[0])))
@@ -87,7 +88,7 @@ def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
         ValueError: If a prefix cannot stand before this model's input, or would silently change more than that.
     """
     refuse_unsupported(model)
-    name = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    name = describe(model)
     # Some models count no position for padding.
     first, second, third = [
         token for token in range(4) if token != getattr(model.config.get_text_config(), "pad_token_id", None)
@@ -157,11 +158,13 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
         with evaluating(model):
             # Heads for classification ask for an end-of-sequence token, which need not be among the tokens.
             (model.base_model if model.config.is_encoder_decoder else model)(**inputs)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{describe(model)} does not run with a cache that records: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
     if not caches[DECODER].recorded:
-        raise ValueError(f"{type(model).__name__} has no attention layer with a KV cache to give a prefix to.")
+        raise ValueError(f"{describe(model)} has no attention layer with a KV cache to give a prefix to.")
     layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     layers: list[RecordedLayer] = []
     for attention, cache in caches.items():
@@ -213,7 +216,7 @@ def refuse_unsupported(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"A prefix needs a transformers `PreTrainedModel`, got {type(model).__name__}.")
     config = model.config.get_text_config(decoder=True)
-    name = f"{type(model).__name__} (model type {config.model_type!r})"
+    name = describe(model)
     if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
         raise ValueError(f"{name} reads `{model.main_input_name}` and not text, which PREFIX_EXT does not support.")
     layer_types = getattr(config, "layer_types", None) or []

@@ -13,6 +13,7 @@ from transformers import Cache
 from peft_prefix_ext.cache import PrefixCacheView
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.describe import describe
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.geometry import RecordedLayer
 from peft_prefix_ext.memo import remembered
@@ -189,7 +190,7 @@ def reachable_arguments(attention: nn.Module) -> tuple[list[str], str, str]:
     mask_argument = next((name for name in MASK_ARGUMENTS if name in arguments), None)
     if cache_argument is None or mask_argument is None:
         raise ValueError(
-            f"{type(attention).__name__} takes no cache or no attention mask, which PREFIX_EXT does not support."
+            f"{describe(attention)} takes no cache or no attention mask, which PREFIX_EXT does not support."
         )
     return arguments, cache_argument, mask_argument
 

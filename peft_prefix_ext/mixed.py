@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.alibi import counts_columns
+from peft_prefix_ext.describe import describe
 from peft_prefix_ext.rows import BASE, Rows
 from peft_prefix_ext.runtime import runtimes_of
 
@@ -38,9 +39,7 @@ def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Ite
             "`adapter_names` is not supported for encoder-decoder models; use `set_adapter` for the batch."
         )
     if any(counts_columns(module) for module in model.modules()):
-        raise ValueError(
-            f"`adapter_names` is not supported for {type(model).__name__}; use `set_adapter` for the batch."
-        )
+        raise ValueError(f"`adapter_names` is not supported for {describe(model)}; use `set_adapter` for the batch.")
     (runtime,) = runtimes_of(model)
     if unknown := set(names) - runtime.num_virtual_tokens.keys() - {BASE}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.alibi import has_bias
 from peft_prefix_ext.checkpoint import CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.describe import describe
 from peft_prefix_ext.encoder_decoder import tells_positions
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.geometry import RecordedLayer
@@ -46,7 +47,7 @@ def stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str
             if not model.config.is_encoder_decoder and has_bias(attention_module):
                 return name
     raise ValueError(
-        f"{type(model).__name__} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
+        f"{describe(model)} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
         "its input; PREFIX_EXT does not support it."
     )
 
@@ -55,7 +56,7 @@ def check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: li
     for attention, field in ((ENCODER, "encoder_prefix"), (CROSS, "cross_prefix")):
         if attention in config.attentions and not any(layer.attention == attention for layer in layers):
             raise ValueError(
-                f"`{field}` must be False for {type(model).__name__}, which has no {attention} attention that can be given "
+                f"`{field}` must be False for {describe(model)}, which has no {attention} attention that can be given "
                 "K/V."
             )
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.describe import describe
 from peft_prefix_ext.geometry import RecordedLayer, evaluating, record_layers
 from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.runtime import PrefixRuntime
@@ -33,7 +34,7 @@ def rehearse(model: PreTrainedModel, decoder: nn.Module) -> None:
     Raises:
         ValueError: If the two differ.
     """
-    name = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    name = describe(model)
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = [token for token in range(NUM_TEXT + NUM_NEW + 1) if token != padding][: NUM_TEXT + NUM_NEW]
     said: list[torch.Tensor] = []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.describe import describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,7 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
         ValueError: If the model's keys do not turn with their position, as with learned absolute positions, or turn by how
             long the text is, or if it has no such positions.
     """
-    name = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    name = describe(model)
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{name} is not given positions, at which its keys could be measured: compose with `positions='keep'`."

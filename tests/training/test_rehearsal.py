@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from prefixed import with_prefix
 from tiny import REFUSED, tiny_model
 
 from peft_prefix_ext import rehearsal
+from peft_prefix_ext.describe import describe
 from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.rows import Rows
 
@@ -15,10 +17,17 @@ from peft_prefix_ext.rows import Rows
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_what_cannot_have_a_prefix_says_why(name):
     model = tiny_model(name, attention="eager")
-    with pytest.raises(ValueError, match=REFUSED[name]["why"]):
+    with pytest.raises(ValueError, match=REFUSED[name]["why"]) as refusal:
         with_prefix(model)
+    assert describe(model) in str(refusal.value)
     assert not any("prefix_ext" in key for key, _ in model.named_modules())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_model_is_named_with_the_release_that_implements_it(llama):
+    release = f"transformers {transformers.__version__}"
+    assert describe(llama) == f"LlamaForCausalLM (model type 'llama', {release})"
+    assert describe(llama.lm_head) == f"Linear ({release})"
 
 
 @pytest.mark.parametrize(
