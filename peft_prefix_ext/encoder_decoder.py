@@ -33,11 +33,12 @@ class StackRuntime(PrefixRuntime):
             self._handles.append(embedding.register_forward_pre_hook(self._before_embedding, with_kwargs=True))
 
     def _before_embedding(self, embedding: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self.step is None or not self.step.running:
+        step = self.step
+        if step is None or not step.running:
             return None
         kwargs = {**dict(zip(self._arguments_of_embedding, args, strict=False)), **kwargs}
         given = "past_key_values_length" if kwargs.get("position_ids") is None else "position_ids"
-        kwargs[given] = kwargs.get(given, 0) + self.step.rows.num_virtual_tokens
+        kwargs[given] = kwargs.get(given, 0) + step.rows.num_virtual_tokens
         return (), kwargs
 
 

@@ -7,21 +7,35 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+
+from peft_prefix_ext.cache_argument import cache_in
+
+# What a prefix is known to work with. Another attention function, such as one of the user's own, is tested first.
+KNOWN = ("eager", "sdpa")
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """Returns the name of the attention function that a model with this config runs."""
+    name: str = config.get_text_config(decoder=True)._attn_implementation
+    return name
 
 
 def uses_flash(config: PreTrainedConfig) -> bool:
-    """Whether a model with this config runs flash attention.
+    """Whether a model with this config runs flash attention, or another that takes the same masks."""
+    name = attention_of(config)
+    if name in KNOWN or "flash" in name:
+        return name not in KNOWN
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(name) is flash_attention_mask
 
-    Raises:
-        ValueError: If it runs an attention that no prefix can be put into.
-    """
-    implementation = config.get_text_config(decoder=True)._attn_implementation
-    is_flash = "flash" in implementation
-    if implementation not in ("eager", "sdpa") and not is_flash:
+
+def refuse_paged_cache(cache: Any) -> None:
+    """Raises `ValueError` for the cache of continuous batching."""
+    if isinstance(cache, PagedAttentionCache):
         raise ValueError(
-            f"PREFIX_EXT needs attn_implementation 'sdpa', 'eager' or flash attention, got {implementation!r}."
+            "Continuous batching reads the K/V of all requests from one paged cache, which PREFIX_EXT cannot put a prefix "
+            "into; use `generate`, or serve the adapter with vLLM."
         )
-    return is_flash
 
 
 def flash_or_refuse(config: PreTrainedConfig, inputs: dict[str, Any], positions: torch.Tensor) -> bool:
@@ -30,14 +44,9 @@ def flash_or_refuse(config: PreTrainedConfig, inputs: dict[str, Any], positions:
     Raises:
         ValueError: If it would silently, or with strange words, go wrong.
     """
-    if isinstance(inputs.get("cache"), PagedAttentionCache):
-        raise ValueError(
-            "Continuous batching reads the K/V of all requests from one paged cache, which PREFIX_EXT cannot put a prefix "
-            "into; use `generate`, or serve the adapter with vLLM."
-        )
     if not uses_flash(config):  # asked each time: a model can be told otherwise
         return False
-    if getattr(inputs.get("past_key_values"), "is_compileable", False):
+    if getattr(cache_in(inputs), "is_compileable", False):
         raise ValueError("Flash attention and a static cache do not go with PREFIX_EXT: use a dynamic cache, or sdpa.")
     is_packed = inputs.get("cu_seq_lens_q") is not None
     if not is_packed and len(positions) == 1 and positions.shape[-1] > 1 and inputs.get("attention_mask") is None:

@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from peft_prefix_ext.cache_argument import cache_argument
 from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
 from peft_prefix_ext.describe import describe
-from peft_prefix_ext.flash import uses_flash
+from peft_prefix_ext.flash import KNOWN, attention_of, uses_flash
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,17 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     ids = torch.tensor([token_ids], device=model.device)
+    cache_name = cache_argument(model) or "past_key_values"  # some models hand on what they do not name
     if model.config.is_encoder_decoder:
         # The decoder has a config of its own: another number of layers (T5), sliding windows (T5Gemma).
         configs = {DECODER: model.get_decoder().config}
         caches = {attention: _RecordingCache(configs.get(attention), running) for attention in ATTENTIONS}
         both = EncoderDecoderCache(caches[DECODER], caches[CROSS])
-        inputs = {"input_ids": ids, "decoder_input_ids": ids, "past_key_values": both, **inputs}
+        inputs = {"input_ids": ids, "decoder_input_ids": ids, cache_name: both, **inputs}
         handles += [_hook_cache(module, caches[ENCODER]) for module in _encoder_attentions(model)]
     else:
         caches = {DECODER: _RecordingCache(model.config, running)}
-        inputs = {"input_ids": ids, "past_key_values": caches[DECODER], "use_cache": True, **inputs}
+        inputs = {"input_ids": ids, cache_name: caches[DECODER], "use_cache": True, **inputs}
     try:
         with evaluating(model):
             # Heads for classification ask for an end-of-sequence token, which need not be among the tokens.
@@ -198,15 +200,18 @@ def _encoder_attentions(model: PreTrainedModel) -> list[nn.Module]:
     return [
         module
         for module in model.get_encoder().modules()
-        if inspect.signature(module.forward).parameters.keys() >= {"past_key_values", "key_value_states"}
+        if "key_value_states" in inspect.signature(module.forward).parameters and cache_argument(module)
     ]
 
 
 def _hook_cache(attention: nn.Module, cache: Cache) -> RemovableHandle:
     """Gives an attention module a cache that its model has not."""
 
+    name = cache_argument(attention)
+    assert name is not None
+
     def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        return args, {**kwargs, "past_key_values": cache}
+        return args, {**kwargs, name: cache}
 
     return attention.register_forward_pre_hook(give, with_kwargs=True)
 
@@ -219,6 +224,11 @@ def refuse_unsupported(model: nn.Module) -> None:
     name = describe(model)
     if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
         raise ValueError(f"{name} reads `{model.main_input_name}` and not text, which PREFIX_EXT does not support.")
+    if model.config.is_encoder_decoder and not uses_flash(config) and attention_of(config) not in KNOWN:
+        raise ValueError(
+            f"{name} runs attn_implementation={attention_of(config)!r}, with which PREFIX_EXT cannot test a prefix of an "
+            "encoder-decoder model; load it with 'sdpa' or 'eager'."
+        )
     layer_types = getattr(config, "layer_types", None) or []
     if uses_flash(config) and (getattr(config, "sliding_window", None) or "sliding_attention" in layer_types):
         raise ValueError(f"{name} has sliding windows: load it with attn_implementation='sdpa' for PREFIX_EXT.")

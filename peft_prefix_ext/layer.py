@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Cache
 
 from peft_prefix_ext.cache import PrefixCacheView
+from peft_prefix_ext.cache_argument import cache_argument
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.describe import describe
@@ -21,7 +22,6 @@ from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.step import Step
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 MASK_ARGUMENTS = ("attention_mask", "mask")
 
 
@@ -186,13 +186,13 @@ def reachable_arguments(attention: nn.Module) -> tuple[list[str], str, str]:
         ValueError: If it has no cache or no mask to put a prefix into.
     """
     arguments = list(inspect.signature(attention.forward).parameters)
-    cache_argument = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
+    cache_name = cache_argument(attention)
     mask_argument = next((name for name in MASK_ARGUMENTS if name in arguments), None)
-    if cache_argument is None or mask_argument is None:
+    if cache_name is None or mask_argument is None:
         raise ValueError(
             f"{describe(attention)} takes no cache or no attention mask, which PREFIX_EXT does not support."
         )
-    return arguments, cache_argument, mask_argument
+    return arguments, cache_name, mask_argument
 
 
 def assemble(frozen: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 
 # The attribute of a cache that holds what was computed for the loop it belongs to, and goes with it.
 _MEMO = "_prefix_ext_memo"
-# The attribute of a cache that says behind what its tokens stand.
-_BEHIND = "_prefix_ext_behind"
+# The attribute of a cache that says how many virtual tokens its tokens stand behind.
+_OFFSETS = "_prefix_ext_offsets"
 
 
 def remembered(cache: Any, slot: Hashable, state: Any, is_decoding: bool, compute: Callable[[], Any]) -> Any:
@@ -36,24 +36,26 @@ def remembered(cache: Any, slot: Hashable, state: Any, is_decoding: bool, comput
     return memo[slot][1]
 
 
-def check_behind(cache: Any, shift: Hashable) -> None:
-    """Notes what the tokens of a cache stand behind.
+def check_offsets(cache: Any, offsets: tuple[int, ...]) -> None:
+    """Notes how many virtual tokens the tokens of a cache stand behind.
 
     Args:
         cache: The cache that the steps of a decoding loop hand on, or `None`.
-        shift: By how much tokens stand behind position 0 in the step under way.
+        offsets: How many there are in the step under way, row by row.
 
     Raises:
-        ValueError: If there are tokens in it that stand behind something else.
+        ValueError: If there are tokens in it that stand behind another number.
     """
     if cache is None or torch.compiler.is_compiling():
         return
-    before = getattr(cache, _BEHIND, None)
-    if before == shift:
+    before: tuple[int, ...] | None = getattr(cache, _OFFSETS, None)
+    if before == offsets:
         return
-    if before is not None and int(cache.get_seq_length()) > 0:
+    # Where rows were added or taken out of it, which ones is not known.
+    goes_on = before is None or (len(before) != len(offsets) and set(offsets) <= set(before))
+    if not goes_on and int(cache.get_seq_length()) > 0:
         raise ValueError(
             "The tokens in the cache were read behind a prefix of another length, or behind none, and stand at other "
             "positions than the ones to come: start with an empty cache."
         )
-    setattr(cache, _BEHIND, shift)
+    setattr(cache, _OFFSETS, offsets)

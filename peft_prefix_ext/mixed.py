@@ -6,7 +6,7 @@ Checks and messages are those of PEFT's LoRA (peft 0.21, tuners/lora/model.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -43,13 +43,11 @@ def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Ite
     (runtime,) = runtimes_of(model)
     if unknown := set(names) - runtime.num_virtual_tokens.keys() - {BASE}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-    rows = Rows.mixed(names, runtime.num_virtual_tokens, model.device, _rows_per_input(call))
-    with ExitStack() as stack:
-        stack.enter_context(runtime.mixed(rows))
-        for name, module in model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                hook = _names_for(name, module, names, rows.copies)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _check_wrapper(name, module, names)
+            runtime.tell_rows(module)
+    with runtime.mixed(Rows.mixed(names, runtime.num_virtual_tokens, model.device, _rows_per_input(call))):
         yield
 
 
@@ -62,17 +60,9 @@ def _rows_per_input(call: dict[str, Any]) -> int:
     )
 
 
-def _names_for(module_name: str, wrapper: AuxiliaryTrainingWrapper, names: Sequence[str], copies: int) -> Any:
-    """Returns the hook that tells a module that is saved with adapters, such as a head, which one each row has."""
-    own = [name if name in wrapper._adapters else BASE for name in names]
-    if set(own) != {BASE} and not wrapper._adapters.issuperset(wrapper.active_adapters):
+def _check_wrapper(module_name: str, wrapper: AuxiliaryTrainingWrapper, names: Sequence[str]) -> None:
+    if not wrapper._adapters.isdisjoint(names) and not wrapper._adapters.issuperset(wrapper.active_adapters):
         raise ValueError(
             f"The active adapter has no {module_name!r} of its own, without which PEFT ignores those of `adapter_names`; "
             f"make one of {sorted(wrapper._adapters)} active with `set_adapter`."
         )
-
-    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        spread = own if len(args[0]) == len(own) else [name for name in own for _ in range(copies)]
-        return args, {**kwargs, "adapter_names": spread}
-
-    return hook

@@ -17,12 +17,14 @@ from torch import nn
 from peft_prefix_ext.below import adapters_below
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
+from peft_prefix_ext.flash import attention_of
 from peft_prefix_ext.grouped import use_groups
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.placement import HEADS
 from peft_prefix_ext.plan import Plan, make_plan
+from peft_prefix_ext.rehearsal import rehearse_decoder
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.saved import with_live_names
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
@@ -167,6 +169,9 @@ class PrefixExtModel(BaseTuner):
             # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
             runtime_class = StackRuntime if self.model.config.is_encoder_decoder else PrefixRuntime
             runtime = module.prefix_ext = runtime_class(module)
+            runtime.tested_attention.add(attention_of(module.config))  # by the plan
+            if not self.model.config.is_encoder_decoder:
+                runtime.test_attention = rehearse_decoder
             runtime.shared_layers = [
                 SharedKVLayer(attention, owner, runtime)
                 for attention, owner in find_shared(self.model, self._plan.layers)

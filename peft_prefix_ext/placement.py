@@ -10,6 +10,7 @@ from peft import TaskType
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.alibi import has_bias
+from peft_prefix_ext.cache_argument import cache_argument
 from peft_prefix_ext.checkpoint import CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.describe import describe
@@ -31,14 +32,14 @@ def stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str
     The encoder of an encoder-decoder model has no cache, and its stacks count positions by themselves.
     """
     names = [layer.module for layer in layers if layer.attention == attention]
-    needed = {"input_ids"} if attention == ENCODER else {"input_ids", "past_key_values"}
     name = names[0]
     while name:
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
         parameters = inspect.signature(module.forward).parameters
         holds_all = all(inner.startswith(f"{name}." if name else "") for inner in names)
-        if holds_all and needed <= parameters.keys():
+        takes_input = "input_ids" in parameters and (attention == ENCODER or cache_argument(module))
+        if holds_all and takes_input:
             if "position_ids" in parameters:
                 return name
             attention_module = model.get_submodule(names[0])
@@ -47,7 +48,7 @@ def stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str
             if not model.config.is_encoder_decoder and has_bias(attention_module):
                 return name
     raise ValueError(
-        f"{describe(model)} does not take `position_ids` and `past_key_values`, so that a prefix cannot stand before "
+        f"{describe(model)} does not take `position_ids` and a cache, so that a prefix cannot stand before "
         "its input; PREFIX_EXT does not support it."
     )
 

@@ -1,6 +1,6 @@
-"""Lets one evaluation of the reparameterization serve all layers under reentrant gradient checkpointing.
+"""Gradient checkpointing: which forward pass a layer repeats, and how one evaluation of the reparameterization serves all.
 
-There every layer runs a backward pass of its own, on through the K/V it captured and into the MLP, whose graph is gone
+Under the reentrant kind every layer runs a backward pass of its own, on through the K/V it captured and into the MLP, whose graph is gone
 after the first layer. So the layers are given a leaf instead, and its gradient, complete once the backward pass has
 come down to the embeddings, is handed on to the MLP from there.
 """
@@ -8,10 +8,46 @@ come down to the embeddings, is handed on to the MLP from there.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from peft_prefix_ext.step import Step
+
+
+@dataclass
+class CheckpointReplay:
+    """The last forward pass that a backward pass may repeat, for models that do not hand positions down to their layers.
+
+    Args:
+        step: The forward pass.
+        is_ambiguous: Whether the one before it has not been repeated, so that either may be meant.
+        was_repeated: Whether it has been.
+    """
+
+    step: Step
+    is_ambiguous: bool = False
+    was_repeated: bool = False
+
+    @classmethod
+    def of(cls, step: Step, before: CheckpointReplay | None) -> CheckpointReplay:
+        """Returns the replay of `step`, which follows the one of `before`."""
+        return cls(step, is_ambiguous=before is not None and not before.was_repeated)
+
+    def step_again(self) -> Step:
+        """Returns the forward pass that a layer repeats.
+
+        Raises:
+            RuntimeError: If it could be one of two.
+        """
+        if self.is_ambiguous:
+            raise RuntimeError(
+                "Under gradient checkpointing this model needs a backward pass after each forward pass with a prefix."
+            )
+        self.was_repeated = True
+        return self.step
 
 
 def uses_checkpointing(decoder: nn.Module) -> bool:
@@ -27,6 +63,13 @@ def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
             if isinstance(function, functools.partial):
                 return function.keywords.get("use_reentrant") is not False
     return False
+
+
+def require_gradient(embeddings: torch.Tensor, step: Step) -> torch.Tensor:
+    """Returns embeddings that require a gradient: reentrant checkpointing drops that of everything behind others."""
+    if step.projected is not None:
+        return gather_gradient(embeddings, *step.projected)
+    return embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
 
 
 @torch.compiler.disable  # the compiler knows no leaf that gathers a gradient outside of its graph

@@ -27,6 +27,8 @@ class Rows:
         choice: Which of `adapters` each row sees, `[b]`, `len(adapters)` for none; `None` where all see the one.
         lengths: How many virtual tokens each row sees, `[b, 1]`; `None` as above.
         copies: How many rows in a row a batch may have for each of these, as in a beam search.
+        by_row: The same as numbers, which need not be fetched from a device; empty where all see the one.
+        names: What `adapter_names` says of each row.
     """
 
     adapters: tuple[str, ...]
@@ -34,6 +36,8 @@ class Rows:
     choice: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     copies: int = 1
+    by_row: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
     @classmethod
     def mixed(cls, names: Sequence[str], known: Mapping[str, int], device: torch.device, copies: int) -> Rows:
@@ -47,13 +51,15 @@ class Rows:
         """
         adapters = tuple(sorted(set(names) - {BASE}))
         choice = [len(adapters) if name == BASE else adapters.index(name) for name in names]
-        lengths = [[0 if name == BASE else known[name]] for name in names]
+        lengths = [0 if name == BASE else known[name] for name in names]
         return cls(
             adapters,
             max((known[name] for name in adapters), default=0),
             torch.tensor(choice, device=device),
-            torch.tensor(lengths, device=device),
+            torch.tensor(lengths, device=device)[:, None],
             copies,
+            tuple(lengths),
+            tuple(names),
         )
 
     @property
@@ -75,7 +81,13 @@ class Rows:
                 f"{len(self.choice)} and {size} respectively."
             )
         choice, lengths = (rows.repeat_interleave(self.copies, dim=0) for rows in (self.choice, self.lengths))
-        return replace(self, choice=choice, lengths=lengths, copies=1)
+        by_row = tuple(length for length in self.by_row for _ in range(self.copies))
+        names = tuple(name for name in self.names for _ in range(self.copies))
+        return replace(self, choice=choice, lengths=lengths, copies=1, by_row=by_row, names=names)
+
+    def offsets(self, size: int) -> tuple[int, ...]:
+        """Returns how many virtual tokens each row of a batch of `size` sees."""
+        return self.by_row or (self.num_virtual_tokens,) * size
 
     def stack(self, states: list[LayerKV]) -> LayerKV:
         """Returns the K/V of `adapters` as one, `[n + 1, num_kv_heads, p, head_dim]` each, the last of zeros.

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from peft_prefix_ext.cache_argument import cache_in
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.dropout import PrefixDropout
-from peft_prefix_ext.flash import flash_or_refuse
-from peft_prefix_ext.memo import check_behind, remembered
-from peft_prefix_ext.reentrant import gather_gradient, uses_checkpointing, uses_reentrant_checkpointing
-from peft_prefix_ext.rows import Rows
+from peft_prefix_ext.flash import KNOWN, attention_of, flash_or_refuse, refuse_paged_cache
+from peft_prefix_ext.memo import check_offsets, remembered
+from peft_prefix_ext.positions import default_positions, num_embedded_positions
+from peft_prefix_ext.reentrant import (
+    CheckpointReplay,
+    require_gradient,
+    uses_checkpointing,
+    uses_reentrant_checkpointing,
+)
+from peft_prefix_ext.rows import BASE, Rows
 from peft_prefix_ext.step import STEP, Step
+from peft_prefix_ext.thread_state import ThreadState
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
+
+# Threads that are the first to tell a module of its rows must not both do so.
+_TELLING = threading.Lock()
 
 
 class PrefixRuntime(PrefixTunerLayer):
@@ -36,21 +48,20 @@ class PrefixRuntime(PrefixTunerLayer):
         self.num_virtual_tokens: dict[str, int] = {}
         self.prefix_dropout: dict[str, float] = {}
         self.layer_names: dict[str, list[str]] = {}  # of the layers that train
-        self.step: Step | None = None
-        self._last_with_gradient: Step | None = None
-        self._is_ambiguous = self._was_replayed = False
-        self._bypassed = False
-        self._behind: Hashable = 0  # what the tokens of the forward pass under way stand behind
-        self._mixed: Rows | None = None
+        # Which attention functions are known to do with a prefix what they do with its text, and what finds out of others.
+        self.tested_attention = set(KNOWN)
+        self.test_attention: Callable[[Any], None] | None = None
+        self._of_thread = ThreadState()
+        self._replay: CheckpointReplay | None = None
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
-        self._num_positions = _num_embedded_positions(decoder)
+        self._num_positions = num_embedded_positions(decoder)
+        self._told: list[AuxiliaryTrainingWrapper] = []
         # What holds the hooks of layers that share the K/V of others.
         self.shared_layers: list[Any] = []
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
         ]
-        self._embeddings_handle: RemovableHandle | None = None
 
     def detach(self) -> None:
         """Takes the hooks off the decoder, and off the layers that share K/V."""
@@ -60,33 +71,55 @@ class PrefixRuntime(PrefixTunerLayer):
             layer.detach()
 
     @property
+    def step(self) -> Step | None:
+        """The forward pass that this thread runs, or ran last."""
+        return self._of_thread.step
+
+    @property
     def current_rows(self) -> Rows | None:
-        """The prefixes that the next forward pass uses, if any."""
-        if self._bypassed or self.disable_adapters or not self.active_adapters:
+        """The prefixes that the next forward pass of this thread uses, if any."""
+        if self._of_thread.is_bypassed or self.disable_adapters or not self.active_adapters:
             return None
-        if self._mixed is not None:
-            return self._mixed
+        if self._of_thread.mixed is not None:
+            return self._of_thread.mixed
         # An encoder need not have a prefix, and there may be adapters of other types beside it.
         name = next((name for name in self.active_adapters if name in self.num_virtual_tokens), None)
         return None if name is None else Rows((name,), self.num_virtual_tokens[name])
 
     @contextmanager
     def mixed(self, rows: Rows) -> Iterator[None]:
-        """Gives the rows of a batch these prefixes, whatever adapter is active."""
-        self._mixed = rows
+        """Gives the rows of this thread's batches these prefixes, whatever adapter is active."""
+        self._of_thread.mixed = rows
         try:
             yield
         finally:
-            self._mixed = None
+            self._of_thread.mixed = None
+
+    def tell_rows(self, wrapper: AuxiliaryTrainingWrapper) -> None:
+        """Sees to it that a module that is saved with adapters, such as a head, is told which one each row has."""
+        with _TELLING:
+            if wrapper not in self._told:
+                self._told.append(wrapper)
+                self._handles.append(wrapper.register_forward_pre_hook(self._before_wrapper, with_kwargs=True))
+
+    def _before_wrapper(
+        self, wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict] | None:
+        rows = self.current_rows
+        if rows is None or not rows.names:
+            return None
+        names = rows.of_batch(len(args[0])).names
+        own = [name if name in wrapper._adapters else BASE for name in names]
+        return args, {**kwargs, "adapter_names": own}
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Runs the base model alone, without a touch to any parameter's `requires_grad`."""
-        before, self._bypassed = self._bypassed, True
+        """Lets this thread run the base model alone, without a touch to any parameter's `requires_grad`."""
+        before, self._of_thread.is_bypassed = self._of_thread.is_bypassed, True
         try:
             yield
         finally:
-            self._bypassed = before
+            self._of_thread.is_bypassed = before
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.forget(adapter_name)
@@ -116,37 +149,32 @@ class PrefixRuntime(PrefixTunerLayer):
         if step is not None:
             return step
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and self._last_with_gradient is not None:
-            if self._is_ambiguous:
-                raise RuntimeError(
-                    "Under gradient checkpointing this model needs a backward pass after each forward pass with a prefix."
-                )
-            self._was_replayed = True
-            return self._last_with_gradient
-        if self.step is None or not self.step.running:
+        if in_backward and (replay := self._replay) is not None:
+            return replay.step_again()
+        step = self.step
+        if step is None or not step.running:
             raise RuntimeError(
                 "A layer with a prefix was called outside of its decoder's forward; call the whole model."
             )
-        return self.step
+        return step
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        rows = self.current_rows
-        if rows is None:
-            self._behind = 0
-            check_behind(kwargs.get("past_key_values"), self._behind)
-            return None
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if new is None:
+        if new is None or self._of_thread.is_bypassed:
             return None  # the decoder has its own words for a call without input
-        rows = rows.of_batch(len(new))
-        self._behind = rows.num_virtual_tokens if rows.lengths is None else rows.adapters
-        check_behind(kwargs.get("past_key_values"), self._behind)
-        if not rows.adapters:
+        cache, rows = cache_in(kwargs), self.current_rows
+        rows = rows and rows.of_batch(len(new))
+        if rows is not None:
+            refuse_paged_cache(kwargs.get("cache"))
+            self._check_attention(decoder)
+        self._of_thread.offsets = rows.offsets(len(new)) if rows is not None else (0,) * len(new)
+        check_offsets(cache, self._of_thread.offsets)
+        if rows is None or not rows.adapters:
             return None
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = _default_positions(new, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+            positions = default_positions(new, cache, kwargs.get("attention_mask"))
         positions = positions + rows.shift
         if "position_ids" in self._parameters_of_forward:
             kwargs["position_ids"] = positions
@@ -163,23 +191,39 @@ class PrefixRuntime(PrefixTunerLayer):
         dropout = PrefixDropout.draw(rate) if rate else None
         states = {name: self._state_of(name) for name in rows.adapters}
         is_flash = flash_or_refuse(decoder.config, kwargs, text_positions)
-        self.step = Step(rows, text_positions, states, kwargs.get("attention_mask"), is_flash=is_flash, dropout=dropout)
+        step = Step(rows, text_positions, states, kwargs.get("attention_mask"), is_flash=is_flash, dropout=dropout)
         for name in rows.adapters:
-            cache = kwargs.get("past_key_values")
-            self.step.residuals[name], self.step.projected = self._residuals(self.step, name, is_reentrant, cache)
-        setattr(positions, STEP, self.step)
+            step.residuals[name], step.projected = self._residuals(step, name, is_reentrant, cache)
+        self._of_thread.step = step
+        setattr(positions, STEP, step)
         if torch.is_grad_enabled() and uses_checkpointing(decoder):
-            self._is_ambiguous = self._last_with_gradient is not None and not self._was_replayed
-            self._last_with_gradient, self._was_replayed = self.step, False
+            self._replay = CheckpointReplay.of(step, self._replay)
         if is_reentrant:
             # Not for good: the embeddings of a model can be replaced.
             embeddings = decoder.get_input_embeddings()
-            self._embeddings_handle = embeddings.register_forward_hook(
-                lambda module, args, output: self._require_gradient(output)
+            self._of_thread.embeddings_handle = embeddings.register_forward_hook(
+                lambda module, args, output: require_gradient(output, step)
             )
             if kwargs.get("inputs_embeds") is not None:
-                kwargs["inputs_embeds"] = self._require_gradient(kwargs["inputs_embeds"])
+                kwargs["inputs_embeds"] = require_gradient(kwargs["inputs_embeds"], step)
         return (), kwargs
+
+    def _check_attention(self, decoder: Any) -> None:
+        """Tests an attention function that the model was told to use after it got its prefix.
+
+        Raises:
+            ValueError: If a prefix does not do with it what its text does.
+        """
+        attention = attention_of(decoder.config)
+        if attention in self.tested_attention or torch.compiler.is_compiling():
+            return
+        if self.test_attention is None:
+            raise ValueError(
+                f"PREFIX_EXT needs attn_implementation 'sdpa' or 'eager' for {type(decoder).__name__}, got {attention!r}."
+            )
+        with self.bypassed():
+            self.test_attention(decoder)
+        self.tested_attention.add(attention)
 
     def _check_room(self, positions: torch.Tensor, rows: Rows) -> None:
         if self._num_positions is None or torch.compiler.is_compiling():
@@ -191,18 +235,14 @@ class PrefixRuntime(PrefixTunerLayer):
             )
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        check_behind(getattr(output, "past_key_values", None), self._behind)  # of a cache that was made on the way
-        if self.step is not None:
-            self.step.running = False
-        if self._embeddings_handle is not None:
-            self._embeddings_handle.remove()
-            self._embeddings_handle = None
-
-    def _require_gradient(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Reentrant checkpointing drops the gradient of everything behind inputs that do not require one."""
-        if self.step is not None and self.step.projected is not None:
-            return gather_gradient(embeddings, *self.step.projected)
-        return embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
+        if isinstance(output, Mapping) and not self._of_thread.is_bypassed:
+            check_offsets(cache_in(output), self._of_thread.offsets)  # of a cache that was made on the way
+        step = self.step
+        if step is not None:
+            step.running = False
+        if self._of_thread.embeddings_handle is not None:
+            self._of_thread.embeddings_handle.remove()
+            self._of_thread.embeddings_handle = None
 
     def _state_of(self, adapter: str) -> Any:
         """Returns what the residuals of an adapter depend on.
@@ -239,8 +279,8 @@ class PrefixRuntime(PrefixTunerLayer):
         return self._by_layer(adapter, mlp.split(leaf)), (leaf, projected)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no forward pass under way, and what autograd recorded cannot be copied.
-        return {**self.__dict__, "step": None, "_last_with_gradient": None}
+        # What autograd recorded cannot be copied.
+        return {**self.__dict__, "_replay": None}
 
     def _by_layer(self, adapter: str, states: list[LayerKV]) -> dict[str, LayerKV]:
         return dict(zip(self.layer_names[adapter], states, strict=True))
@@ -249,28 +289,6 @@ class PrefixRuntime(PrefixTunerLayer):
 def runtimes_of(model: nn.Module) -> list[PrefixRuntime]:
     """Returns the runtimes in a model: one, or those of an encoder-decoder model's stacks."""
     return [module for module in model.modules() if isinstance(module, PrefixRuntime)]
-
-
-def _num_embedded_positions(decoder: nn.Module) -> int | None:
-    """Returns how many positions a decoder has learned embeddings for; `None` where they are told otherwise."""
-    for name in ("wpe", "embed_positions"):
-        embedding = getattr(decoder, name, None)
-        if isinstance(embedding, nn.Embedding):
-            return int(embedding.num_embeddings - getattr(embedding, "offset", 0))
-    return None
-
-
-def _default_positions(new: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor:
-    """Returns the positions, `[b or 1, q]`, of a call that gives none.
-
-    Padding does not count, wherever it is: real tokens start right behind the prefix.
-    """
-    num_new = new.shape[1]
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    # A mask may also come ready-made, of four dimensions or one for each kind of layer.
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == past + num_new:
-        return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
-    return (torch.arange(num_new, device=new.device) + past)[None]
 
 
 @contextmanager

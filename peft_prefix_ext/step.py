@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from peft_prefix_ext.alibi import columns_behind_padding
+from peft_prefix_ext.block_mask import prepend_prefix_blocks
 from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.chunks import chunked_mask
 from peft_prefix_ext.dropout import PrefixDropout
@@ -45,7 +47,7 @@ class Step:
     dropout: PrefixDropout | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     running: bool = True
-    _masks: list[tuple[torch.Tensor | None, int | None, torch.Tensor | None]] = field(default_factory=list)
+    _masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
     _chunked: torch.Tensor | None = None
 
     @property
@@ -76,7 +78,7 @@ class Step:
             return None
         return columns_behind_padding(self.is_prefix_seen(len(padding)), padding)
 
-    def mask(self, mask: torch.Tensor | None, kv_length: int, sliding_window: int | None) -> torch.Tensor | None:
+    def mask(self, mask: Any, kv_length: int, sliding_window: int | None) -> Any:
         """Returns the mask over prefix and real tokens, computed once for all layers that were given the same mask."""
         for given, window, extended in self._masks:
             if given is mask and window == sliding_window:
@@ -84,6 +86,10 @@ class Step:
         if self.is_flash:
             rows = self.rows.lengths if mask is None else mask
             extended = flash_mask(mask, None if rows is None else self.is_prefix_seen(len(rows)), kv_length)
+        elif isinstance(mask, BlockMask):
+            extended = prepend_prefix_blocks(
+                mask, self.rows.num_virtual_tokens, self.positions, sliding_window, self.rows.lengths
+            )
         else:
             extended = prepend_prefix(
                 mask, self.rows.num_virtual_tokens, self.positions, kv_length, sliding_window, self.rows.lengths

@@ -123,13 +123,6 @@ def test_what_flash_attention_cannot_do_is_refused(model):
         model.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
 
 
-def test_other_attention_after_the_fact_is_refused():
-    model = with_prefix(tiny_model("llama"))
-    model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="got 'flex_attention'"):
-        model(input_ids=random_ids(1, 4))
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_continuous_batching_is_refused(attention):
     model = with_prefix(tiny_model("llama", attention=attention))
