@@ -37,6 +37,7 @@ def adapters_below(model: Any) -> list[BaseAdapter]:
         )
         for name in at_work
         for config in [base.peft_config[name]]
+        if not isinstance(config, PrefixExtConfig)  # a prefix has layers of PEFT's own where it trains tokens
     ]
 
 

@@ -58,6 +58,9 @@ def _section(model: PeftModel, name: str, config: PrefixExtConfig, base: str, re
     is_encoder_decoder = bool((recorded["base_fingerprint"] or {}).get("is_encoder_decoder"))
     served = sum(math.prod(row[shape]) for row in rows for shape in ("key_shape", "value_shape"))
     trained = _num_trained(model, name)
+    beside = [f"`{module}`" for module in config.modules_to_save or []]
+    if config.trainable_token_indices is not None:
+        beside.append("embeddings of some tokens")
     reparam = f"`{config.reparam}`, folded into the K/V when saved" if config.reparam != "none" else "`none`"
     facts = {
         "base model": f"`{base}`",
@@ -71,7 +74,7 @@ def _section(model: PeftModel, name: str, config: PrefixExtConfig, base: str, re
         "parameters in training": f"{trained:,}" if trained else None,
         "parameters of the prefix": f"{served:,} (the K/V of {len(rows)} layers)",
         "on top of": _others(model),
-        "trained with it": ", ".join(f"`{module}`" for module in config.modules_to_save or []) or None,
+        "trained with it": ", ".join(beside) or None,
     }
     folder = "" if name == "default" else f"/{name}"
     source = f"{repo or 'PATH_OR_REPO'}{folder}"
@@ -84,7 +87,7 @@ vllm serve {base} --prefix-adapter {(_name(repo) if name == "default" else name)
 """
     if is_encoder_decoder:
         serving = "\nIt is of an encoder-decoder model, which vLLM does not serve.\n"
-    elif config.modules_to_save or _others(model):
+    elif beside or _others(model):
         serving = "\nIt needs more than the base model and the prefix, and is not served by vLLM as it is.\n"
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value is not None)
     return f"""

@@ -211,7 +211,7 @@ def _refuse_other_weights(tensors: Any, weights: Path) -> None:
     if others:
         raise PrefixCheckpointError(
             f"{weights} holds weights of the base model beside the prefix ({others[0]}), which a prefix cannot bring "
-            "along; train without `modules_to_save` or resized embeddings."
+            "along; train without `modules_to_save`, `trainable_token_indices` or resized embeddings."
         )
 
 

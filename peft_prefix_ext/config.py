@@ -99,6 +99,9 @@ class PrefixExtConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Modules of the base model, apart from the prefix, to train and save as a whole, such as the head of a
             classifier. An adapter with such modules cannot be served.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embeddings train and are saved, too, such as those that TRL's `chat_template_path` adds: of the
+            input embeddings, or by module. An adapter with such tokens cannot be served.
         save_reparam (`bool`):
             Whether `save_pretrained` keeps the MLP beside the K/V, so that training can go on from the checkpoint.
             Serving never needs it.
@@ -167,6 +170,9 @@ class PrefixExtConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules of the base model to train and save as a whole, such as a classifier."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings train, too: of the input embeddings, or by module."}
+    )
     save_reparam: bool = field(default=True, metadata={"help": "Whether to save the MLP, to go on training."})
     init_report: str | None = field(
         default=None, metadata={"help": "Recorded by the tuner: what the prefix was initialised from."}
@@ -219,6 +225,9 @@ class PrefixExtConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.layers_to_train is not None:
             check_integers("layers_to_train", self.layers_to_train)
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
+            check_integers("trainable_token_indices", indices)
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from peft_prefix_ext.below import adapters_below
+from peft_prefix_ext.beside import check_trained_tokens, unwrap
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
 from peft_prefix_ext.flash import attention_of
@@ -128,6 +129,7 @@ class PrefixExtModel(BaseTuner):
         return [name for name, config in self.peft_config.items() if config is peft_config][-1]
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
+        check_trained_tokens(peft_config, model)
         self._plan = make_plan(peft_config, model)
         if not peft_config.is_saved:
             logger.info("Adapter %r starts as %s", self._name_of(peft_config), peft_config.init_report)
@@ -220,7 +222,9 @@ class PrefixExtModel(BaseTuner):
             if isinstance(getattr(module, "prefix_ext", None), self.tuner_layer_cls):
                 module.prefix_ext.detach()
                 del module.prefix_ext
-        for name in [name for name, config in self.peft_config.items() if config.peft_type == PREFIX_EXT]:
+        names = {name for name, config in self.peft_config.items() if config.peft_type == PREFIX_EXT}
+        unwrap(self.model, self.peft_config, names)
+        for name in names:
             del self.peft_config[name]
         if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config

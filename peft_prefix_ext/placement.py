@@ -73,7 +73,8 @@ def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
             raise ValueError(f"`task_type` must be {fitting.value} for {name}, got {task_type}.")
     modules = [module for module, _ in model.named_modules()]
     heads = HEADS.get(config.task_type, ())
-    own = set(config.modules_to_save or ()).difference(*HEADS.values())
+    # TRL's `RewardTrainer` asks for the head of a language model, too, where a chat template brings tokens.
+    own = set(config.modules_to_save or ()).difference(*HEADS.values(), ["lm_head"] if heads else [])
     if missing := sorted(name for name in own if not any(module.endswith(name) for module in modules)):
         raise ValueError(f"`modules_to_save` must be modules of {name}, got {missing}.")
     if heads and not own and not any(module.endswith(heads) for module in modules):

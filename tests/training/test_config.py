@@ -48,6 +48,8 @@ from peft_prefix_ext import PrefixExtConfig
         ({"reparam_latent_size": True}, "`reparam_latent_size` must be an integer >= 1, got True"),
         ({"reparam_activation": "wild"}, "`reparam_activation` must be one of .*, got 'wild'"),
         ({"reparam_dropout": 1.0}, r"`reparam_dropout` must be in \[0, 1\), got 1.0"),
+        ({"trainable_token_indices": 3}, "`trainable_token_indices` must be a list of integers, got 3"),
+        ({"trainable_token_indices": {"embed_tokens": ["w3"]}}, r"must be a list of integers, got \['w3'\]"),
         ({"task_type": "POETRY"}, "POETRY"),
     ],
 )
@@ -73,6 +75,12 @@ def test_what_is_given_says_where_the_prefix_starts(given, init):
 
 
 def test_round_trip(tmp_path):
-    config = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=9, reparam="mlp", reparam_activation="gelu")
+    config = PrefixExtConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=9,
+        reparam="mlp",
+        reparam_activation="gelu",
+        trainable_token_indices={"embed_tokens": [3, 5]},
+    )
     config.save_pretrained(tmp_path)
     assert PrefixExtConfig.from_pretrained(tmp_path) == config

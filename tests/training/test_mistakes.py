@@ -48,9 +48,27 @@ def logits(model, ids=IDS):
         ),
         (lambda: tiny_model("llama"), "QUESTION_ANS", {}, "a head called 'qa_outputs', which LlamaForCausalLM has not"),
         (classifier, "SEQ_CLS", {"modules_to_save": ["scores"]}, r"must be modules of .*, got \['scores'\]"),
+        (
+            lambda: tiny_model("llama"),
+            "CAUSAL_LM",
+            {"trainable_token_indices": {"wte": [3]}},
+            "`trainable_token_indices` must be of modules of LlamaForCausalLM, got 'wte'",
+        ),
+        (
+            lambda: tiny_model("llama"),
+            "CAUSAL_LM",
+            {"trainable_token_indices": [3, 128]},
+            "`trainable_token_indices` must be >= 0 and < 128, the vocabulary of the model, got 128",
+        ),
+        (
+            lambda: tiny_model("llama"),
+            "CAUSAL_LM",
+            {"trainable_token_indices": {"embed_tokens": [3]}, "modules_to_save": ["embed_tokens"]},
+            "must not be of 'embed_tokens', all of which `modules_to_save` trains",
+        ),
     ],
 )
-def test_a_task_type_of_another_model(base, task_type, more, message):
+def test_a_task_or_a_part_of_another_model(base, task_type, more, message):
     model = base()
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, PrefixExtConfig(task_type=task_type, **PREFIX, **more))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from prefixed import perturb
-from tiny import random_ids, tiny_model
-from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from tiny import VOCABULARY, random_ids, tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from peft_prefix_ext import PrefixExtConfig
+from peft_prefix_ext import PrefixCheckpointError, PrefixExtConfig, read_prefix
 
 
 def words(length, seed):
@@ -105,6 +106,81 @@ def test_sft_packs_without_a_leak(name, tokenizer, tmp_path):
         return trainer.evaluate()["eval_loss"]
 
     assert evaluate(packing=True) == pytest.approx(evaluate(), rel=1e-5)
+
+
+def test_tokens_that_a_chat_template_brings(tokenizer, tmp_path):
+    """TRL adds them to the model, and asks the config to train their embeddings and the head."""
+    template_of(tokenizer, tmp_path / "source")
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": words(5, seed)}]} for seed in range(8)])
+    options = {"chat_template_path": str(tmp_path / "source"), "num_train_epochs": 1}
+    trainer = trainer_of(tiny_model("llama"), tmp_path / "run", tokenizer, rows, config(), **options)
+    trainer.train()
+    load_and_compare(trainer, tmp_path / "run" / "checkpoint-1", resized(tiny_model("llama")))
+
+
+def test_a_reward_model_with_a_chat_template(tokenizer, tmp_path):
+    template_of(tokenizer, tmp_path / "source")
+    question, good, bad = (
+        {"role": role, "content": words(5, seed)}
+        for seed, role in enumerate(("user", "assistant", "assistant"), start=1)
+    )
+    rows = Dataset.from_list([{"chosen": [question, good], "rejected": [question, bad]}] * 8)
+
+    def reward_model():
+        torch.manual_seed(3)
+        return AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1))
+
+    trainer = RewardTrainer(
+        model=reward_model(),
+        args=RewardConfig(
+            str(tmp_path / "run"),
+            learning_rate=0.1,
+            max_steps=2,
+            save_steps=2,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            chat_template_path=str(tmp_path / "source"),
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=PrefixExtConfig(task_type="SEQ_CLS", num_virtual_tokens=6),
+    )
+    trainer.train()
+    load_and_compare(trainer, tmp_path / "run" / "checkpoint-2", resized(reward_model()))
+
+
+NEW_TOKENS = [VOCABULARY, VOCABULARY + 1]
+
+
+def template_of(tokenizer, folder):
+    """Saves a tokenizer with a chat template, whose tokens `tokenizer` has not."""
+    source = copy.deepcopy(tokenizer)
+    source.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    source.chat_template = (
+        "{% for message in messages %}<|im_start|> {{ message['content'] }} <|im_end|> {% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|> {% endif %}"
+    )
+    source.save_pretrained(folder)
+
+
+def resized(model):
+    """Returns `model` with a row for each token, as TRL made it, up to a multiple of 64."""
+    model.resize_token_embeddings(192, mean_resizing=False)
+    return model
+
+
+def load_and_compare(trainer, folder, base):
+    """Checks that what was saved is what was trained, and that a server says why it cannot serve it."""
+    model, ids = trainer.model.eval(), torch.tensor([[7, *NEW_TOKENS, 9]])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("trainable_tokens_delta" in name for name in trained)
+    assert any("prefix_ext_" in name for name in trained)
+    loaded = PeftModel.from_pretrained(base, folder)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(PrefixCheckpointError, match=r"beside the prefix .* without `modules_to_save`, `trainable_tok"):
+        read_prefix(folder)
 
 
 def test_dpo_refers_to_the_base_model_or_to_the_prefix_as_it_was(tokenizer, tmp_path):
