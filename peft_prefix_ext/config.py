@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from os import PathLike
@@ -44,10 +43,10 @@ class PrefixExtConfig(PeftConfig):
             are the words inside of the message, so that the prefix is one whole message of its length; only where what
             opens and closes it leaves no room for a word, the end is cut off.
         init_exemplars (`Iterable`, *optional*):
-            Rows of the task's data set, for `init="exemplars"`, packed in their order: a list or a `datasets.Dataset` of
-            strings or of dicts with `text`, `prompt` and `completion`, or `messages`. They come behind the
-            beginning-of-sequence token, if the tokenizer adds one; all but messages end with its end-of-sequence token.
-            The last row is cut; too few are repeated. Never saved.
+            Rows of the task's data set, for `init="exemplars"`, packed in their order: a list, one split of `datasets` or
+            a data frame, of strings or of dicts with `text`, `prompt` and `completion`, or `messages`. They come behind
+            the beginning-of-sequence token, if the tokenizer adds one; all but messages end with its end-of-sequence
+            token. The last row is cut; too few are repeated. Never saved.
         init_kv (`Cache`, `list` or `dict`, *optional*):
             The K/V for `init="kv"`, keys after rotary embedding at positions 0..p-1: the `past_key_values` of one
             sequence, a list of pairs of K and V, one for each attention layer, or a dict of them by layer index, each
@@ -127,7 +126,7 @@ class PrefixExtConfig(PeftConfig):
     init_chat_template: bool = field(
         default=False, metadata={"help": "Whether `init_text` is rendered as a system message."}
     )
-    init_exemplars: Iterable[Any] | None = field(
+    init_exemplars: Any = field(
         default=None, repr=False, compare=False, metadata={"help": "Rows of a data set, for `init='exemplars'`."}
     )
     init_kv: Any = field(

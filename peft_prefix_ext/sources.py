@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from peft_prefix_ext.arguments import check_integers, check_one_of
+from peft_prefix_ext.records import are_records
 
 if TYPE_CHECKING:
     from peft_prefix_ext.config import PrefixExtConfig
@@ -54,9 +54,9 @@ def check_sources(config: PrefixExtConfig) -> None:
         )
     if config.init_token_ids is not None:
         check_integers("init_token_ids", config.init_token_ids)
-    if isinstance(config.init_exemplars, (str, dict)) or not isinstance(config.init_exemplars, (Iterable, type(None))):
+    if config.init_exemplars is not None and not are_records(config.init_exemplars):
         raise ValueError(
-            "`init_exemplars` must be rows, as a list or one split of a data set, got "
+            "`init_exemplars` must be rows, as a list, one split of a data set or a data frame, got "
             f"{type(config.init_exemplars).__name__}."
         )
     if config.init == "adapter" and not isinstance(config.init_adapter, (str, type(None))):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.initialization.tokens import SourceTokens, beginning, counted, encode, fill, load_tokenizer, render
+from peft_prefix_ext.records import records
 
 
 def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTokens:
@@ -23,8 +24,9 @@ def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTo
     begin = beginning(tokenizer)
     rows: list[int] = []
     number = 0
-    for number, row in enumerate(config.init_exemplars or [], start=1):  # noqa: B007
-        rows += row_tokens(row, tokenizer)
+    for row in records(config.init_exemplars):
+        rows += row_tokens(row, tokenizer, f"init_exemplars[{number}]")
+        number += 1
         if len(begin) + len(rows) >= config.num_virtual_tokens:
             break
     if not rows:
@@ -35,28 +37,35 @@ def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTo
     return SourceTokens([*begin, *fill(rows, p)][:p], report)
 
 
-def row_tokens(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the token ids of one row of a data set, in any form that TRL's `SFTTrainer` takes.
+def row_tokens(row: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    """Returns the token ids of one row of a data set, a text or messages, in the forms that TRL's `SFTTrainer` takes.
 
     Messages are rendered by the tokenizer's chat template. Other rows end with the end-of-sequence token, as they do in
     training.
+
+    Raises:
+        ValueError: If the row, which is called `name`, has neither.
     """
     if isinstance(row, str):
         text: Any = row
     elif isinstance(row, dict) and "messages" in row:
         text = row["messages"]
     elif isinstance(row, dict) and row.keys() >= {"prompt", "completion"}:
-        text = row["prompt"] + row["completion"]
+        prompt, completion = row["prompt"], row["completion"]
+        if not any(isinstance(prompt, kind) and isinstance(completion, kind) for kind in (str, list)):
+            raise ValueError(f"`prompt` and `completion` of `{name}` must be two texts or two lists of messages.")
+        text = prompt + completion
     elif isinstance(row, dict) and "text" in row:
         text = row["text"]
     else:
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        found = (sorted(row) or "an empty row") if isinstance(row, dict) else type(row).__name__
         raise ValueError(
-            "A row of `init_exemplars` must be a string or have `text`, `prompt` and `completion`, or `messages`, got "
-            f"{found}."
+            f"`{name}` must be a string or have `text`, `prompt` and `completion`, or `messages`, got {found}."
         )
+    if isinstance(text, list):
+        return encode(tokenizer, render(tokenizer, text, name))
     if not isinstance(text, str):
-        return encode(tokenizer, render(tokenizer, text, "init_exemplars"))
+        raise ValueError(f"`{name}` must hold a text or a list of messages, got {type(text).__name__}.")
     end = tokenizer.eos_token_id
     ids = encode(tokenizer, text)
     return ids if end is None or not ids or ids[-1] == end else [*ids, end]

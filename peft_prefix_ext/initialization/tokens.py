@@ -138,7 +138,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], n
     """
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, ValueError, TypeError) as error:
+    except (TemplateError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"`{name}` cannot be rendered by the tokenizer's chat template ({error}).") from error
 
 

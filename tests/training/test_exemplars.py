@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import pandas
+import pyarrow
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from peft import PeftModel
 from prefixed import with_prefix
 from tiny import random_ids, tiny_model
@@ -54,6 +56,45 @@ def test_rows_are_packed_up_to_the_length(length, expected, report, kind, chat_t
     assert tokens(rows, length, chat_tokenizer, llama) == (expected, f"exemplars, {report}")
 
 
+TEXTS = [{"text": "w5 w17"}, {"text": "w40"}]
+MIXED = [{"messages": [USER, ASSISTANT]}, {"text": "w40"}, {"prompt": "w6 ", "completion": "w7"}]
+
+
+def through_parquet(rows, folder):
+    """As whoever stores rows gets them back: lists are arrays, and what a row has not is None or NaN."""
+    pandas.DataFrame(rows).to_parquet(folder / "rows.parquet")
+    return pandas.read_parquet(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda rows, folder: concatenate_datasets([Dataset.from_list([row]) for row in rows]),
+        lambda rows, folder: concatenate_datasets([Dataset.from_list([row]) for row in rows]).to_iterable_dataset(),
+        lambda rows, folder: iter(rows),
+        lambda rows, folder: [{"messages": None, "text": None, "prompt": float("nan"), **row} for row in rows],
+        lambda rows, folder: pandas.DataFrame(rows),
+        lambda rows, folder: pandas.DataFrame(rows).convert_dtypes(),
+        through_parquet,
+        lambda rows, folder: pyarrow.Table.from_pylist(rows, pandas_schema(rows)),
+    ],
+    ids=["datasets", "stream", "iterator", "list", "pandas", "pandas' own types", "parquet", "arrow"],
+)
+def test_a_row_has_the_columns_that_are_not_none(kind, chat_tokenizer, llama, tmp_path):
+    expected = [1, 91, 5, 17, 8, 92, 40, 8, 40, 2, 6, 7, 2]
+    assert tokens(kind(MIXED, tmp_path), 13, chat_tokenizer, llama).ids == expected
+
+
+def pandas_schema(rows):
+    return pyarrow.Table.from_pandas(pandas.DataFrame(rows), preserve_index=False).schema
+
+
+def test_a_column_of_texts(chat_tokenizer, llama):
+    frame = pandas.DataFrame(TEXTS)
+    for column in (frame["text"], frame["text"].to_numpy()):
+        assert tokens(column, 6, chat_tokenizer, llama).ids == [1, 5, 17, 2, 40, 2]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @torch.no_grad()
 def test_prefix_of_exemplars_equals_exemplars_in_context(name, chat_tokenizer):
@@ -92,8 +133,19 @@ def test_rows_are_not_saved_and_the_report_is(chat_tokenizer, llama, tmp_path, c
         ([{"question": "w5", "answer": "w6"}], r"`messages`, got \['answer', 'question'\]"),
         ([7], "`messages`, got int"),
         ([{"messages": [USER]}], "cannot be rendered by the tokenizer's chat template"),
+        ([{"text": "w5"}, {"text": None, "label": None}], r"`init_exemplars\[1\]` must .*, got an empty row"),
+        ([{"prompt": None, "completion": "w5"}], r"`init_exemplars\[0\]` must be .*, got \['completion'\]"),
+        ([{"prompt": [USER], "completion": "w5"}], r"of `init_exemplars\[0\]` must be two texts or two lists"),
+        ([{"text": 5}], r"`init_exemplars\[0\]` must hold a text or a list of messages, got int"),
+        ([None], r"`init_exemplars\[0\]` must be a string or have .*, got NoneType"),
     ],
 )
 def test_rows_that_cannot_be_used(rows, message, word_tokenizer, llama):
     with pytest.raises(ValueError, match=message):
         tokens(rows, 5, word_tokenizer, llama)
+
+
+@pytest.mark.parametrize("splits", [DatasetDict, lambda splits: DatasetDict(splits)["train"].to_dict()])
+def test_splits_and_columns_by_name_are_no_rows(splits):
+    with pytest.raises(ValueError, match=r"must be rows, as a list, one split of a data set or a data frame, got"):
+        PrefixExtConfig(init_exemplars=splits({"train": Dataset.from_list(TEXTS)}))
