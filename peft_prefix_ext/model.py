@@ -20,6 +20,7 @@ from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
 from peft_prefix_ext.flash import attention_of
 from peft_prefix_ext.grouped import use_groups
+from peft_prefix_ext.learning_rate import watch_learning_rate
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
@@ -111,6 +112,8 @@ class PrefixExtModel(BaseTuner):
                 for module in model.modules():
                     if isinstance(module, PrefixTunerLayer):
                         module.start_as(adapter_name, twin)
+            if not given.inference_mode:
+                watch_learning_rate(model)
         finally:
             vars(self).pop("_plan", None)
 
