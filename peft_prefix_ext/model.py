@@ -44,6 +44,10 @@ class PrefixExtModel(BaseTuner):
     Not one of PEFT's prompt-learning types: the model's inputs, masks and caches stay its own, and so gradient
     checkpointing, static caches, padding and every way to generate work as without an adapter.
 
+    An adapter has a copy of the config that it was given, `peft_config[name]`: what is recorded there of one model, such as
+    its layers, is not true of the next that the config is used for. And what is asked for differs: an adapter from the config
+    of another one starts as that one is, and from the config that this was given, as the config says.
+
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to be adapted.
         config ([`PrefixExtConfig`]): The configuration of the prefix.

@@ -8,9 +8,10 @@ import pytest
 
 NOTHING_TO_MERGE = "a prefix changes no weight: there is nothing to merge, and `merge_and_unload` says so"
 FOLDED = "what is loaded to be used is the K/V that the MLP gave, without the MLP; `is_trainable=True` loads both"
+OWN_CONFIG = "an adapter has a copy of the config that it was given, as the docstring of `PrefixExtModel` says and why"
 
 # By the name of the test, as a regular expression of the whole.
-ALWAYS = {r"test_merge_layers(_\w+)?": NOTHING_TO_MERGE}
+ALWAYS = {r"test_merge_layers(_\w+)?": NOTHING_TO_MERGE, r"test_from_pretrained_config_construction": OWN_CONFIG}
 WITH_MLP = {r"test_save_pretrained(_\w+)?": FOLDED}
 
 
