@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 from transformers import Cache
 
@@ -19,6 +18,7 @@ from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.geometry import RecordedLayer
 from peft_prefix_ext.memo import remembered
 from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.states import PrefixStates
 from peft_prefix_ext.step import Step
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
@@ -41,10 +41,10 @@ class PrefixExtLayer(PrefixTunerLayer):
 
     def __init__(self, attention: nn.Module, recorded: RecordedLayer, runtime: PrefixRuntime) -> None:
         super().__init__(recorded.kv.key.device)
-        self.prefix_ext_key = nn.ParameterDict()
-        self.prefix_ext_value = nn.ParameterDict()
-        self.prefix_ext_frozen_key = BufferDict(persistent=True)
-        self.prefix_ext_frozen_value = BufferDict(persistent=True)
+        self.prefix_ext_key = PrefixStates(attention)
+        self.prefix_ext_value = PrefixStates(attention)
+        self.prefix_ext_frozen_key = PrefixStates(attention)
+        self.prefix_ext_frozen_value = PrefixStates(attention)
         self.module_name = recorded.module
         self.index = recorded.index
         self.attention = recorded.attention
@@ -69,9 +69,13 @@ class PrefixExtLayer(PrefixTunerLayer):
             start = state[:, num_frozen:].clone()
             if has_reparam and trains and not config.reparam_residual:
                 start.zero_()
-            getattr(self, f"prefix_ext_{kind}")[adapter_name] = nn.Parameter(start)
+            states: PrefixStates = getattr(self, f"prefix_ext_{kind}")
+            if has_reparam or not trains:
+                states.keep(adapter_name, start)
+            else:
+                states[adapter_name] = nn.Parameter(start)
             if num_frozen:
-                getattr(self, f"prefix_ext_frozen_{kind}")[adapter_name] = state[:, :num_frozen].clone()
+                getattr(self, f"prefix_ext_frozen_{kind}").keep(adapter_name, state[:, :num_frozen].clone())
         if has_reparam or not trains:
             self.frozen_peft_weight_names[adapter_name] = self.adapter_layer_names
 

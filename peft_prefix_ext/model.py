@@ -27,10 +27,10 @@ from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.placement import HEADS
 from peft_prefix_ext.plan import Plan, make_plan
 from peft_prefix_ext.rehearsal import rehearse_decoder
-from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.runtime import PrefixRuntime, runtimes_of
 from peft_prefix_ext.saved import with_live_names
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
-from peft_prefix_ext.state_dict import WRAPPED, State, from_checkpoint, to_checkpoint
+from peft_prefix_ext.state_dict import WRAPPED, State, from_checkpoint, refuse_parts, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.variants import layer_class
 
@@ -177,10 +177,13 @@ class PrefixExtModel(BaseTuner):
         if runtime is None:
             # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
             runtime_class = StackRuntime if self.model.config.is_encoder_decoder else PrefixRuntime
+            is_first = not runtimes_of(self.model)
             runtime = module.prefix_ext = runtime_class(module)
             runtime.tested_attention.add(attention_of(module.config))  # by the plan
             if not self.model.config.is_encoder_decoder:
                 runtime.test_attention = rehearse_decoder
+            if is_first:
+                runtime.add_handle(self.model.register_load_state_dict_pre_hook(refuse_parts))
             runtime.shared_layers = [
                 SharedKVLayer(attention, owner, runtime)
                 for attention, owner in find_shared(self.model, self._plan.layers)

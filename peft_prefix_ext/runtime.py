@@ -63,6 +63,10 @@ class PrefixRuntime(PrefixTunerLayer):
             decoder.register_forward_hook(self._after_decoder, always_call=True),
         ]
 
+    def add_handle(self, handle: RemovableHandle) -> None:
+        """Adds a hook that goes with those on the decoder."""
+        self._handles.append(handle)
+
     def detach(self) -> None:
         """Takes the hooks off the decoder, and off the layers that share K/V."""
         for handle in self._handles:

@@ -8,6 +8,7 @@ encoder's under that name of its own, see `LiveStack`), and what it adds to, as 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.layer import PrefixExtLayer, assemble
 from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 WRAPPED = "base_model.model."  # what `PeftModel` and a tuner add to the names of the model within
 REPARAM = f"{WRAPPED}prefix_ext.prefix_ext_reparam"
@@ -59,6 +61,49 @@ def _without_wrappers(name: str) -> str:
     return ".".join(
         part for part in name.split(".") if part not in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
     )
+
+
+def refuse_parts(model: nn.Module, state_dict: State, prefix: str, *args: Any) -> None:
+    """Looks at what `load_state_dict` is about to bring, at `prefix`, before it does.
+
+    Raises:
+        RuntimeError: If it is what an adapter trains, without what stays as it is: what an MLP adds to was drawn at random, or
+            read off a text that may have changed, and what another training run starts from is something else.
+    """
+    given = {_without_wrappers(name.removeprefix(prefix)) for name in state_dict if name.startswith(prefix)}
+    trained: dict[str, list[str]] = {}
+    kept: dict[str, list[str]] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, PrefixTunerLayer):
+            for adapter_name, name, trains in _parts(module):
+                by_adapter = trained if trains else kept
+                by_adapter.setdefault(adapter_name, []).append(f"{_without_wrappers(module_name)}.{name}")
+    for adapter_name, names in kept.items():
+        missing = [name for name in names if name not in given]
+        if missing and not given.isdisjoint(trained.get(adapter_name, ())):
+            raise RuntimeError(
+                f"The state dict has what adapter {adapter_name!r} trains, but not what that goes with ({missing[0]}, one of "
+                f"{len(missing)}): save the model's buffers, too, or use `save_pretrained`."
+            )
+
+
+def _parts(module: PrefixTunerLayer) -> Iterator[tuple[str, str, bool]]:
+    """Yields the adapter and the name of each tensor of a layer or runtime that is not known beforehand; whether it trains."""
+    for container in module.adapter_layer_names + module.other_param_names:
+        for adapter_name, part in getattr(module, container).items():
+            if isinstance(part, nn.Module):
+                yield from ((adapter_name, f"{container}.{adapter_name}.{name}", True) for name in part.state_dict())
+                continue
+            is_zero = container in module.adapter_layer_names and _is_yielded(module, adapter_name)
+            if not is_zero:
+                yield adapter_name, f"{container}.{adapter_name}", isinstance(part, nn.Parameter)
+
+
+def _is_yielded(module: Any, adapter_name: str) -> bool:
+    """Whether an MLP yields the K/V of a layer all by itself."""
+    runtime = module.runtime
+    mlp = runtime.prefix_ext_reparam[adapter_name] if adapter_name in runtime.prefix_ext_reparam else None
+    return mlp is not None and not mlp.is_residual and module.module_name in runtime.layer_names[adapter_name]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python distributed.py FOLDER
 
-Leaves, for each of `SETTINGS`, FOLDER/SETTING/alone from a plain loop in one process, and beside it `ddp` and `fsdp2`.
+Leaves, for each of `SETTINGS`, FOLDER/SETTING/alone from a plain loop in one process, and beside it `ddp`, `fsdp2` and `fsdp2-lean`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LEARNING_RATE, EPSILON = 0.02, 1e-3
 SETTINGS: dict[str, tuple[dict, dict | None]] = {
     "flat": ({"num_frozen_tokens": 2}, None),
     "mlp": ({"num_frozen_tokens": 2, "reparam": "mlp"}, None),
+    "mlp-of-two-layers": ({"layers_to_train": [0, 2], "reparam": "mlp"}, None),
     "flat-checkpointed": ({}, {"use_reentrant": False}),
     "mlp-checkpointed": ({"reparam": "mlp"}, {"use_reentrant": False}),
     "mlp-reentrant": ({"reparam": "mlp"}, {"use_reentrant": True}),
@@ -80,7 +81,8 @@ def train_ddp(setting: str, folder: Path) -> None:
     trainer.save_model(str(folder))
 
 
-def train_fsdp(setting: str, folder: Path, version: int) -> None:
+def train_fsdp(setting: str, folder: Path, version: int, is_lean: bool = False) -> None:
+    """Where it is lean, as by `cpu_ram_efficient_loading`, one process alone has weights to begin with."""
     AcceleratorState._reset_state(reset_partial_state=True)
     # accelerate keeps FSDP for accelerators, torch does not; and FSDP1 takes cpu:0 for another device than cpu.
     process = PartialState(cpu=True)
@@ -90,10 +92,13 @@ def train_fsdp(setting: str, folder: Path, version: int) -> None:
         fsdp_version=version,
         use_orig_params=True if version == 1 else None,
         reshard_after_forward=True if version == 2 else "FULL_SHARD",
-        cpu_ram_efficient_loading=False,
+        cpu_ram_efficient_loading=is_lean,
         state_dict_type="FULL_STATE_DICT",
     )
     model = make(setting)
+    if is_lean and not accelerator.is_main_process:
+        for tensor in model.state_dict().values():
+            tensor.fill_(float("nan"))
     plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     for batch in ROWS.split(BATCH):
@@ -112,6 +117,7 @@ def main(folder: Path) -> None:
         train_ddp(setting, folder / setting / "ddp")
     for setting in SETTINGS:
         train_fsdp(setting, folder / setting / "fsdp2", version=2)
+        train_fsdp(setting, folder / setting / "fsdp2-lean", version=2, is_lean=True)
         if torch.distributed.get_rank() == 0:
             train_alone(setting, folder / setting / "alone")
 

@@ -30,10 +30,10 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2-lean"])
 def test_two_processes_train_the_adapter_of_one(strategy, trained):
     settings = sorted(trained.iterdir())
-    assert len(settings) == 5
+    assert len(settings) == 6
     for setting in settings:
         alone, together = (load_file(setting / which / "adapter_model.safetensors") for which in ("alone", strategy))
         assert alone.keys() == together.keys()
