@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,10 @@ FORMAT_VERSION = 1
 # cross-attention, the self-attention of the encoder.
 DECODER, CROSS, ENCODER = ATTENTIONS = ("decoder", "cross", "encoder")
 STOCK_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+# The tensors of a prefix: K/V, what a reparameterization adds to, and its own. All others in a file are the base model's.
+_PREFIX_TENSOR = re.compile(
+    r"base_model\.model\.(.+\.prefix_ext\.prefix_ext_(init_)?(key|value)|prefix_ext\.prefix_ext_reparam(_encoder)?\..+)"
+)
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -111,6 +116,11 @@ class PrefixCheckpoint:
 def layer_key(module: str, kind: str) -> str:
     """Returns the name on disk of a layer's `kind` ("key" or "value"), for the attention module's name."""
     return f"base_model.model.{module}.prefix_ext.prefix_ext_{kind}"
+
+
+def is_of_prefix(name: str) -> bool:
+    """Whether a tensor on disk is a prefix's, whatever modules of the base model are called."""
+    return _PREFIX_TENSOR.fullmatch(name) is not None
 
 
 def magnitude(tensor: torch.Tensor) -> float:
@@ -207,7 +217,7 @@ def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, .
 
 def _refuse_other_weights(tensors: Any, weights: Path) -> None:
     """A prefix alone is not the whole adapter when modules of the base were trained or resized with it."""
-    others = [name for name in tensors.keys() if ".prefix_ext." not in name and name != "prompt_embeddings"]
+    others = [name for name in tensors.keys() if not is_of_prefix(name) and name != "prompt_embeddings"]
     if others:
         raise PrefixCheckpointError(
             f"{weights} holds weights of the base model beside the prefix ({others[0]}), which a prefix cannot bring "

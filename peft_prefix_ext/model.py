@@ -16,6 +16,7 @@ from torch import nn
 
 from peft_prefix_ext.below import adapters_below
 from peft_prefix_ext.beside import check_trained_tokens, unwrap
+from peft_prefix_ext.checkpoint import is_of_prefix
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
 from peft_prefix_ext.flash import attention_of
@@ -213,6 +214,11 @@ class PrefixExtModel(BaseTuner):
         self._refuse_others([adapter_name])
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        for (
+            module
+        ) in self.model.modules():  # PEFT passes by what is within a module of the base called like our tensors
+            if isinstance(module, PrefixTunerLayer) and adapter_name in module._all_available_adapter_names():
+                module.delete_adapter(adapter_name)
         remaining = sorted(name for name, config in self.peft_config.items() if config.peft_type == PREFIX_EXT)
         if was_active and remaining:  # each layer chose for itself, and need not have them all
             self.set_adapter(remaining[0])
@@ -290,14 +296,15 @@ class PrefixExtModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # What `to_checkpoint` returns has no adapter name in it; a module could be called like the adapter.
-        return key if ".prefix_ext." in key else super()._remove_adapter_name_from_key(key, adapter_name)
+        is_ours = is_of_prefix(key) or is_of_prefix(WRAPPED + key)
+        return key if is_ours else super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
     ) -> State:
         saved = {
-            WRAPPED + name if "prefix_ext_" in name and not name.startswith(WRAPPED) else name: tensor
+            WRAPPED + name if is_of_prefix(WRAPPED + name) and not is_of_prefix(name) else name: tensor
             for name, tensor in state_dict.items()
         }
         return from_checkpoint(model, config, adapter_name, with_live_names(config, saved))

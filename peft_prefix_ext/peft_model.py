@@ -13,8 +13,9 @@ from peft_prefix_ext.below import warn_of_other_adapters
 from peft_prefix_ext.card import write_card
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.peft_type import PREFIX_EXT
-from peft_prefix_ext.placement import check_task
+from peft_prefix_ext.placement import check_modules_to_save, check_task
 from peft_prefix_ext.saved import check_saved_for
+from peft_prefix_ext.sharing import at_work_in
 
 
 def wrap_peft_model() -> None:
@@ -39,18 +40,26 @@ def _init(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None
     base = call["model"].get_base_model() if isinstance(call["model"], PeftModel) else call["model"]
     if isinstance(call["peft_config"], PrefixExtConfig) and isinstance(base, PreTrainedModel):
         check_task(call["peft_config"], base)
+    _check_beside_prefix(call["peft_config"], base)
     wrapped(*args, **kwargs)
+
+
+def _check_beside_prefix(config: PeftConfig, base: Any) -> None:
+    """Of a prefix this is checked once it is known where it goes."""
+    if config.peft_type != PREFIX_EXT:
+        check_modules_to_save(getattr(config, "modules_to_save", None), base, at_work_in(base))
 
 
 def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """PEFT says that adapters of two types cannot be combined in one `PeftModel`, but not how they can."""
-    new = inspect.signature(wrapped).bind(*args, **kwargs).arguments["peft_config"].peft_type
-    if new != model.peft_type and PREFIX_EXT in (new, model.peft_type):
+    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["peft_config"]
+    if config.peft_type != model.peft_type and PREFIX_EXT in (config.peft_type, model.peft_type):
         raise ValueError(
-            f"An adapter of type {new.value} cannot go into a `PeftModel` of type {model.peft_type.value}: put it on "
+            f"An adapter of type {config.peft_type.value} cannot go into a `PeftModel` of type {model.peft_type.value}: put it on "
             "`model.get_base_model()`, which both then work in, by `get_peft_model` or `PeftModel.from_pretrained` with an "
             "`adapter_name` of its own."
         )
+    _check_beside_prefix(config, model)
     wrapped(*args, **kwargs)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from peft import TaskType
+from torch import nn
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.alibi import has_bias
@@ -71,7 +73,7 @@ def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
         fitting = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
         if task_type != fitting:
             raise ValueError(f"`task_type` must be {fitting.value} for {name}, got {task_type}.")
-    modules = [module for module, _ in model.named_modules()]
+    modules = [module for module, _ in model.named_modules(remove_duplicate=False)]
     heads = HEADS.get(config.task_type, ())
     # TRL's `RewardTrainer` asks for the head of a language model, too, where a chat template brings tokens.
     own = set(config.modules_to_save or ()).difference(*HEADS.values(), ["lm_head"] if heads else [])
@@ -82,6 +84,16 @@ def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
             f"`task_type={task_type!r}` trains a head called {' or '.join(map(repr, heads))}, which {name} has not: load the "
             "model with its head, or name it in `modules_to_save`."
         )
+
+
+def check_modules_to_save(wanted: Iterable[str] | None, model: nn.Module, at_work: Collection[nn.Module]) -> None:
+    """Raises `ValueError` if PEFT would copy modules in which a prefix is at work: the copies would go without it."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.endswith(tuple(wanted or ())) and any(inner in at_work for inner in module.modules()):
+            raise ValueError(
+                f"`modules_to_save` must not be modules with a prefix in them, got {sorted(wanted or ())}, of which {name!r} "
+                "is one: name modules beside the attention, or its linear layers."
+            )
 
 
 def check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:

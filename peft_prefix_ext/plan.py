@@ -10,14 +10,23 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.below import warn_of_other_adapters
 from peft_prefix_ext.checkpoint import DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.encoder_decoder import embedded_positions
 from peft_prefix_ext.geometry import RecordedLayer, probe_layers
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.layer import reachable_arguments
-from peft_prefix_ext.placement import check_attentions, check_layers_to_train, check_length, record, stack_of
+from peft_prefix_ext.placement import (
+    check_attentions,
+    check_layers_to_train,
+    check_length,
+    check_modules_to_save,
+    record,
+    stack_of,
+)
 from peft_prefix_ext.rehearsal import rehearse
 from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import base_alone
 from peft_prefix_ext.saved import check_saved_for, warn_of_another_name
+from peft_prefix_ext.sharing import find_shared
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
@@ -53,6 +62,7 @@ def make_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Plan:
         warn_of_another_name(config, model)
         warn_of_other_adapters(config, model)
         check_layers_to_train(config, recorded)
+        check_modules_to_save(config.modules_to_save, model, _at_work(model, recorded))
         for layer in recorded:
             reachable_arguments(model.get_submodule(layer.module))
         if not model.config.is_encoder_decoder and not _has_prefix(model):
@@ -70,6 +80,14 @@ def make_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Plan:
         {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)},
         mlps,
     )
+
+
+def _at_work(model: PreTrainedModel, layers: list[RecordedLayer]) -> set[nn.Module]:
+    """Returns the modules that the prefixes of `layers` will have hooks on."""
+    stacks = {model.get_submodule(stack_of(model, layers, layer.attention)) for layer in layers}
+    embeddings = {embedding for stack in stacks if (embedding := embedded_positions(stack)) is not None}
+    shared = {module for module, _ in find_shared(model, {layer.module: layer for layer in layers})}
+    return {model.get_submodule(layer.module) for layer in layers} | stacks | embeddings | shared
 
 
 def _has_prefix(model: nn.Module) -> bool:

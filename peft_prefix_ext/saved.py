@@ -14,7 +14,7 @@ from peft_prefix_ext.checkpoint import FORMAT_VERSION
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.fingerprint import differences, fingerprint
 
-_LAYER = re.compile(r"base_model\.model\.(?P<module>.+)\.prefix_ext\.(?P<name>prefix_ext_\w+)")
+_LAYER = re.compile(r"base_model\.model\.(?P<module>.+)\.prefix_ext\.(?P<name>prefix_ext_(init_)?(key|value))")
 
 
 def check_saved_for(config: PrefixExtConfig, model: PreTrainedModel, layers: list[dict[str, Any]] | None) -> None:

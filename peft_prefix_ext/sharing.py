@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_prefix_ext.geometry import RecordedLayer
 from peft_prefix_ext.runtime import PrefixRuntime
+from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
 class SharedKVLayer:
@@ -51,6 +52,16 @@ def find_shared(model: nn.Module, layers: dict[str, RecordedLayer]) -> list[tupl
         return []
     owners = {_layer_type(model.get_submodule(name)): layer for name, layer in layers.items()}
     return [(module, owners[_layer_type(module)]) for module in shared]
+
+
+def at_work_in(model: nn.Module) -> set[nn.Module]:
+    """Returns the modules of `model` that have the hook of a prefix."""
+    ours = (PrefixTunerLayer, SharedKVLayer)
+    return {
+        module
+        for module in model.modules()
+        if any(isinstance(getattr(hook, "__self__", None), ours) for hook in module._forward_pre_hooks.values())
+    }
 
 
 def _layer_type(attention: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft_prefix_ext.checkpoint import ENCODER, LayerKV, layer_key
+from peft_prefix_ext.checkpoint import ENCODER, LayerKV, is_of_prefix, layer_key
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.layer import PrefixExtLayer, assemble
 from peft_prefix_ext.reparam import PrefixMLP
@@ -152,7 +152,7 @@ def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str
     Raises:
         ValueError: If the checkpoint lacks a layer, or has other shapes than the adapter.
     """
-    state = {name: tensor for name, tensor in saved.items() if "prefix_ext_" not in name}
+    state = {name: tensor for name, tensor in saved.items() if not is_of_prefix(name)}
     for stack in find_live(model, adapter_name):
         state |= _from_checkpoint(stack, config, adapter_name, saved)
     return state
