@@ -22,6 +22,7 @@ from peft_prefix_ext.cache_argument import cache_argument
 from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
 from peft_prefix_ext.describe import describe
 from peft_prefix_ext.flash import KNOWN, attention_of, uses_flash
+from peft_prefix_ext.tensor_parallel import SpreadHeads, share, with_all_heads
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RecordedLayer:
         is_chunked: Whether those are the ones of its own chunk of the sequence, and not the last.
         attention: Its kind, one of `ATTENTIONS`.
         in_hybrid: Whether the model has recurrent or convolutional layers besides.
+        heads: How its heads are spread over processes, if they are; `kv` has those of all.
     """
 
     module: str
@@ -47,6 +49,11 @@ class RecordedLayer:
     attention: str = DECODER
     is_chunked: bool = False
     in_hybrid: bool = False
+    heads: SpreadHeads | None = None
+
+    def own(self, state: torch.Tensor) -> torch.Tensor:
+        """Returns the heads of this process, `[num_own_heads, ...]`, of a K or V of all."""
+        return state if self.heads is None else self.heads.own(state)
 
     def shapes(self, num_virtual_tokens: int) -> tuple[list[int], list[int]]:
         """Returns the K and V shapes of a prefix for this layer."""
@@ -146,6 +153,7 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     ids = torch.tensor([token_ids], device=model.device)
     cache_name = cache_argument(model) or "past_key_values"  # some models hand on what they do not name
+    share(model, ids)  # which may have been drawn at random
     if model.config.is_encoder_decoder:
         # The decoder has a config of its own: another number of layers (T5), sliding windows (T5Gemma).
         configs = {DECODER: model.get_decoder().config}
@@ -177,7 +185,7 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
             layers.append(
                 RecordedLayer(module, before + index, kv, sliding_window, attention, is_chunked, cache.has_states)
             )
-    return layers
+    return with_all_heads(model, layers)
 
 
 @contextmanager

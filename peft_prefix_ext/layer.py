@@ -49,6 +49,7 @@ class PrefixExtLayer(PrefixTunerLayer):
         self.index = recorded.index
         self.attention = recorded.attention
         self.sliding_window = recorded.sliding_window
+        self.heads = recorded.heads
         self.awaiting_weights: set[str] = set()
         self._runtime = (runtime,)  # in a tuple, so as not to become a submodule of every layer
         self._arguments, self._cache_argument, self._mask_argument = reachable_arguments(attention)
@@ -82,7 +83,7 @@ class PrefixExtLayer(PrefixTunerLayer):
     def materialize(self, adapter_name: str, residual: LayerKV | None, dropout: PrefixDropout | None = None) -> LayerKV:
         """Returns the K/V of the adapter, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
 
-        Dropout is for what trains.
+        Dropout is for what trains. Where heads are spread over processes, these are this one's.
         """
         trains = residual is not None or adapter_name not in self.frozen_peft_weight_names
         states = []
@@ -95,7 +96,7 @@ class PrefixExtLayer(PrefixTunerLayer):
             all_frozen = getattr(self, f"prefix_ext_frozen_{kind}")
             states.append(assemble(all_frozen[adapter_name] if adapter_name in all_frozen else None, state))
         self.check_loaded(adapter_name, states[0])
-        return LayerKV(*states)
+        return LayerKV(*(state if self.heads is None else self.heads.own(state) for state in states))
 
     def check_loaded(self, adapter_name: str, key: torch.Tensor) -> None:
         """Raises `ValueError` if an adapter made from the config of a saved one still has no weights of its own.

@@ -27,6 +27,7 @@ from peft_prefix_ext.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.runtime import base_alone
 from peft_prefix_ext.saved import check_saved_for, warn_of_another_name
 from peft_prefix_ext.sharing import find_shared
+from peft_prefix_ext.tensor_parallel import share
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
@@ -68,12 +69,14 @@ def make_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Plan:
         if not model.config.is_encoder_decoder and not _has_prefix(model):
             rehearse(model, model.get_submodule(stack_of(model, recorded, DECODER)))
         initial, config.init_report = initial_kv(config, model, recorded)
+    share(model, *(state for kv in initial for state in kv))
     config.forget_sources()  # a model is copied and pickled without them
     stacks = {attention: stack_of(model, recorded, attention) for attention in config.attentions}
     mlps = {}
     for stack in dict.fromkeys(stacks.values()):
         inside = [number for number, layer in enumerate(recorded) if stacks[layer.attention] == stack]
         mlps[stack] = new_reparam(config, [recorded[n] for n in inside], [initial[n] for n in inside])
+        share(model, *(mlp.parameters() if (mlp := mlps[stack]) is not None else ()))
     return Plan(
         stacks,
         {layer.module: layer for layer in recorded},

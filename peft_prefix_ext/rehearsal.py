@@ -113,7 +113,8 @@ def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[Rec
         kv = LayerKV(*(state[:, :NUM_TEXT] for state in recorded.kv))
         layer.update_layer(_NAME, kv, config, has_reparam=False)
         # Under `low_cpu_mem_usage` the parameters are without data.
-        layer.materialize = functools.partial(_given, kv)  # type: ignore[method-assign]
+        own = LayerKV(*(recorded.own(state) for state in kv))
+        layer.materialize = functools.partial(_given, own)  # type: ignore[method-assign]
         hooked.append(layer)
     by_module = {layer.module: layer for layer in layers}
     runtime.shared_layers = [SharedKVLayer(module, owner, runtime) for module, owner in find_shared(model, by_module)]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,20 +10,14 @@ from peft import PeftModel
 from prefixed import with_prefix
 from safetensors.torch import load_file
 from tiny import random_ids, tiny_model
-
-TESTS = Path(__file__).parents[1]
+from torchrun import torchrun
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder that two processes left."""
     folder = tmp_path_factory.mktemp("distributed")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    script = str(Path(__file__).with_name("distributed.py"))
-    done = subprocess.run([*launch, script, str(folder)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-8000:]
+    torchrun(Path(__file__).with_name("distributed.py"), str(folder))
     return folder
 
 
