@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
+CARD_NAME = "README.md"
 TAGS = ("peft-prefix-ext", "prefix-tuning")
 _START, _END = "<!-- peft-prefix-ext -->", "<!-- /peft-prefix-ext -->"
 # Both PEFT and transformers fill in this template, which says nothing about the model.
@@ -25,10 +26,10 @@ def write_card(model: PeftModel, folder: str | Path, repo: str | None = None) ->
 
     Args:
         model: The model.
-        folder: Where `README.md` is.
+        folder: Where it is.
         repo: The repository that the folder is about to be uploaded to, if known.
     """
-    path = Path(folder) / "README.md"
+    path = Path(folder) / CARD_NAME
     card = ModelCard.load(path, ignore_metadata_errors=True)
     configs = {name: config for name, config in model.peft_config.items() if isinstance(config, PrefixExtConfig)}
     base: Any = model.get_base_model().name_or_path or None

@@ -30,9 +30,8 @@ from safetensors import SafetensorError, safe_open
 
 from peft_prefix_ext.base_adapters import BaseAdapter, read_base_adapters
 from peft_prefix_ext.fingerprint import differences
+from peft_prefix_ext.replacing import CONFIG_NAME, WEIGHTS_NAME, config_of
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 # What a layer attends to: the self-attention of the decoder, the only one that a decoder-only model has, the decoder's
 # cross-attention, the self-attention of the encoder.
@@ -186,7 +185,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise PrefixNotFoundError(f"No prefix adapter at {folder}: there is no such folder.")
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads(_read_text(folder))
     except FileNotFoundError as error:
         raise PrefixNotFoundError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
     except (OSError, ValueError) as error:
@@ -206,6 +205,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "peft-prefix-ext."
         )
     return config
+
+
+def _read_text(folder: Path) -> str:
+    try:
+        return config_of(folder).read_text(encoding="utf-8")
+    except FileNotFoundError:  # or it was put in its place in this moment
+        return (folder / CONFIG_NAME).read_text(encoding="utf-8")
 
 
 def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import wrapt
@@ -10,10 +13,11 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.below import warn_of_other_adapters
-from peft_prefix_ext.card import write_card
+from peft_prefix_ext.card import CARD_NAME, write_card
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.placement import check_modules_to_save, check_task
+from peft_prefix_ext.replacing import CONFIG_NAME, config_of, replacing
 from peft_prefix_ext.saved import check_saved_for
 from peft_prefix_ext.sharing import at_work_in
 
@@ -24,11 +28,13 @@ def wrap_peft_model() -> None:
         "__init__": _init,
         "add_adapter": _add_adapter,
         "load_adapter": _load_adapter,
+        "save_pretrained": _save_pretrained,
         "create_or_update_model_card": _create_or_update_model_card,
         "_upload_modified_files": _upload_modified_files,
     }.items():
         if hasattr(PeftModel, name):
             wrapt.wrap_function_wrapper("peft", f"PeftModel.{name}", wrapper)
+    wrapt.wrap_function_wrapper("peft.config", "PeftConfigMixin.from_json_file", _from_json_file)
 
 
 def _has_prefix(model: Any) -> bool:
@@ -87,6 +93,29 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
             f"The adapter in {call['model_id']} has no weights {error} for a module that `task_type` or `modules_to_save` "
             "would have with it: load it with a `config` whose `task_type` is None, or the one it was trained with."
         ) from error
+
+
+def _save_pretrained(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """PEFT writes over the files of an adapter; who is killed there leaves neither the old nor the new one."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    folder = Path(call.arguments["save_directory"])
+    if not _has_prefix(model) or not call.arguments.get("is_main_process", True) or folder.is_file():
+        wrapped(*args, **kwargs)
+        return
+    with replacing(folder) as new:
+        if (folder / CARD_NAME).is_file():
+            shutil.copy(folder / CARD_NAME, new)  # PEFT adds to it
+        call.arguments["save_directory"] = str(new)
+        wrapped(*call.args, **call.kwargs)
+
+
+def _from_json_file(wrapped: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    path = Path(call.arguments["path_json_file"])
+    if path.name == CONFIG_NAME and (valid := config_of(path.parent)) != path:
+        with suppress(FileNotFoundError):
+            return wrapped(str(valid))
+    return wrapped(*args, **kwargs)
 
 
 def _create_or_update_model_card(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from peft_prefix_ext.checkpoint import (
     layer_key,
     read_prefix,
 )
+from peft_prefix_ext.replacing import replacing
 
 
 def write_prefix(
@@ -70,11 +71,11 @@ def write_prefix(
 
 
 def write_adapter(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a folder in PEFT's layout: `config` as JSON, `tensors` as safetensors."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not in place: tensors that were read from there are still mapped to the file.
-    new = folder / f".{WEIGHTS_NAME}.new"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata={"format": "pt"})
-    new.replace(folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    """Writes a folder in PEFT's layout: `config` as JSON, `tensors` as safetensors.
+
+    Tensors may be mapped to a file that is replaced.
+    """
+    with replacing(Path(path)) as folder:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
