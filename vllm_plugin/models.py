@@ -13,8 +13,8 @@ from vllm_plugin import lora
 from vllm_plugin.cli import AdapterOption, check_name
 from vllm_plugin.config import WARMUP, PrefixSpec, settings_in
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+from vllm_plugin.loading import publish
 from vllm_plugin.registry import Adapter, NameTakenError, registry_in
-from vllm_plugin.report import report
 from vllm_plugin.request import PrefixAdapterRequest
 from vllm_plugin.store import check_served_names, logger, open_adapter
 from vllm_plugin.warmup import warm_up
@@ -116,12 +116,9 @@ class PrefixModels:
             missing = isinstance(error, AdapterNotFoundError)
             return _error(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
         try:
-            self._registry.add([adapter], replace=replace)
+            publish(adapter, self._registry, self._config, replace=replace)
         except NameTakenError:
             return taken
-        logger.info("Loaded prefix adapter: name '%s', path '%s'", name, path)
-        if (block_size := self._registry.block_size()) is not None:
-            report([adapter], block_size, self._config.model_config.dtype.itemsize)
         return f"Success: Prefix adapter '{name}' added successfully."
 
     def unload(self, name: str) -> ErrorResponse | str:

@@ -8,7 +8,7 @@ import functools
 import inspect
 from typing import Any
 
-from vllm_plugin import lora, prompt_logprobs, serving
+from vllm_plugin import loading, lora, prompt_logprobs, serving
 from vllm_plugin.compat import Seam
 from vllm_plugin.config import CONNECTOR, PrefixSpec, settings_in
 from vllm_plugin.failures import handle_invalid_blocks
@@ -69,6 +69,11 @@ def _check(named: Any, prompt: Any, params: Any, config: Any) -> tuple[PrefixSpe
     serving.check(spec, rendered, params, config.model_config.max_model_len)
     lora.check(params, config)
     return spec, rendered is not None
+
+
+def _lora_request_to_seq(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Loads what a call to `LLM` names by its path: once, and not again with each of its prompts or beams."""
+    return loading.bound(wrapped(*args, **kwargs), instance.llm_engine.vllm_config)
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -217,6 +222,12 @@ ENGINE_SEAMS = (
         "InputProcessor.process_inputs",
         ("prompt", "params", "lora_request"),
         _process_inputs,
+    ),
+    Seam(
+        "vllm.entrypoints.common.offline",
+        "OfflineInferenceMixin._lora_request_to_seq",
+        ("lora_request",),
+        _lora_request_to_seq,
     ),
     Seam(
         "vllm.v1.engine.logprobs",

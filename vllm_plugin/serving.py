@@ -13,7 +13,7 @@ from vllm import PoolingParams
 
 from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, pack, settings_in
 from vllm_plugin.errors import request_error_type
-from vllm_plugin.registry import registry_in
+from vllm_plugin.loading import adapter_of
 from vllm_plugin.request import PrefixAdapterRequest
 
 
@@ -59,21 +59,11 @@ def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
     """Returns the prefix that a `lora_request` argument stands for; None for a LoRA or no adapter at all.
 
     Raises:
-        PrefixRequestError: If it names a prefix that this engine does not have.
+        PrefixRequestError: If it names a prefix that this engine does not have and cannot load.
     """
     if not isinstance(lora_request, PrefixAdapterRequest):
         return None
-    if lora_request.spec is not None:
-        return lora_request.spec
-    registry = registry_in(vllm_config.kv_transfer_config)
-    adapter = registry.get(lora_request.lora_name) if registry is not None else None
-    if adapter is None:
-        names = [] if registry is None else [adapter.spec.name for adapter in registry.adapters()]
-        known = ", ".join([*names[:20], "..."] if len(names) > 20 else names) or "none"
-        raise request_error_type()(
-            f"The prefix adapter {lora_request.lora_name!r} does not exist; this engine has: {known}."
-        )
-    return adapter.spec
+    return adapter_of(lora_request, vllm_config)
 
 
 def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model_len: int) -> None:

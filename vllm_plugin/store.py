@@ -106,7 +106,8 @@ def reload(spec: PrefixSpec) -> PrefixCheckpoint:
     if digest_of(checkpoint) != spec.digest:
         raise PrefixServeError(
             f"The weights of prefix adapter {spec.name!r} in {spec.path} are no longer those it was loaded with; load it "
-            "again."
+            'again, in place of itself: on a server by POST /v1/load_prefix_adapter with "load_inplace": true, offline by a '
+            "request with `load_inplace=True`."
         )
     return checkpoint
 

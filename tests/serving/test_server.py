@@ -77,6 +77,15 @@ def test_an_unknown_model_is_404(client: Any) -> None:
         complete(client, "nobody", "w5")
 
 
+def test_a_client_names_no_path(client: Any, server_folder: Path) -> None:
+    new = str(support.write_adapter(server_folder / "unserved", CONFIG, support.random_prefix(CONFIG, 9)))
+    with pytest.raises(openai.NotFoundError):
+        complete(client, new, "w5")
+    for body in ({"lora_path": new}, {"lora_request": ["poet", 1, new]}, {"prefix_path": new, "load_inplace": True}):
+        assert complete(client, "poet", "w5", extra_body=body).choices == complete(client, "poet", "w5").choices
+    assert [model.id for model in client.models.list()] == ["base", "pirate", "poet"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("model", "prompt", "options", "message"),
