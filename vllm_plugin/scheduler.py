@@ -59,6 +59,8 @@ class PrefixScheduler:
         self._specs: dict[str, PrefixSpec] = {}
         self._promised: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
+        # Of this step, those that are said to need no load after all.
+        self._found: list[tuple[Request, PrefixSpec]] = []
         self._private: list[Request] = []
 
     def admit(self, request: Request) -> None:
@@ -122,6 +124,11 @@ class PrefixScheduler:
         self.stats.add("block_hits", spec.name, (p - promised) // self._block_size)
         if promised == 0:
             return
+        if num_external == 0:
+            # Where hits may end within blocks (--prefix-match-unit), vLLM asks for what is missing behind the last whole one,
+            # and takes nothing if its own cache goes on to there.
+            self._found.append((request, spec))
+            return
         if num_external != promised:
             # Going on would run placeholders as text, and say so to nobody.
             raise RuntimeError(
@@ -133,6 +140,13 @@ class PrefixScheduler:
 
     def take_loads(self) -> list[PrefixLoad]:
         """Returns the loads of the step that was just scheduled, and forgets them."""
+        for request, spec in self._found:
+            if request.num_computed_tokens < spec.num_virtual_tokens:
+                raise RuntimeError(
+                    f"vLLM neither has nor loads {spec.num_virtual_tokens - request.num_computed_tokens} tokens of the "
+                    f"prefix {spec.name!r}."
+                )
+        self._found.clear()
         for request in self._private:
             request.skip_reading_prefix_cache = True
         self._private.clear()

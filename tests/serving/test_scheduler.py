@@ -150,6 +150,22 @@ def test_a_promise_that_vllm_does_not_keep_is_no_silent_error(make: Any) -> None
         scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 64)
 
 
+def test_what_vllm_says_it_has_by_itself_it_must_have(make: Any) -> None:
+    """Its cache may go beyond the last whole block, which is all that it asks about."""
+    scheduler = PrefixScheduler(BLOCK_SIZE)
+    for computed in (80, 70, 69):
+        request = make(prompt_ids(50), SPECS[70])
+        scheduler.admit(request)
+        assert scheduler.num_loadable(request, 64) == 6
+        scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 0)
+        request.num_computed_tokens = computed
+        if computed < 70:
+            with pytest.raises(RuntimeError, match="vLLM neither has nor loads 1 tokens of the prefix 'p70'"):
+                scheduler.take_loads()
+        else:
+            assert scheduler.take_loads() == []
+
+
 def test_nothing_is_kept_of_a_request_that_is_gone(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     for step in range(3):
