@@ -8,7 +8,7 @@ import functools
 import inspect
 from typing import Any
 
-from vllm_plugin import loading, lora, prompt_logprobs, serving
+from vllm_plugin import loading, logits, lora, prompt_logprobs, serving
 from vllm_plugin.compat import Seam
 from vllm_plugin.config import CONNECTOR, PrefixSpec, settings_in
 from vllm_plugin.failures import handle_invalid_blocks
@@ -129,6 +129,12 @@ def _new_scheduler(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     config = instance.vllm_config.kv_transfer_config
     if config is not None and config.kv_connector == CONNECTOR:
         instance.defer_block_free = False
+
+
+def _register_add_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    index = wrapped(*args, **kwargs)
+    logits.show_real_prompt(instance, _argument(wrapped, args, kwargs, "request"))
+    return index
 
 
 def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -259,6 +265,12 @@ ENGINE_SEAMS = (
         "Scheduler._handle_invalid_blocks",
         ("invalid_block_ids",),
         handle_invalid_blocks,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch._register_add_request",
+        ("request",),
+        _register_add_request,
     ),
 )
 SERVER_SEAMS = (

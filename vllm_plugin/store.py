@@ -21,6 +21,7 @@ from peft_prefix_ext.checkpoint import (
 )
 from peft_prefix_ext.fingerprint import fingerprint
 from peft_prefix_ext.hub import resolve
+from vllm_plugin import logits
 from vllm_plugin.cli import AdapterOption
 from vllm_plugin.config import PrefixSpec
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
@@ -138,10 +139,11 @@ def check_engine(vllm_config: Any) -> None:
         "speculative decoding other than by n-grams": getattr(vllm_config.speculative_config, "method", "ngram")
         != "ngram",
         "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
-        # They would see the placeholders of the virtual tokens as text.
-        "custom logits processors": bool(getattr(model, "logits_processors", None)),
     }
-    if found := [what for what, present in refusals.items() if present]:
+    found = [what for what, present in refusals.items() if present]
+    if (processors := logits.unsupported(vllm_config)) is not None:
+        found.append(processors)
+    if found:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
     if vllm_config.lora_config is not None and confuses_slots():
         logger.warning(

@@ -131,7 +131,6 @@ def test_an_adapter_whose_numbers_the_model_cannot_hold(model: Path, tmp_path: P
             {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
             "do not support speculative decoding other than by n-grams",
         ),
-        ({"logits_processors": ["x:Y"]}, "do not support custom logits processors"),
         ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "do not support context parallelism"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size replaces the KV connector"),
         (
