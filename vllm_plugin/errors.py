@@ -1,4 +1,4 @@
-"""What can go wrong, in two kinds: the server cannot start, or one request cannot be served."""
+"""What can go wrong: the server cannot start, a request cannot be served, or not at this moment."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def request_error_type() -> type[ValueError]:
     from vllm.exceptions import VLLMValidationError
 
     return type("PrefixRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})
+
+
+@cache
+def unavailable_error_type() -> type[Exception]:
+    """Returns the exception of a request whose prefix could not be read: HTTP 503, with its message, and no stack trace."""
+    from vllm.exceptions import RetryableRequestError
+
+    return type("PrefixUnavailableError", (RetryableRequestError,), {"__module__": __name__})

@@ -45,10 +45,11 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     params = _argument(wrapped, args, kwargs, "sampling_params")
     spec, checked = _check(named, _argument(wrapped, args, kwargs, "prompt"), params, config)
-    if spec is None or not checked:
+    if spec is None:
         return wrapped(*args, **kwargs)
-    checked_request = _CheckedRequest(lora_name=spec.name, spec=spec)
-    return wrapped(**{**_arguments(wrapped, args, kwargs), "lora_request": checked_request})
+    kind = _CheckedRequest if checked else PrefixAdapterRequest
+    arguments = {**_arguments(wrapped, args, kwargs), "lora_request": kind(lora_name=spec.name, spec=spec)}
+    return serving.answers(wrapped(**arguments), spec)
 
 
 class _CheckedRequest(PrefixAdapterRequest):

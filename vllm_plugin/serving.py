@@ -6,13 +6,14 @@ parameters, which a client may not set itself: the engine holds no table of adap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from vllm import PoolingParams
 
 from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, pack, settings_in
-from vllm_plugin.errors import request_error_type
+from vllm_plugin.errors import request_error_type, unavailable_error_type
 from vllm_plugin.loading import adapter_of
 from vllm_plugin.request import PrefixAdapterRequest
 
@@ -139,3 +140,21 @@ def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     transfer = extra_args.get("kv_transfer_params") or {}
     extra_args["kv_transfer_params"] = {**transfer, ADAPTERS: pack(spec)}
     params.extra_args = extra_args
+
+
+async def answers(outputs: AsyncGenerator[Any], spec: PrefixSpec) -> AsyncGenerator[Any]:
+    """Passes on what an engine answers to a request with a prefix.
+
+    Raises:
+        PrefixUnavailableError: If the prefix could not be read, which vLLM would call an internal error.
+    """
+    # A client that hangs up closes this, and has to reach the request.
+    async with aclosing(outputs):
+        async for output in outputs:
+            if any(each.finish_reason == "error" for each in output.outputs):
+                raise unavailable_error_type()(
+                    f"The prefix adapter {spec.name!r} could not be read into the cache, and the server's log says why; if its "
+                    "files were written over, whoever runs the server has to load it again, by POST "
+                    '/v1/load_prefix_adapter with "load_inplace": true.'
+                )
+            yield output

@@ -10,8 +10,9 @@ from typing import Any
 from vllm import SamplingParams
 
 from vllm_plugin.config import PrefixSpec
-from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.errors import PrefixServeError, unavailable_error_type
 from vllm_plugin.request import PrefixAdapterRequest
+from vllm_plugin.serving import answers
 
 _AT_ONCE = 64
 
@@ -39,10 +40,12 @@ async def warm_up(engine: Any, specs: Sequence[PrefixSpec]) -> None:
                 lora_request=PrefixAdapterRequest(lora_name=spec.name, spec=spec),
                 data_parallel_rank=rank,
             )
-            async for output in outputs:
-                if output.outputs[0].finish_reason == "error":
-                    raise PrefixServeError(
-                        f"Prefix adapter {spec.name!r} could not be read into the cache; the engine's log says why."
-                    )
+            try:
+                async for _ in answers(outputs, spec):
+                    pass
+            except unavailable_error_type() as error:
+                raise PrefixServeError(
+                    f"Prefix adapter {spec.name!r} could not be read into the cache; the engine's log says why."
+                ) from error
 
     await asyncio.gather(*(run(spec, rank) for spec in specs for rank in ranks))

@@ -66,7 +66,8 @@ def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def client(server_folder: Path) -> Iterator[openai.OpenAI]:
-    with serve(server_folder) as client:
+    # A prefix of 200 tokens does not fit into that much, and is read from its file for each request.
+    with serve(server_folder, "--prefix-adapter-device-memory", "0.00018") as client:
         yield client
 
 

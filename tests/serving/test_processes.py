@@ -59,7 +59,7 @@ def test_processes_agree(
     assert "ERROR" not in log
 
 
-def test_a_load_that_fails_in_a_rank_is_a_500_and_no_more(server_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_fails_in_a_rank_is_a_503_and_no_more(server_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(server.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "0|1")
     # Nothing is kept on the device, so that each load reads the file.
     options = ("--tensor-parallel-size", "2", "--prefix-adapter-device-memory", "0")
@@ -67,8 +67,9 @@ def test_a_load_that_fails_in_a_rank_is_a_500_and_no_more(server_folder: Path, m
     with server.serve(server_folder, *options) as client:
         before = server.complete(client, "poet", "w5 w6").choices[0].text
         folder.rename(gone)
-        with pytest.raises(openai.InternalServerError):
+        with pytest.raises(openai.InternalServerError) as caught:
             server.complete(client, "poet", "w5 w6")
+        assert caught.value.status_code == 503
         assert server.complete(client, "pirate", "w5 w6").model == "pirate"
         gone.rename(folder)
         assert server.complete(client, "poet", "w5 w6").choices[0].text == before

@@ -168,6 +168,38 @@ def test_adapters_come_and_go_and_change_while_the_server_runs(client: Any, serv
     assert [model.id for model in client.models.list()] == ["base", "pirate", "poet"]
 
 
+def test_a_folder_that_is_written_over_says_what_to_do_until_it_is_loaded_again(
+    client: Any, server_folder: Path
+) -> None:
+    folder, prompt = server_folder / "over", prompt_ids(9, seed=62)
+    reference = support.Reference(server_folder / "model")
+    old, new = (support.random_prefix(CONFIG, 200, seed=seed) for seed in (15, 16))
+    load(client, "over", support.write_adapter(folder, CONFIG, old))
+    assert complete(client, "over", prompt).choices[0].text.split() == text_of(reference.greedy(prompt, old, 6)).split()
+    support.write_adapter(folder, CONFIG, new)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    told = r'could not be read into the cache.*load it again, by POST /v1/load_prefix_adapter with "load_inplace": true'
+    # Half of it, too, as if the copy went on.
+    for content in (whole[: len(whole) // 2], whole):
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        for ask in (
+            lambda: complete(client, "over", prompt),
+            lambda: complete(client, "over", prompt, n=2, extra_body={"use_beam_search": True}),
+            lambda: client.chat.completions.create(model="over", messages=[{"role": "user", "content": "w5"}]),
+            lambda: client.responses.create(model="over", input="w5"),
+        ):
+            with pytest.raises(openai.InternalServerError, match=told) as caught:
+                ask()
+            assert caught.value.status_code == 503
+            assert caught.value.body["type"] == "ServiceUnavailableError"
+        with pytest.raises(openai.APIError, match=told):
+            list(complete(client, "over", prompt, stream=True))
+        assert complete(client, "poet", "w5").model == "poet"
+    load(client, "over", folder, load_inplace=True)
+    assert complete(client, "over", prompt).choices[0].text.split() == text_of(reference.greedy(prompt, new, 6)).split()
+    unload(client, "over")
+
+
 def test_a_request_outlives_its_adapter(client: Any, server_folder: Path) -> None:
     prefix, prompt = support.random_prefix(CONFIG, 33, seed=13), prompt_ids(5, seed=61)
     load(client, "leaving", support.write_adapter(server_folder / "leaving", CONFIG, prefix))
