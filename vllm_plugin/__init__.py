@@ -9,6 +9,7 @@ module imports nothing heavy. Offline use:
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__ and find_spec("vllm") is None:
+        from vllm_plugin.errors import NO_VLLM
+
+        raise ImportError(NO_VLLM)
     if name == "prefix_adapters":
         from vllm_plugin.config import prefix_adapters
 

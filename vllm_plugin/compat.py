@@ -1,7 +1,7 @@
 """How the plugin is attached to vLLM: as little as possible, and checked against what it was written for.
 
 A plugin is loaded into every process of every vLLM. There it wraps what reads the command line and makes an engine's
-config, when vLLM imports that, so that nothing is imported early. All other wraps (`seams.py`) wait until an engine is to
+config, and what takes a LoRA, which could be a prefix, when vLLM imports that, so that nothing is imported early. All other wraps (`seams.py`) wait until an engine is to
 have prefixes (`require`): vLLM without them goes on as before. A wrap that no longer fits is left out and remembered,
 and asking for prefixes raises a single clear error.
 """
@@ -67,7 +67,7 @@ def install() -> None:
         return
     _installed = True
     for seam in START_SEAMS:
-        wrapt.register_post_import_hook(functools.partial(_attach, seam), seam.module)
+        wrapt.register_post_import_hook(functools.partial(attach, seam), seam.module)
 
 
 def require(*, server: bool) -> None:
@@ -92,7 +92,7 @@ def require(*, server: bool) -> None:
         _problems["version"] = "this release was written for 0.32 and 0.33"
     for seam in (*START_SEAMS, *ENGINE_SEAMS, *(SERVER_SEAMS if server else ())):
         try:
-            _attach(seam, importlib.import_module(seam.module))
+            attach(seam, importlib.import_module(seam.module))
         except ImportError as error:
             _problems[seam.method] = str(error)
     if _problems:
@@ -113,7 +113,8 @@ def _register_connector() -> None:
     KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
 
 
-def _attach(seam: Seam, module: ModuleType) -> None:
+def attach(seam: Seam, module: ModuleType) -> None:
+    """Puts on a wrap, once; one that does not fit is left out and remembered."""
     if seam.method in _attached:
         return
     if problem := seam.problem(module):
@@ -134,6 +135,10 @@ def _add_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def _from_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     engine_args = wrapped(*args, **kwargs)
     options = kwargs["args"] if "args" in kwargs else args[0]
+    if getattr(options, "lora_modules", None):
+        from vllm_plugin.kinds import check_modules
+
+        check_modules(options.lora_modules)
     if any(getattr(options, name, None) for name in OPTIONS):
         from vllm_plugin.startup import configure
 
@@ -149,9 +154,34 @@ def _create_engine_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     return create(instance, functools.partial(wrapped, *args, **kwargs))
 
 
+def _validate_lora(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Refuses a prefix that is given as a LoRA, in an engine without prefixes, too."""
+    request = kwargs["lora_request"] if "lora_request" in kwargs else args[0]
+    if request is not None:
+        from vllm_plugin.kinds import check_lora
+
+        check_lora(request)
+    return wrapped(*args, **kwargs)
+
+
+async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """The same for one that comes at run time, which may not take the name of a prefix either."""
+    from vllm_plugin.models import refuse_lora
+
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    return refuse_lora(request, getattr(instance, "prefix_models", None)) or await wrapped(*args, **kwargs)
+
+
 _ARGS = "vllm.engine.arg_utils"
 START_SEAMS = (
     Seam(_ARGS, "EngineArgs.add_cli_args", ("parser",), _add_cli_args),
     Seam(_ARGS, "EngineArgs.from_cli_args", ("args",), _from_cli_args),
     Seam(_ARGS, "EngineArgs.create_engine_config", (), _create_engine_config),
+    Seam("vllm.v1.engine.input_processor", "InputProcessor._validate_lora", ("lora_request",), _validate_lora),
+    Seam(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels.load_lora_adapter",
+        ("request",),
+        _load_lora_adapter,
+    ),
 )

@@ -28,7 +28,7 @@ from vllm_plugin.config import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.geometry import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.registry import registry_in
-from vllm_plugin.report import report
+from vllm_plugin.report import report, report_cache
 from vllm_plugin.scheduler import PrefixLoad, PrefixScheduler
 from vllm_plugin.stats import PrefixPromMetrics, PrefixStats
 from vllm_plugin.store import check_shapes
@@ -204,6 +204,7 @@ def _check_in(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: in
         registry.add_layers(shapes, block_size)
         # Of the first pipeline stage: one worker speaks for all.
         if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
+            report_cache(block_size)
             report(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 

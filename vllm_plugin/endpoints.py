@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from http import HTTPStatus
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -10,7 +11,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from vllm_plugin.models import PrefixModels
+from vllm_plugin.models import PrefixModels, refusal
 from vllm_plugin.store import logger
 
 # Beside vLLM's own for LoRA, which refuses several API server processes; and not with VLLM_ in front, since vLLM warns of
@@ -19,6 +20,7 @@ SWITCH = "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING"
 SWITCHES = (SWITCH, "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
+switched_off = APIRouter()
 
 
 # What was written for LoRA's endpoints says the same with `lora_`.
@@ -41,9 +43,12 @@ class UnloadPrefixAdapterRequest(BaseModel):
 
 
 def attach(app: FastAPI) -> None:
-    """Adds the endpoints to a server with prefixes, if the operator switched them on."""
+    """Adds the endpoints to a server with prefixes; they say how to switch them on if the operator has not."""
+    if not getattr(app.state.args, "prefix_registry", None):
+        return
     on = [switch for switch in SWITCHES if os.environ.get(switch, "0").strip().lower() in ("1", "true")]
-    if not on or not getattr(app.state.args, "prefix_registry", None):
+    if not on:
+        app.include_router(switched_off)
         return
     logger.warning(
         "Prefix adapters can be loaded and unloaded at run time by anyone who reaches this server (%s is set): its paths "
@@ -65,6 +70,19 @@ async def load_prefix_adapter(request: LoadPrefixAdapterRequest, raw_request: Re
 async def unload_prefix_adapter(request: UnloadPrefixAdapterRequest, raw_request: Request) -> Response:
     """Unloads an adapter."""
     return _response(_models(raw_request).unload(request.prefix_name))
+
+
+@switched_off.post("/v1/load_prefix_adapter")
+@switched_off.post("/v1/unload_prefix_adapter")
+async def say_how_to_switch_on() -> Response:
+    """Answers for both where they are off."""
+    return _response(
+        refusal(
+            f"Prefix adapters of this server cannot be loaded or unloaded at run time; start it with {SWITCH}=1 in its "
+            "environment.",
+            HTTPStatus.NOT_FOUND,
+        )
+    )
 
 
 def _models(raw_request: Request) -> PrefixModels:

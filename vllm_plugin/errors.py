@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
+NO_VLLM = (
+    "vLLM is not installed; install this package with its extra `serve` (`pip install '.[serve]'` in a clone), or `serve-cpu` "
+    "for vLLM's CPU build."
+)
+
 
 class PrefixServeError(ValueError):
     """The engine cannot start with these prefix adapters: the message says why and what to do, in one sentence."""

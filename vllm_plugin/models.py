@@ -13,7 +13,8 @@ from vllm_plugin import lora
 from vllm_plugin.cli import AdapterOption, check_name
 from vllm_plugin.config import WARMUP, PrefixSpec, settings_in
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
-from vllm_plugin.loading import publish
+from vllm_plugin.kinds import holds_prefix
+from vllm_plugin.loading import names_in, publish
 from vllm_plugin.registry import Adapter, NameTakenError, registry_in
 from vllm_plugin.request import PrefixAdapterRequest
 from vllm_plugin.store import check_served_names, logger, open_adapter
@@ -66,11 +67,24 @@ class PrefixModels:
         spec = self.spec(name)
         return None if spec is None else PrefixAdapterRequest(lora_name=spec.name, spec=spec)
 
-    def refuse_lora(self, name: str) -> ErrorResponse | None:
-        """Returns what the loading of a LoRA of this name is answered with; None if no adapter of ours has it."""
-        if self.spec(name) is None:
-            return None
-        return _error(f"The lora adapter '{name}' conflicts with a prefix adapter.")
+    def with_names(self, answer: ErrorResponse) -> ErrorResponse:
+        """Adds the adapters to an answer that says which models there are."""
+        if answer.error.code == HTTPStatus.NOT_FOUND:
+            answer.error.message += f" Prefix adapters: {names_in(self._registry)}."
+        return answer
+
+    def announce(self, address: Any, *, secure: bool) -> None:
+        """Tells the log what is served, and where.
+
+        Args:
+            address: Of the socket: host and port, or the path of a Unix socket.
+            secure: Whether it speaks TLS.
+        """
+        if isinstance(address, tuple):
+            host, port = address[:2]
+            address = f"http{'s' if secure else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        models = ", ".join(base.name for base in self._models.base_model_paths)
+        logger.info("Serving on %s: %s; prefix adapters: %s", address, models, names_in(self._registry))
 
     def cards(self) -> list[ModelCard]:
         """Lists the adapters as `/v1/models` does LoRA modules."""
@@ -92,10 +106,10 @@ class PrefixModels:
             replace: Whether it may take the place of the adapter that has this name.
         """
         if not name or not path:
-            return _error("Both 'prefix_name' and 'prefix_path' must be provided.")
+            return refusal("Both 'prefix_name' and 'prefix_path' must be provided.")
         if name in self._other_names():
-            return _error(f"The prefix adapter '{name}' conflicts with a served model.", HTTPStatus.CONFLICT)
-        taken = _error(
+            return refusal(f"The prefix adapter '{name}' conflicts with a served model.", HTTPStatus.CONFLICT)
+        taken = refusal(
             f"The prefix adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
             "'load_inplace' to True.",
             HTTPStatus.CONFLICT,
@@ -114,7 +128,7 @@ class PrefixModels:
                 await warm_up(self._engine, [adapter.spec])
         except PrefixServeError as error:
             missing = isinstance(error, AdapterNotFoundError)
-            return _error(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
+            return refusal(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
         try:
             publish(adapter, self._registry, self._config, replace=replace)
         except NameTakenError:
@@ -124,11 +138,11 @@ class PrefixModels:
     def unload(self, name: str) -> ErrorResponse | str:
         """Removes an adapter: new requests for it get 404, those that run go on."""
         if not name:
-            return _error("'prefix_name' needs to be provided to unload a prefix adapter.")
+            return refusal("'prefix_name' needs to be provided to unload a prefix adapter.")
         try:
             self._registry.remove(name)
         except KeyError:
-            return _error(f"The prefix adapter '{name}' cannot be found.", HTTPStatus.NOT_FOUND)
+            return refusal(f"The prefix adapter '{name}' cannot be found.", HTTPStatus.NOT_FOUND)
         logger.info("Removed prefix adapter: name '%s'", name)
         return f"Success: Prefix adapter '{name}' removed successfully."
 
@@ -140,6 +154,23 @@ class PrefixModels:
         return named if named and self._models.is_base_model(named) else self._models.base_model_paths[0].name
 
 
+def refuse_lora(request: Any, prefixes: PrefixModels | None) -> ErrorResponse | None:
+    """Returns what the loading of a LoRA is answered with that has the name of a prefix or is one; None for any other.
+
+    Args:
+        request: vLLM's `LoadLoRAAdapterRequest`.
+        prefixes: The adapters of this server, if it has any.
+    """
+    if prefixes is not None and prefixes.spec(request.lora_name) is not None:
+        return refusal(f"The lora adapter '{request.lora_name}' conflicts with a prefix adapter.")
+    if not holds_prefix(request.lora_path):
+        return None
+    start = "" if prefixes is not None else " to a server that was started with --enable-prefix-adapters"
+    return refusal(
+        f"The lora adapter '{request.lora_name}' is a prefix, not a LoRA; load it by POST /v1/load_prefix_adapter{start}."
+    )
+
+
 _KINDS = {
     HTTPStatus.BAD_REQUEST: "InvalidUserInput",
     HTTPStatus.NOT_FOUND: "NotFoundError",
@@ -147,5 +178,5 @@ _KINDS = {
 }
 
 
-def _error(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:
+def refusal(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:
     return create_error_response(message=message, err_type=_KINDS[status], status_code=status)

@@ -13,6 +13,15 @@ logger = logging.getLogger("vllm.prefix_adapters")
 MAX_LINES = 20
 
 
+def report_cache(block_size: int) -> None:
+    """Logs what a prefix has to be a multiple of to fill whole blocks: vLLM's platforms and backends differ in that.
+
+    Args:
+        block_size: Tokens per block of the cache.
+    """
+    logger.info("Blocks of the KV cache hold %d tokens (--block-size).", block_size)
+
+
 def report(adapters: Sequence[Adapter], block_size: int, itemsize: int) -> None:
     """Logs a line per adapter, and warns of those whose last block is not full.
 

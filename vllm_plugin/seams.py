@@ -162,9 +162,13 @@ class _Room(int):
     """How many tokens of a prompt fit behind a prefix; a client can send a number, and none of these."""
 
 
-def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Truncates to the context where a client asks for that: vLLM's own limit does not know of virtual tokens."""
+async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Lists prefixes among the models that there are.
+
+    And truncates to the context where a client asks for that: vLLM's own limit does not know of virtual tokens.
+    """
     request = kwargs["request"] if "request" in kwargs else args[0]
+    prefixes = getattr(instance.models, "prefix_models", None)
     spec = _spec_of(instance.models, request.model)
     if spec is not None:
         # One is left for the output, as vLLM does.
@@ -173,7 +177,8 @@ def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             request.truncate_prompt_tokens = room
         elif hasattr(request, "truncation"):
             request.prefix_room = room
-    return wrapped(*args, **kwargs)
+    refusal = await wrapped(*args, **kwargs)
+    return refusal if refusal is None or prefixes is None else prefixes.with_names(refusal)
 
 
 def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -207,12 +212,16 @@ async def _show_available_models(wrapped: Any, instance: Any, args: Any, kwargs:
     return models
 
 
-async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """A LoRA that comes at run time may not take the name of a prefix; vLLM itself finds none of ours to unload."""
-    request = kwargs["request"] if "request" in kwargs else args[0]
-    prefixes = getattr(instance, "prefix_models", None)
-    refusal = None if prefixes is None else prefixes.refuse_lora(request.lora_name)
-    return refusal or await wrapped(*args, **kwargs)
+async def _startup(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    """Says last what a server serves, and where."""
+    await wrapped(*args, **kwargs)
+    models = getattr(getattr(instance.config.app, "state", None), "openai_serving_models", None)
+    prefixes = getattr(models, "prefix_models", None)
+    if prefixes is not None and instance.started:
+        sockets = _argument(wrapped, args, kwargs, "sockets") or [
+            each for one in instance.servers for each in one.sockets
+        ]
+        prefixes.announce(sockets[0].getsockname(), secure=instance.config.is_ssl)
 
 
 def _attach_lora_router(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
@@ -289,7 +298,6 @@ SERVER_SEAMS = (
     ),
     Seam(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
     Seam(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
-    Seam(_MODELS, "OpenAIServingModels.load_lora_adapter", ("request",), _load_lora_adapter),
     Seam(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     # LoRA requests and prefixes are told apart by name here, and not by an entry of ours in vLLM's own table: that one is
     # searched from end to end for each chat request to the base model, and no other API server process sees it.
@@ -301,6 +309,7 @@ SERVER_SEAMS = (
         ("model_config",),
         _build_tok_params,
     ),
+    Seam("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", ("sockets",), _startup),
     # vLLM's hook for endpoints loads plugins that the operator lists in VLLM_PLUGINS, and then no others but those.
     Seam("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router),
 )

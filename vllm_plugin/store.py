@@ -25,6 +25,7 @@ from vllm_plugin import logits
 from vllm_plugin.cli import AdapterOption
 from vllm_plugin.config import PrefixSpec
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+from vllm_plugin.kinds import holds_lora
 from vllm_plugin.lora import confuses_slots, lora_below
 from vllm_plugin.registry import Adapter, Shapes
 
@@ -42,7 +43,13 @@ def load(name: str, source: str) -> PrefixCheckpoint:
         return read_prefix(resolve(source))
     except PrefixCheckpointError as error:
         kind = AdapterNotFoundError if isinstance(error, PrefixNotFoundError) else PrefixServeError
-        raise kind(f"Prefix adapter {name!r}: {error}") from error
+        told = f"Prefix adapter {name!r}: {error}"
+        if holds_lora(source):
+            told = (
+                f"{told.rstrip('.')}; a LoRA is served with --enable-lora --lora-modules NAME=PATH, at run time by POST "
+                "/v1/load_lora_adapter, and offline with a `LoRARequest`."
+            )
+        raise kind(told) from error
 
 
 def open_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Adapter]:

@@ -53,9 +53,10 @@ def overridden() -> set[str]:
 def seams() -> tuple[Any, ...]:
     """Returns all of the plugin's wraps."""
     from vllm_plugin.compat import START_SEAMS
+    from vllm_plugin.launcher import parser_seam
     from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
 
-    return START_SEAMS + ENGINE_SEAMS + SERVER_SEAMS
+    return (*START_SEAMS, parser_seam(), *ENGINE_SEAMS, *SERVER_SEAMS)
 
 
 def wrapped() -> set[str]:

@@ -12,7 +12,7 @@ import pytest
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
 from serving import support
-from vllm_plugin import cli, config, prefix_adapters, startup
+from vllm_plugin import cli, config, launcher, prefix_adapters, startup
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.registry import registry_in
 
@@ -75,6 +75,62 @@ def test_a_server_says_at_once_what_its_options_lack() -> None:
     options.lora_modules = [LoRAModulePath("a", "/y")]
     with pytest.raises(PrefixServeError, match="'a' is already the name of a model"):
         startup.configure(None, options)
+
+
+@pytest.mark.parametrize("served", [[], ["--prefix-adapter", "one=/x"]])
+def test_a_prefix_among_lora_modules_is_told_where_it_goes(model: Path, adapter: Path, served: list[str]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = parsed(*served)
+    vars(options).update(vars(EngineArgs(model=str(model))))
+    options.lora_modules = [LoRAModulePath("fine", "/lora"), LoRAModulePath("tone", str(adapter))]
+    with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
+        EngineArgs.from_cli_args(options)
+    assert f"holds a prefix, not a LoRA; give it as --prefix-adapter tone={adapter}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "serve"], "for `bench` type `vllm bench`."),
+        (["collect-env"], "for `collect-env` type `vllm collect-env`."),
+        (["serve", "model"], "`prefix-serve` is `vllm serve` already; leave out `serve`."),
+    ],
+)
+def test_what_is_no_model_is_said_at_once(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"\Aprefix-serve: error: [^\n]*\Z") as caught:
+        launcher.main(arguments)
+    assert message in str(caught.value)
+    # Unless it is the folder of one.
+    (tmp_path / arguments[0]).mkdir()
+    assert launcher._mistake(arguments) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (
+            "from vllm_plugin.launcher import main; main(['model'])",
+            "prefix-serve: error: vLLM is not installed; install",
+        ),
+        ("from vllm_plugin import prefix_adapters", "ImportError: vLLM is not installed; install"),
+        ("from vllm_plugin import PrefixAdapterRequest", "ImportError: vLLM is not installed; install"),
+    ],
+)
+def test_without_vllm(code: str, error: str) -> None:
+    hide = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+# vLLM, and what comes with it alone.
+hidden = ("vllm", "msgspec", "fastapi", "prometheus_client")
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in hidden else find(name, *rest)
+"""
+    done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(error)
 
 
 def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path) -> None:

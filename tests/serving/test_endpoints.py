@@ -89,6 +89,28 @@ def test_loras_and_prefixes_stay_apart(options: Any) -> None:
     assert serving._maybe_get_adapters(chat, supports_default_mm_loras=True) is None
 
 
+def test_a_prefix_that_is_loaded_as_a_lora_is_told_where_it_goes(options: Any, tmp_path: Path) -> None:
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+    models = start(options).app.state.openai_serving_models
+    request = LoadLoRAAdapterRequest(lora_name="two", lora_path=str(adapter(tmp_path / "two", 2)))
+    refusal = asyncio.run(models.load_lora_adapter(request))
+    assert refusal.error.code == 400
+    assert refusal.error.message == (
+        "The lora adapter 'two' is a prefix, not a LoRA; load it by POST /v1/load_prefix_adapter."
+    )
+    # vLLM without prefixes.
+    del models.prefix_models
+    refusal = asyncio.run(models.load_lora_adapter(request))
+    assert "to a server that was started with --enable-prefix-adapters." in refusal.error.message
+
+
+def test_a_lora_that_is_loaded_as_a_prefix_is_told_where_it_goes(server: TestClient, tmp_path: Path) -> None:
+    lora = adapter(tmp_path / "lora", 2, peft_type="LORA")
+    assert_refused(load(server, "two", lora), 400, "is of type 'LORA', not a prefix")
+    assert_refused(load(server, "two", lora), 400, "at run time by POST /v1/load_lora_adapter, and offline with")
+
+
 def test_a_name_of_a_lora_is_taken_at_start(options: Any) -> None:
     with pytest.raises(PrefixServeError, match="'one' is already the name of a model"):
         start(options, "one")
@@ -109,7 +131,8 @@ def test_an_operator_switches_the_endpoints_on(options: Any, monkeypatch: pytest
     for value in ("0", "", "no"):
         monkeypatch.setenv(SWITCH, value)
         server = start(options)
-        assert load(server, "two", "/x").status_code == unload(server, "one").status_code == 404
+        for response in (load(server, "two", "/x"), unload(server, "one"), server.post("/v1/load_prefix_adapter")):
+            assert_refused(response, 404, "start it with PREFIX_SERVE_ALLOW_RUNTIME_UPDATING=1 in its environment.")
         assert "one" in cards(server)
     monkeypatch.setenv(SWITCH, "1")
     options.prefix_adapter = options.prefix_registry = None

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_plugin.config import PrefixSpec
 from vllm_plugin.registry import Adapter
-from vllm_plugin.report import MAX_LINES, report
+from vllm_plugin.report import MAX_LINES, report, report_cache
 
 SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
 
@@ -42,3 +42,9 @@ def test_many_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
 def test_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog) == []
     assert len(lines(caplog, adapter(32))) == 1
+
+
+def test_the_size_of_a_block(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "vllm.prefix_adapters"):
+        report_cache(128)
+    assert caplog.messages == ["Blocks of the KV cache hold 128 tokens (--block-size)."]

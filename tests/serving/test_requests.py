@@ -119,6 +119,23 @@ def test_refused(llama: Engine, name: str | None, prompt: dict[str, Any], params
     llama.check(["p33", None], [prompt_ids(5)] * 2, max_tokens=2)
 
 
+def test_a_prefix_that_is_named_as_a_lora_is_refused(llama: Engine) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+
+    folder = specs_in(llama.llm.llm_engine.vllm_config.kv_transfer_config)["p7"].path
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
+            llama.llm.generate({"prompt_token_ids": [5]}, lora_request=LoRARequest("mine", 1, folder), use_tqdm=False)
+        assert "holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({'mine': path}))`" in str(
+            caught.value
+        )
+    # Any other LoRA is vLLM's business.
+    with pytest.raises(VLLMValidationError, match="LoRA is not enabled"):
+        llama.llm.generate({"prompt_token_ids": [5]}, lora_request=LoRARequest("mine", 1, "/lora"), use_tqdm=False)
+    llama.check(["p7", None], [prompt_ids(5)] * 2, max_tokens=2)
+
+
 def test_the_base_model_keeps_what_adapters_refuse(llama: Engine) -> None:
     (output,) = ask(llama, {"prompt_token_ids": prompt_ids(5), "cache_salt": "mine"}, None, prompt_logprobs=0)
     assert len(output.prompt_logprobs) == 5

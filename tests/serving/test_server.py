@@ -36,6 +36,18 @@ def test_each_model_answers_as_transformers_does_in_one_batch(client: Any, serve
         assert response.choices[0].text.split() == text_of(expected).split()
 
 
+def test_the_log_ends_with_what_is_served_and_where(client: Any, server_folder: Path) -> None:
+    lines = (server_folder / "log").read_text().splitlines()
+    (last,) = [index for index, line in enumerate(lines) if "Serving on" in line]
+    address = f"http://{client.base_url.host}:{client.base_url.port}"
+    assert lines[last].endswith(f"Serving on {address}: base; prefix adapters: pirate, poet")
+    # What comes later is of requests.
+    started = [index for index, line in enumerate(lines) if "startup complete" in line]
+    assert started
+    assert started[-1] < last
+    assert any(line.endswith("Blocks of the KV cache hold 32 tokens (--block-size).") for line in lines[:last])
+
+
 def test_usage_does_not_count_virtual_tokens(client: Any) -> None:
     prompt = prompt_ids(70, seed=50)
     for cached in (None, 64):
@@ -73,7 +85,7 @@ def test_the_default_length_fills_the_context(client: Any) -> None:
 
 
 def test_an_unknown_model_is_404(client: Any) -> None:
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match=r"`nobody` does not exist.* base\. Prefix adapters: pirate, poet\."):
         complete(client, "nobody", "w5")
 
 
@@ -230,6 +242,16 @@ def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) ->
         "prefix-serve: error: Prefix adapter 'x': No prefix adapter at '/nowhere': it is neither a folder nor a Hub repository."
     )
     assert "Traceback" not in errors
+
+
+def test_what_is_wrong_with_a_command_is_said_by_the_name_it_was_called_by(server_folder: Path) -> None:
+    server = launch(server_folder, "--prefix-adapter", "x", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, errors = server.communicate(timeout=500)
+    assert server.returncode == 2
+    assert errors.strip().splitlines()[-2:] == [
+        "usage: prefix-serve [model_tag] [options]",
+        "prefix-serve: error: argument --prefix-adapter: expected NAME=PATH_OR_REPO, got 'x'",
+    ]
 
 
 def test_metrics_and_the_log_tell_of_the_adapters(client: Any, server_folder: Path) -> None:
