@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from vllm import PoolingParams
 
+from vllm_plugin import lora
 from vllm_plugin.config import ADAPTERS, SALT_PREFIX, PrefixSpec, pack, settings_in
 from vllm_plugin.errors import request_error_type, unavailable_error_type
 from vllm_plugin.loading import adapter_of
@@ -158,3 +159,23 @@ async def answers(outputs: AsyncGenerator[Any], spec: PrefixSpec) -> AsyncGenera
                     '/v1/load_prefix_adapter with "load_inplace": true.'
                 )
             yield output
+
+
+class CheckedRequest(PrefixAdapterRequest):
+    """Of a call that need not be checked again."""
+
+
+def check_call(named: Any, prompt: Any, params: Any, config: Any) -> tuple[PrefixSpec | None, bool]:
+    """Returns the prefix of a call, if there is one, and whether its prompt was there to be checked, too.
+
+    Args:
+        named: Its `lora_request`.
+
+    Raises:
+        PrefixRequestError: If the call cannot be answered, as far as its arguments tell.
+    """
+    spec = adapter_named(named, config)
+    rendered = Prompt.of_input(prompt)
+    check(spec, rendered, params, config.model_config.max_model_len)
+    lora.check(params, config)
+    return spec, rendered is not None
