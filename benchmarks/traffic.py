@@ -133,7 +133,10 @@ class Traffic:
         self._seed = seed
 
     async def run(self, num_clients: int, seconds: float, max_requests: float = math.inf) -> Outcome:
-        """Keeps all clients busy for so long, or for so many requests; then every adapter is what it was before."""
+        """Keeps all clients busy for so long, or for so many requests; then every adapter is what it was before.
+
+        Of a number of requests, a change comes after some of them, however long they take.
+        """
         self._left, self._until = max_requests, self._clock() + seconds
         # A third of the adapters change: half of them become another one in place, half of them go and come.
         changing = list(self._paths)[-max(2, len(self._paths) // 3) :]
@@ -199,7 +202,10 @@ class Traffic:
                 await self._change(name, other)
             else:
                 await self._change(name, name if self._names.now(name) is None else None)
-            await asyncio.sleep(0.2 * rng.random())
+            pause, before = rng.random(), self._left
+            await asyncio.sleep(0.2 * pause if before == math.inf else 0)
+            while before < math.inf and before - self._left < 12 * pause and self._clock() < self._until:
+                await asyncio.sleep(0.01)
 
     async def _change(self, name: str, content: str | None) -> None:
         """Gives a name another meaning; while that is under way, it has both."""

@@ -30,7 +30,8 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("tests", [SHORT, pytest.param(ALL, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("tests", [SHORT, pytest.param(ALL, marks=pytest.mark.soak)])
 def test_engines_with_model_runner_v2_and_async_scheduling(tests: list[str]) -> None:
     """In a process of their own: what the runner's kernels are is settled when Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "runs_ahead", *(str(HERE / each) for each in tests)]

@@ -236,7 +236,7 @@ def test_warmed_up_prefixes_are_in_the_cache_before_their_first_request(client: 
 
 def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) -> None:
     server = launch(server_folder, "--prefix-adapter", "x=/nowhere", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, errors = server.communicate(timeout=500)
+    _, errors = server.communicate()
     assert server.returncode == 1
     assert errors.strip().splitlines()[-1] == (
         "prefix-serve: error: Prefix adapter 'x': No prefix adapter at '/nowhere': it is neither a folder nor a Hub repository."
@@ -246,7 +246,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) ->
 
 def test_what_is_wrong_with_a_command_is_said_by_the_name_it_was_called_by(server_folder: Path) -> None:
     server = launch(server_folder, "--prefix-adapter", "x", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, errors = server.communicate(timeout=500)
+    _, errors = server.communicate()
     assert server.returncode == 2
     assert errors.strip().splitlines()[-2:] == [
         "usage: prefix-serve [model_tag] [options]",

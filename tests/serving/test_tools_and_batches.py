@@ -163,7 +163,6 @@ def test_a_batch_file(client: Any, folder: Path, tmp_path: Path) -> None:
         ],
         env=server.ENVIRONMENT,
         check=True,
-        timeout=300,
     )
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(results) == len(rows)
