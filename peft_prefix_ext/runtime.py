@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_prefix_ext.cache_argument import cache_in
 from peft_prefix_ext.checkpoint import LayerKV
