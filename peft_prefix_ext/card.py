@@ -32,10 +32,15 @@ def write_card(model: PeftModel, folder: str | Path, repo: str | None = None) ->
     path = Path(folder) / CARD_NAME
     card = ModelCard.load(path, ignore_metadata_errors=True)
     configs = {name: config for name, config in model.peft_config.items() if isinstance(config, PrefixExtConfig)}
-    base: Any = model.get_base_model().name_or_path or None
-    if base and not card.data.base_model:
+    name: Any = model.get_base_model().name_or_path or None
+    # PEFT writes a path as it was given to it; the adapters know which folder that is.
+    base = next((config.base_model_name_or_path for config in configs.values() if config.base_model_name_or_path), name)
+    if base and card.data.base_model in (None, name):
         card.data.base_model = base
-    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+    tags = [
+        f"base_model:adapter:{base}" if tag == f"base_model:adapter:{name}" else tag for tag in card.data.tags or []
+    ]
+    card.data.tags = sorted({*tags, *TAGS})
     sections = [_section(model, name, config, base or "BASE", repo) for name, config in configs.items()]
     text = "\n".join([_START, *sections, _END])
     if _START in card.text and _END in card.text:
@@ -80,7 +85,8 @@ def _section(model: PeftModel, name: str, config: PrefixExtConfig, base: str, re
     folder = "" if name == "default" else f"/{name}"
     source = f"{repo or 'PATH_OR_REPO'}{folder}"
     serving = f"""
-Serve it with [vLLM](https://github.com/vllm-project/vllm) (`pip install "peft-prefix-ext[serve]"`) beside the base model:
+Serve it with [vLLM](https://github.com/vllm-project/vllm) (`pip install ".[serve]"` in a clone of peft-prefix-ext) beside the
+base model:
 
 ```bash
 vllm serve {base} --prefix-adapter {(_name(repo) if name == "default" else name) or "NAME"}={source}
@@ -100,13 +106,21 @@ Keys and values that stand before the input in every attention layer; no weight 
 | --- | --- |
 {table}
 {serving}
-Load it with [PEFT](https://github.com/huggingface/peft) (`pip install peft-prefix-ext`):
+Load it with [PEFT](https://github.com/huggingface/peft) and peft-prefix-ext (`pip install .` in a clone of it, or
+`pip install` its wheel):
 
 ```python
-import peft_prefix_ext
+import peft_prefix_ext  # tells PEFT of the type PREFIX_EXT
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "{source}")
+```
+
+`KeyError: 'PREFIX_EXT'` means that nothing imported `peft_prefix_ext` in that process. `prefix-ext run` starts any Python
+program with it imported, be it a command, `SCRIPT.py` or `-m MODULE`:
+
+```bash
+prefix-ext run lm_eval --model hf --model_args pretrained={base},peft={source} --tasks TASK
 ```
 """
 

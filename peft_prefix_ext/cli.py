@@ -1,12 +1,14 @@
-"""`prefix-ext`: looks into prefix adapters, checks them, and moves them between formats."""
+"""`prefix-ext`: looks into prefix adapters, checks them, moves them between formats, and runs what loads them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft_prefix_ext import __version__
@@ -25,42 +27,78 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: The arguments; those of this process by default.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Not by the parser, which would take the program's options for its own.
+    if words[:1] == ["run"] and words[1:] and words[1] not in ("-h", "--help"):
+        _run(words[1:])
+        return
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if getattr(arguments, "positions", None) == "shift" and not arguments.base:
         parser.error("--positions shift needs --base MODEL: how its keys turn is measured on it")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+        with _own_warnings_only():
             arguments.run(arguments)
     except (ValueError, OSError) as error:
-        # Of this package's own errors all, of the libraries' the first line, is one sentence.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        print(f"prefix-ext {arguments.command}: error: {reason}", file=sys.stderr)
-        sys.exit(1)
+        _refuse(arguments.command, error)
+
+
+def _refuse(command: str, error: Exception) -> None:
+    # Of this package's own errors all, of the libraries' the first line, is one sentence.
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    print(f"prefix-ext {command}: error: {reason}", file=sys.stderr)
+    sys.exit(1)
+
+
+@contextmanager
+def _own_warnings_only() -> Iterator[None]:
+    """Prints warnings of this package as one line each, and none of what other libraries say while they are imported."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module=r"peft_prefix_ext\.")
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     print(f"prefix-ext: warning: {message}", file=sys.stderr)
 
 
+def _run(words: Sequence[str]) -> None:
+    from peft_prefix_ext.running import find_program
+
+    try:
+        program = find_program(words)
+    except ValueError as error:
+        _refuse("run", error)
+    else:
+        program()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prefix-ext",
-        description="Looks into prefix adapters, checks them, and moves them between formats: ours (PREFIX_EXT)\n"
-        "and stock PEFT's (PREFIX_TUNING, CARTRIDGE).",
+        description="Looks into prefix adapters, checks them, moves them between formats, ours (PREFIX_EXT) and stock\n"
+        "PEFT's (PREFIX_TUNING, CARTRIDGE), and runs other programs that load them.",
         epilog=f"`prefix-ext COMMAND --help` has examples. Only safetensors is ever read.\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"prefix-ext {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Any, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Any, summary: str, description: str, examples: str, exit_codes: str = EXIT_CODES
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=summary,
             description=description,
-            epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+            epilog=f"examples:\n{examples}\n\n{exit_codes}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
@@ -126,6 +164,20 @@ def _parser() -> argparse.ArgumentParser:
     compose.add_argument("--out", required=True, help="the folder to write")
     compose.add_argument("--positions", choices=("keep", "shift"), default="keep", help="default: %(default)s")
 
+    run = command(
+        "run",
+        None,
+        "run another Python program that loads prefixes",
+        "Runs a command of this environment, a script or a module in this process, where PEFT knows the type PREFIX_EXT:\n"
+        "the remedy for programs that load any adapter and end in KeyError: 'PREFIX_EXT'. Processes that it starts by itself\n"
+        "need `import peft_prefix_ext` of their own; those of a launcher: torchrun -m peft_prefix_ext run train.py",
+        "  prefix-ext run lm_eval --model hf --model_args pretrained=BASE,peft=./describe --tasks hellaswag\n"
+        "  prefix-ext run generate.py --adapter ./describe\n  prefix-ext run -m package.module --option",
+        "exit codes: the program's; 1 if there is no such program",
+    )
+    run.usage = "prefix-ext run [-h] (PROGRAM | SCRIPT.py | -m MODULE) [ARGUMENT ...]"
+    run.add_argument("program", metavar="PROGRAM", nargs="+", help="what to run, and its arguments, untouched")
+
     for parser_of in (inspect, verify, export, import_):
         parser_of.add_argument("path", metavar="PATH_OR_REPO", help=PATH)
     for parser_of in (export, import_):
@@ -161,20 +213,27 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from peft_prefix_ext.interop import export_to_peft
+    from peft_prefix_ext.writing import check_place
 
+    check_place(arguments.out, [arguments.type])  # of the same type, as this command writes it
     _wrote(export_to_peft(arguments.path, arguments.out, arguments.type, task_type=arguments.task_type))
 
 
 def _import(arguments: argparse.Namespace) -> None:
     from peft_prefix_ext.interop import import_from_peft, read_source
+    from peft_prefix_ext.writing import check_place
 
-    read_source(arguments.path)  # what is wrong with it is said before a model is loaded
+    # What is wrong with either is said before a model is loaded.
+    read_source(arguments.path)
+    check_place(arguments.out, ["PREFIX_EXT"])
     _wrote(import_from_peft(arguments.path, arguments.out, _load_base(arguments)))
 
 
 def _compose(arguments: argparse.Namespace) -> None:
     from peft_prefix_ext.composition import compose
+    from peft_prefix_ext.writing import check_place
 
+    check_place(arguments.out, ["PREFIX_EXT"])
     base = _load_base(arguments) if arguments.base else None
     _wrote(compose(arguments.paths, arguments.out, arguments.positions, base))
 

@@ -22,6 +22,7 @@ from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
 from peft_prefix_ext.flash import attention_of
 from peft_prefix_ext.grouped import use_groups
 from peft_prefix_ext.learning_rate import watch_learning_rate
+from peft_prefix_ext.local_paths import absolute_if_local
 from peft_prefix_ext.mixed import mixed_batch
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
@@ -34,6 +35,7 @@ from peft_prefix_ext.sharing import SharedKVLayer, find_shared
 from peft_prefix_ext.state_dict import WRAPPED, State, from_checkpoint, refuse_parts, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.variants import layer_class
+from peft_prefix_ext.versions import warn_of_untested_versions
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class PrefixExtModel(BaseTuner):
     _plan: Plan  # while an adapter is being injected
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        warn_of_untested_versions()
         if isinstance(model, PeftModel):
             if model.active_peft_config.is_prompt_learning:
                 raise ValueError(
@@ -125,6 +128,9 @@ class PrefixExtModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The user's config may serve several models, and what is recorded of a model belongs to one.
         own = copy.copy(peft_config)
+        # A relative path would mean another folder, or none, where the adapter is loaded.
+        name = own.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        own.base_model_name_or_path = absolute_if_local(name or None)
         # PEFT trains the head, too, but of a tagger it says so in the config it was given, and only after this.
         heads = HEADS.get(own.task_type, ())
         if heads:

@@ -20,7 +20,7 @@ from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peft_prefix_ext import PrefixExtConfig, read_prefix
+from peft_prefix_ext import PrefixExtConfig, export_to_peft, read_prefix
 
 IDS = random_ids(2, 7)
 
@@ -75,6 +75,33 @@ def test_auto_classes_of_peft(folder):
     path = folder / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "FEATURE_EXTRACTION"}))
     same(AutoPeftModelForFeatureExtraction.from_pretrained(folder / "adapter").get_base_model(), folder)
+
+
+def test_a_relative_base_is_found_from_another_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with_prefix(AutoModelForCausalLM.from_pretrained("base")).save_pretrained("one")
+    bare = AutoModelForCausalLM.from_pretrained("base/")
+    bare.add_adapter(PrefixExtConfig(num_virtual_tokens=3))
+    bare.save_pretrained("two")
+    export_to_peft("one", "stock")
+    monkeypatch.chdir(folder.parent)
+    for name in ("one", "two", "stock"):
+        assert read_prefix(folder / name).base_model_name_or_path == str(folder / "base")
+    AutoPeftModelForCausalLM.from_pretrained(folder / "one")
+    AutoModelForCausalLM.from_pretrained(folder / "two")
+
+
+def test_names_on_the_hub_stay_as_they_are(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    model = base_of(folder)
+    model.name_or_path = "owner/name"
+    with_prefix(model).save_pretrained("saved")
+    assert read_prefix("saved").base_model_name_or_path == "owner/name"
+    (folder / "owner" / "name").mkdir(parents=True)  # which transformers prefers to the Hub's
+    again = base_of(folder)
+    again.name_or_path = "owner/name"
+    with_prefix(again).save_pretrained("again")
+    assert read_prefix("again").base_model_name_or_path == str(folder / "owner" / "name")
 
 
 def test_without_a_task_type(folder):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging as python_logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import with_prefix
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -116,6 +119,36 @@ def test_what_is_wrong_is_one_sentence(run, folder, tmp_path):
     assert not (folder / "out/x").exists()
 
 
+def test_what_is_in_the_way_stays(run, folder, tmp_path):
+    """An adapter of the same type is replaced; one of another type, a model, a file are not."""
+    out = str(tmp_path / "stock")
+    assert run("import", "stock", str(tmp_path / "imported"), "--base", "base")[0] == 0
+    for source in ("ours", str(tmp_path / "imported")):
+        code, _, err = run("export", source, out)
+        assert (code, err) == (0, "")
+    assert read_prefix(out).num_virtual_tokens == 5
+    (tmp_path / "stock" / "notes.md").write_text("mine")
+    before = read_prefix(out).digest
+    refused(run, "an adapter of type PREFIX_TUNING, which would be lost", "export", "ours", out, "--type", "CARTRIDGE")
+    refused(run, "an adapter of type PREFIX_EXT, which would be lost", "export", "ours", "ours")
+    refused(run, "an adapter of type PREFIX_TUNING, which would be lost", "compose", "ours", "--out", out)
+    refused(run, "an adapter of type PREFIX_TUNING", "import", "stock", out, "--base", "nowhere")
+    lora = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    refused(run, "an adapter of type LORA, which would be lost", "export", "ours", str(tmp_path / "lora"))
+    refused(run, "base holds a model: name another folder", "export", "ours", "base")
+    (tmp_path / "file").write_text("")
+    refused(run, "file is a file: name a folder", "export", "ours", str(tmp_path / "file"))
+    (tmp_path / "stock" / "adapter_config.json").write_text("[")
+    refused(run, "that cannot be read: name another folder, or remove this one", "export", "ours", out)
+    assert sorted(path.name for path in (tmp_path / "stock").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "notes.md",
+    ]
+    assert hashlib.sha256((tmp_path / "stock" / "adapter_model.safetensors").read_bytes()).hexdigest() == before
+
+
 def fails(run, message, *arguments):
     """The checks before the one that fails are said to be right."""
     code, out, err = run(*arguments)
@@ -156,6 +189,23 @@ def test_warnings_are_one_line(run, folder, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_only_warnings_of_our_own_are_shown(run, monkeypatch, caplog):
+    """The libraries that a command imports have much to say, on the very machines where it matters least."""
+
+    library = python_logging.getLogger("library")
+
+    def noisy(arguments):
+        library.warning("Failed to load another library")
+        warnings.warn_explicit("of theirs", UserWarning, "theirs.py", 1, module="transformers.utils")
+        warnings.warn_explicit("of ours", UserWarning, "ours.py", 1, module="peft_prefix_ext.saved")
+        library.error("out of memory")
+
+    monkeypatch.setattr("peft_prefix_ext.cli._inspect", noisy)
+    assert run("inspect", "ours") == (0, "", "prefix-ext: warning: of ours\n")
+    library.warning("afterwards")
+    assert caplog.messages == ["out of memory", "afterwards"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -180,6 +230,8 @@ def test_as_a_module_and_without_heavy_imports(folder):
         )
 
     assert "exit codes: 0" in ask("compose", "--help").stdout
+    verified = ask("verify", "ours", "--base", "base")
+    assert (verified.returncode, verified.stderr) == (0, "")
     done = ask("inspect", "nowhere/at-all")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

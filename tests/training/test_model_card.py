@@ -61,10 +61,25 @@ def test_the_card_says_what_the_prefix_is(base, tmp_path):
         f"| parameters in training | {7 * 8 + 9 * 4 + 5 * 3 * 2 * 32:,} |",
         f"| parameters of the prefix | {3 * 2 * 2 * 7 * 16:,} (the K/V of 3 layers) |",
         f"vllm serve {tmp_path}/base --prefix-adapter NAME=PATH_OR_REPO",
+        "import peft_prefix_ext  # tells PEFT of the type PREFIX_EXT",
+        "`KeyError: 'PREFIX_EXT'` means that nothing imported `peft_prefix_ext`",
+        f"prefix-ext run lm_eval --model hf --model_args pretrained={tmp_path}/base,peft=PATH_OR_REPO --tasks TASK",
     ):
         assert line in card.text
     assert "More Information Needed" not in card.text
     assert "### Framework versions" in card.text
+
+
+def test_a_relative_base_is_named_by_its_absolute_path(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = with_prefix(AutoModelForCausalLM.from_pretrained("base"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    model.save_pretrained(tmp_path / "saved")
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert card.data.base_model == str(tmp_path / "base")
+    assert [tag for tag in card.data.tags if tag.startswith("base_model:")] == [f"base_model:adapter:{tmp_path}/base"]
+    assert f"vllm serve {tmp_path}/base " in card.text
 
 
 def test_a_card_of_ones_own_stays(base, tmp_path):

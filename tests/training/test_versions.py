@@ -1,0 +1,71 @@
+"""The tested versions: said once, in pyproject.toml, and warned of once, beyond them."""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from peft import get_peft_model
+from tiny import tiny_model
+
+from peft_prefix_ext import PrefixExtConfig, versions
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TESTED = [Requirement(text) for text in PROJECT["optional-dependencies"]["tested"]]
+
+
+def test_every_dependency_has_a_tested_range_and_none_a_cap() -> None:
+    required = {each.name: each.specifier for each in map(Requirement, PROJECT["dependencies"])}
+    assert required.keys() == {requirement.name for requirement in TESTED}
+    for requirement in TESTED:
+        assert sorted(bound.operator for bound in requirement.specifier) == ["<", ">="]
+        # Nothing older installs than what was tested; what is newer does.
+        assert [str(bound) for bound in required[requirement.name]] == [
+            str(bound) for bound in requirement.specifier if bound.operator == ">="
+        ]
+
+
+def test_it_can_be_read_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = [*PROJECT["dependencies"], 'vllm>=0.32; extra == "serve"']
+    declared += [f'{text}; extra == "tested"' for text in PROJECT["optional-dependencies"]["tested"]]
+    monkeypatch.setattr(metadata, "requires", lambda name: declared)
+    assert [(each.name, each.specifier) for each in versions.tested_requirements()] == [
+        (each.name, each.specifier) for each in TESTED
+    ]
+
+
+def test_sources_that_are_not_installed_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    assert versions.tested_requirements() == []
+
+
+def test_one_warning_names_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2.13.0+cpu", "transformers": "99.1.0.dev0", "peft": "0.99.0"}
+    requirements = [Requirement(text) for text in ("torch>=2.6,<2.15", "transformers>=5.16,<5.25", "peft>=0.21,<0.22")]
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: installed.get(name) or real(name))
+    monkeypatch.setattr(versions, "tested_requirements", lambda: requirements)
+    versions.warn_of_untested_versions.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            get_peft_model(tiny_model("llama"), PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    (message,) = [str(warning.message) for warning in caught if "was not tested" in str(warning.message)]
+    assert "transformers 99.1.0.dev0 (tested: <5.25,>=5.16), peft 0.99.0 (tested: <0.22,>=0.21)" in message
+    assert "put to the test on each model that it is added to, and that test decides" in message
+    assert "torch" not in message
+
+
+def test_within_the_range_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "tested_requirements", lambda: [Requirement("torch>=2,<99")])
+    versions.warn_of_untested_versions.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        versions.warn_of_untested_versions()
