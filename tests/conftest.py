@@ -16,8 +16,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-from tiny import VOCABULARY
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny import VOCABULARY, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
 
@@ -45,18 +45,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherWhat
 
 @pytest.fixture(scope="session")
 def subword_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 300 tokens that reads any text."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["name: Aromi, food: Italian => Aromi serves Italian food."], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")

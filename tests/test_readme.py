@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from readme_code import LOCAL, block, run
 from tiny import tiny_model
 
 from peft_prefix_ext.cli import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
-
-
-def block(language: str, containing: str) -> str:
-    found = [code for code in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in code]
-    assert len(found) == 1, containing
-    return found[0]
-
-
-def run(code: str, folder: Path) -> str:
-    (folder / "block.py").write_text(code)
-    done = subprocess.run([sys.executable, "block.py"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +23,7 @@ def folder(tmp_path_factory, subword_tokenizer):
     folder = tmp_path_factory.mktemp("readme")
     tiny_model("llama", vocab_size=300, head_dim=32).save_pretrained(folder / "base")
     subword_tokenizer.save_pretrained(folder / "base")
-    run(block("python", "get_peft_model").replace(BASE, "./base"), folder)
+    run(block("python", "get_peft_model"), folder)
     return folder
 
 
@@ -49,12 +33,12 @@ def test_training_writes_an_adapter(folder):
 
 
 def test_several_prefixes_in_one_batch(folder):
-    run(block("python", "__base__").replace(BASE, "./base"), folder)
+    run(block("python", "__base__"), folder)
 
 
 def test_adapters_on_disk(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for line in block("bash", "prefix-ext verify").replace(BASE, "./base").splitlines():
+    for line in block("bash", "prefix-ext verify").splitlines():
         command = shlex.split(line)
         assert command[0] == "prefix-ext"
         main(command[1:])
@@ -63,7 +47,7 @@ def test_adapters_on_disk(folder, monkeypatch):
 
 def test_offline(folder):
     settings = "".join(f"{name}={value!r}, " for name, value in ENGINE.items())
-    code = block("python", "LLM(model=").replace(f'model="{BASE}", ', f'model="./base", {settings}')
+    code = block("python", "LLM(model=").replace(f'model="{LOCAL}", ', f'model="{LOCAL}", {settings}')
     assert run(code, folder).strip()
 
 
@@ -71,7 +55,7 @@ def test_server_and_client(folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = shlex.split(block("bash", "vllm serve").replace(BASE, "./base"))
+    command = shlex.split(block("bash", "vllm serve"))
     assert command[:2] == ["vllm", "serve"]
     options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--port", str(port)]
     log = (folder / "server.log").open("w")
