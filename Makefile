@@ -52,7 +52,7 @@ test: $(STAMP)
 # By the command, not `python -m pytest`, which would find the package in this folder before the one that is installed.
 test-wheel:
 	rm -rf build .wheel
-	$(PYTHON) -m pip wheel --no-deps --wheel-dir .wheel .
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir .wheel . && rm -rf build
 	$(call newest,.venv-wheel,.wheel/*.whl pytest pytest-timeout)
 	.venv-wheel/bin/pytest --confcutdir tests/wheel tests/wheel $(ARGS)
 

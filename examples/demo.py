@@ -5,8 +5,8 @@
     python examples/demo.py --data my_facts.json                  # other data; e2e.py says in which form
 
 The base model gets the same prompts as the prefixes, the instruction included. The scores are of the server's greedy
-answers about restaurants whose facts were held back from training. Prints one line of JSON last, and fails if the
-server and PEFT disagree.
+answers about restaurants whose facts were held back from training. Prints what to type to ask them more, one line of
+JSON last, and fails if the server and PEFT disagree.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from e2e import DESCRIBE, EXTRACT, TASKS, Example, examples, get_e2e, load, split
 from metrics import bleu, slot_f1
 from parity import count_equal, generate
+from play import commands
 from report import save_losses, table
 from serve import BASE, Answer, Question, Server
 from smollm2 import get_smollm2
@@ -30,7 +31,7 @@ PARITY_PROMPTS = 8  # for each of the base and the prefixes
 
 def main() -> int:
     args = parse_args()
-    output: Path = args.output
+    output: Path = args.output.absolute()  # so that what is made here names its model in a way that holds anywhere
     output.mkdir(parents=True, exist_ok=True)
 
     section("Model and data")
@@ -70,6 +71,11 @@ def main() -> int:
     expected = generate(model, adapters, [questions[i] for i in checked])
     equal = count_equal(expected, [answers[i] for i in checked], warm)
     print(f"{equal} of {len(checked)} answers have the same tokens, cold and warm")
+
+    section("Ask them more")
+    start, *asks = commands(model, adapters, {name: questions_of[0] for name, questions_of in tests.items()})
+    print(f"In any folder, start the server\n\n{start}\n\nand in another shell, once it is ready\n")
+    print("\n\n".join(asks), end="\n\n")
 
     results = {
         "describe_bleu_base": round(describe_score(tests[DESCRIBE.name], base[DESCRIBE.name]), 2),

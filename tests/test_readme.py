@@ -28,7 +28,7 @@ def folder(tmp_path_factory, subword_tokenizer):
 
 
 def test_training_writes_an_adapter(folder):
-    names = {path.name for path in (folder / "describe").iterdir()}
+    names = {path.name for path in (folder / "restaurant").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
 
 
@@ -74,7 +74,7 @@ def test_server_and_client(folder):
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.5)
-        assert run(client, folder).startswith("describe ")
+        assert run(client, folder).startswith("restaurant ")
         for line in block("bash", "load_prefix_adapter").replace(":8000", f":{port}").splitlines():
             command = [*shlex.split(line), "--fail-with-body", "--silent"]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)

@@ -1,11 +1,13 @@
 """Training on a model of a few thousand parameters: it saves an adapter, and is reused until a setting changes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from e2e import DESCRIBE, Restaurant, examples
 from parity import generate
+from peft import AutoPeftModelForCausalLM
 from serve import BASE, Question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from train import IGNORED, TrainingSettings, encode, train
@@ -66,6 +68,14 @@ def test_train_saves_an_adapter_and_is_reused_until_a_setting_changes(model_fold
     assert not train(settings, examples(DESCRIBE, RESTAURANTS[:1]), tmp_path).reused
     assert not train(replace(settings, seed=1), examples(DESCRIBE, RESTAURANTS[:1]), tmp_path).reused
     assert read_prefix(tmp_path).digest != prefix.digest
+
+
+def test_an_adapter_is_found_with_its_base_from_another_folder(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(model_folder).parent)
+    settings = TrainingSettings(model=Path(model_folder).name, task=DESCRIBE, steps=1, num_virtual_tokens=4)
+    train(settings, examples(DESCRIBE, RESTAURANTS), tmp_path / "describe")
+    monkeypatch.chdir(tmp_path)
+    AutoPeftModelForCausalLM.from_pretrained("describe")
 
 
 def test_generate_switches_between_prefixes_and_base(model_folder, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -71,7 +71,7 @@ JSON = st.recursive(
 STOCK = {"num_layers": 2, "num_attention_heads": 2, "token_dim": 64}
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), stock=st.booleans())
 def test_whatever_an_adapter_holds_the_server_lives(
     server: TestClient, tmp_path: Path, data: st.DataObject, stock: bool

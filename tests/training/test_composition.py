@@ -224,7 +224,7 @@ def test_wrong_arguments(arguments, message, tmp_path):
         compose(sources, tmp_path, *more)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(1, 4), min_size=3, max_size=3), seed=st.integers(0, 999))
 def test_keep_is_associative_and_lengths_add_up(tmp_path_factory, lengths, seed):
     folder = tmp_path_factory.mktemp("any")

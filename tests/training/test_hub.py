@@ -73,6 +73,8 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
 
 def inspect(source: str, endpoint: str, home: Path, *, offline: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    # Ten seconds each by default, which a busy machine may need.
+    environment |= {"HF_HUB_ETAG_TIMEOUT": "300", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}
     return subprocess.run(
         [sys.executable, "-m", "peft_prefix_ext", "inspect", source, "--json"],
         env={**os.environ, **environment},

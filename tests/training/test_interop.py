@@ -258,7 +258,7 @@ def test_what_is_not_a_prefix_is_not_written(damage, tmp_path):
         write_prefix(tmp_path / "bad", layers, good.modules)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_layers=st.integers(1, 4),
     heads=st.integers(1, 3),

@@ -25,7 +25,7 @@ from peft_prefix_ext import versions
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-ADAPTER = "describe"
+ADAPTER = "restaurant"
 # Programs that take the path of any adapter, without a word of this package, by who is asked to load it.
 PROGRAMS = {
     "PeftModel": (
