@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 from peft import get_peft_model
 from tiny import tiny_model
 
@@ -27,6 +28,19 @@ def test_every_dependency_has_a_tested_range_and_none_a_cap() -> None:
         assert [str(bound) for bound in required[requirement.name]] == [
             str(bound) for bound in requirement.specifier if bound.operator == ">="
         ]
+
+
+def test_the_readme_says_the_same() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    names = {"torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
+    for requirement in TESTED:
+        if requirement.name in names:
+            first, end = (Version(str(bound).lstrip("<>=")) for bound in sorted(requirement.specifier, key=str)[::-1])
+            last = f"{first.major}.{end.minor - 1}"
+            found = f"{names[requirement.name]} {first.major}.{first.minor}" + (
+                f" to {last}" if last != str(first) else ""
+            )
+            assert found in readme
 
 
 def test_it_can_be_read_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
