@@ -142,6 +142,19 @@ def test_all_rows_without_a_prefix(model):
     )
 
 
+@torch.no_grad()
+def test_rows_that_change_places_on_one_cache_say_so(llama):
+    """The tokens of each row stand behind the prefix that it had."""
+    model = three_prefixes(llama)
+    ids = random_ids(4, 6)
+    cache = model(input_ids=ids, adapter_names=NAMES).past_key_values
+    for names in (NAMES[::-1], ["default"] * 4, None):
+        options = {"adapter_names": names} if names else {}
+        with pytest.raises(ValueError, match="start with an empty cache"):
+            model(input_ids=ids[:, :1], past_key_values=cache, **options)
+    model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=NAMES)
+
+
 def test_gradients_are_those_of_the_row_alone(llama):
     model = three_prefixes(llama)
     model.set_requires_grad(["default", "mlp"])
