@@ -75,12 +75,33 @@ def test_a_model_that_is_told_later():
     assert_equal_to_sdpa(model, "gemma3")
 
 
+@torch.no_grad()
 def test_flex_attention():
-    """Of full and sliding layers alike, by the compiled kernel."""
-    model = with_prefix(tiny_model("gemma3", attention="flex_attention"))
-    assert_equal_to_sdpa(model, "gemma3")
+    """By the compiled kernel, whose compilation takes most of a minute."""
+    model, expected = with_prefix(tiny_model("llama", attention="flex_attention")), with_prefix(tiny_model("llama"))
+    ids, mask = padded_batch()
+    ours, theirs = (each(input_ids=ids, attention_mask=mask).logits[mask.bool()] for each in (model, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Torch's own way to run flex attention without a kernel, for debugging."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("mistral", marks=pytest.mark.soak)])
+def test_flex_attention_with_windows(name, uncompiled):
+    assert_equal_to_sdpa(with_prefix(tiny_model(name, attention="flex_attention")), name)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+def test_flex_attention_with_windows_compiled(name):
+    assert_equal_to_sdpa(with_prefix(tiny_model(name, attention="flex_attention")), name)
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_flex_attention_of_rows_with_prefixes_of_their_own():
     ids, mask = padded_batch()
     answers = []
