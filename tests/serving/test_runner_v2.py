@@ -18,6 +18,7 @@ ALL = [
     "test_failures.py",
     "test_offloading.py",
     "test_requests.py",
+    "test_offline_loading.py",
     "test_isolation.py",
     "test_prompt_logprobs.py",
     "test_scheduler.py",
