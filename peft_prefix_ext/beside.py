@@ -5,25 +5,29 @@ PEFT wraps the modules, trains, saves and loads them.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.config import PrefixExtConfig
 
 
-def check_trained_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> None:
+def settle_trained_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> None:
     """Checks `trainable_token_indices`, before PEFT does so in a model that is changed already.
 
     Raises:
         ValueError: If the model has no such tokens, or trains all embeddings anyhow.
     """
     given = config.trainable_token_indices
-    if given is None:
-        return
-    by_module = given if isinstance(given, dict) else {"": given}
+    if given is not None:
+        _check(config, given if isinstance(given, dict) else {"": given}, model)
+        _leave_tied_head(config, given, model)
+
+
+def _check(config: PrefixExtConfig, by_module: dict[str, list[int]], model: PreTrainedModel) -> None:
     for name, tokens in by_module.items():
         found = [module for path, module in model.named_modules() if path.endswith(name)]
         found = found if name else [model.get_input_embeddings()]
@@ -38,6 +42,35 @@ def check_trained_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> Non
             raise ValueError(
                 f"`trainable_token_indices` must be >= 0 and < {size}, the vocabulary of the model, got {outside[0]}."
             )
+
+
+def _leave_tied_head(config: PrefixExtConfig, given: Any, model: PreTrainedModel) -> None:
+    """Takes a head that is tied to embeddings with trained tokens out of `modules_to_save`, where TRL always puts it.
+
+    PEFT trains the tokens of both together, and would wrap the copy of the head, too, which then does not run.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    wanted = config.modules_to_save
+    if not wanted or head is None or not getattr(model.config, "tie_word_embeddings", False):
+        return
+    paths: dict[Any, str] = {module: path for path, module in model.named_modules()}
+    if isinstance(given, dict) and not paths[embeddings].endswith(tuple(given)):
+        return
+    kept = [name for name in wanted if not paths[head].endswith(name)]
+    if kept != wanted:
+        config.modules_to_save = kept or None
+        warnings.warn(
+            f"{paths[head]!r} has the weights of the embeddings: of it, too, `trainable_token_indices` train, and not all "
+            "of it, as `modules_to_save` says.",
+            stacklevel=2,
+        )
+
+
+def complete_tied_head(model: PreTrainedModel) -> None:
+    """Gives a tied head with trained tokens the bias that it has not: TRL's losses ask it for both, weight and bias."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
+        head.register_parameter("bias", None)
 
 
 def unwrap(model: nn.Module, configs: dict[str, Any], names: set[str]) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
 
 from peft_prefix_ext.below import adapters_below
-from peft_prefix_ext.beside import check_trained_tokens, unwrap
+from peft_prefix_ext.beside import complete_tied_head, settle_trained_tokens, unwrap
 from peft_prefix_ext.checkpoint import is_of_prefix
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.encoder_decoder import LAYERS, StackRuntime
@@ -34,22 +33,22 @@ from peft_prefix_ext.saved import with_live_names
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
 from peft_prefix_ext.state_dict import WRAPPED, State, from_checkpoint, refuse_parts, to_checkpoint
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
+from peft_prefix_ext.unmergeable import UnmergeableTuner
 from peft_prefix_ext.variants import layer_class
 from peft_prefix_ext.versions import warn_of_untested_versions
 
 logger = logging.getLogger(__name__)
 
 
-class PrefixExtModel(BaseTuner):
+class PrefixExtModel(UnmergeableTuner):
     """
     Trains key/value prefixes (Li & Liang 2021, https://arxiv.org/abs/2101.00190) by injection into attention layers.
 
     Not one of PEFT's prompt-learning types: the model's inputs, masks and caches stay its own, and so gradient
     checkpointing, static caches, padding and every way to generate work as without an adapter.
 
-    An adapter has a copy of the config that it was given, `peft_config[name]`: what is recorded there of one model, such as
-    its layers, is not true of the next that the config is used for. And what is asked for differs: an adapter from the config
-    of another one starts as that one is, and from the config that this was given, as the config says.
+    An adapter has a copy of the config that it was given, `peft_config[name]`: what that records of one model is not true of
+    the next. Another adapter from this copy starts as the adapter is, and from the config that was given as the config says.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to be adapted.
@@ -120,6 +119,7 @@ class PrefixExtModel(BaseTuner):
                 for module in model.modules():
                     if isinstance(module, PrefixTunerLayer):
                         module.start_as(adapter_name, twin)
+            complete_tied_head(self.model)
             if not given.inference_mode:
                 watch_learning_rate(model)
         finally:
@@ -143,8 +143,8 @@ class PrefixExtModel(BaseTuner):
         return [name for name, config in self.peft_config.items() if config is peft_config][-1]
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        check_trained_tokens(peft_config, model)
         self._plan = make_plan(peft_config, model)
+        settle_trained_tokens(peft_config, model)
         if not peft_config.is_saved:
             logger.info("Adapter %r starts as %s", self._name_of(peft_config), peft_config.init_report)
         # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of the same name starts anew.
@@ -251,22 +251,6 @@ class PrefixExtModel(BaseTuner):
         if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        raise ValueError(
-            "A prefix changes no weight, so there is nothing to merge; use `unload` to get the base model."
-        )
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            'Prefixes are no weights that could be added up, as those of LoRA are; start a new one with `init="average"`.'
-        )
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("A prefix changes no weight, so there is nothing to merge.")
-
-    def unmerge_adapter(self) -> None:
-        raise ValueError("A prefix changes no weight, so there is nothing to unmerge.")
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         # PEFT takes `adapter_names` off before it comes here, except for MPT.

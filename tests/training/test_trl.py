@@ -108,14 +108,16 @@ def test_sft_packs_without_a_leak(name, tokenizer, tmp_path):
     assert evaluate(packing=True) == pytest.approx(evaluate(), rel=1e-5)
 
 
-def test_tokens_that_a_chat_template_brings(tokenizer, tmp_path):
-    """TRL adds them to the model, and asks the config to train their embeddings and the head."""
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tokens_that_a_chat_template_brings(tied, tokenizer, tmp_path):
+    """TRL adds them to the model, and asks the config to train their embeddings and the head, tied or not."""
     template_of(tokenizer, tmp_path / "source")
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": words(5, seed)}]} for seed in range(8)])
     options = {"chat_template_path": str(tmp_path / "source"), "num_train_epochs": 1}
-    trainer = trainer_of(tiny_model("llama"), tmp_path / "run", tokenizer, rows, config(), **options)
+    bases = [tiny_model("llama", tie_word_embeddings=tied) for _ in range(2)]
+    trainer = trainer_of(bases[0], tmp_path / "run", tokenizer, rows, config(), **options)
     trainer.train()
-    load_and_compare(trainer, tmp_path / "run" / "checkpoint-1", resized(tiny_model("llama")))
+    load_and_compare(trainer, tmp_path / "run" / "checkpoint-1", resized(bases[1]))
 
 
 def test_a_reward_model_with_a_chat_template(tokenizer, tmp_path):
