@@ -7,6 +7,7 @@ next to nothing, and nothing else would say so.
 from __future__ import annotations
 
 import warnings
+from math import inf
 from typing import Any
 from weakref import WeakSet
 
@@ -70,7 +71,8 @@ def _trained(model: nn.Module) -> dict[int, bool]:
 
 def _rate(group: dict[str, Any]) -> float:
     """Returns the rate of a group without the warm-up that a scheduler begins with."""
-    return max(float(group[name]) for name in ("lr", "initial_lr", "max_lr") if name in group)
+    rates = [group[name] for name in ("lr", "initial_lr", "max_lr") if group.get(name) is not None]
+    return max(map(float, rates), default=inf)  # Adafactor finds its own
 
 
 def _check(rates: set[tuple[bool, float]]) -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from prefixed import with_prefix
 from tiny import random_ids, tiny_model
 from torch.optim.optimizer import _global_optimizer_pre_hooks
-from transformers import AutoTokenizer, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import Adafactor, AutoTokenizer, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 from trl import SFTConfig, SFTTrainer
 
 from peft_prefix_ext import PrefixExtConfig
@@ -117,6 +117,8 @@ def test_other_models_and_optimizers_are_let_alone():
     other(torch.ones(2)).sum().backward()
     assert told(torch.optim.AdamW(other.parameters(), lr=1e-6).step) == []
     assert told(lambda: step(model, torch.optim.SGD(trained(model), lr=1e-6))) == []
+    model = with_prefix(tiny_model("llama"), reparam="mlp")
+    assert told(lambda: step(model, Adafactor(trained(model)))) == []
 
 
 def test_the_hook_goes_once_it_has_looked_and_keeps_no_model():
