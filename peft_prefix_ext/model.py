@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from peft import PeftModel, PeftType
 from peft.utils import register_peft_method
 from torch import nn
@@ -108,17 +107,15 @@ class PrefixExtModel(UnmergeableTuner):
         if "." in adapter_name:
             raise ValueError(f"The name of an adapter must not have a dot in it, got {adapter_name!r}.")
         given = self.peft_config[adapter_name]
-        twin = next(
-            (name for name, config in self.peft_config.items() if config is given and name != adapter_name), None
-        )
+        twins = [name for name, config in self.peft_config.items() if config is given and name != adapter_name]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-            if twin is not None:
+            if twins:
                 # An adapter from the config of one that is here, such as the reference model of TRL's `DPOTrainer`, which
                 # copies the parameters itself, but not what is frozen: a config alone does not say where it started.
                 for module in model.modules():
                     if isinstance(module, PrefixTunerLayer):
-                        module.start_as(adapter_name, twin)
+                        module.start_as(adapter_name, twins[0])
             complete_tied_head(self.model)
             if not given.inference_mode:
                 watch_learning_rate(model)
@@ -191,10 +188,8 @@ class PrefixExtModel(UnmergeableTuner):
                 runtime.test_attention = rehearse_decoder
             if is_first:
                 runtime.add_handle(self.model.register_load_state_dict_pre_hook(refuse_parts))
-            runtime.shared_layers = [
-                SharedKVLayer(attention, owner, runtime)
-                for attention, owner in find_shared(self.model, self._plan.layers)
-            ]
+            shared = find_shared(self.model, self._plan.layers)
+            runtime.shared_layers = [SharedKVLayer(attention, owner, runtime) for attention, owner in shared]
         if adapter_name in runtime.num_virtual_tokens:
             return runtime
         runtime.num_virtual_tokens[adapter_name] = config.num_virtual_tokens
@@ -204,8 +199,7 @@ class PrefixExtModel(UnmergeableTuner):
             for layer in self._plan.layers.values()
             if self._plan.stacks[layer.attention] == stack and config.trains(layer.index)
         ]
-        mlp = self._plan.mlps[stack]
-        if mlp is not None:
+        if (mlp := self._plan.mlps[stack]) is not None:
             runtime.prefix_ext_reparam[adapter_name] = mlp
         return runtime
 
@@ -220,9 +214,8 @@ class PrefixExtModel(UnmergeableTuner):
         self._refuse_others([adapter_name])
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        for (
-            module
-        ) in self.model.modules():  # PEFT passes by what is within a module of the base called like our tensors
+        # PEFT passes by what is within a module of the base called like our tensors.
+        for module in self.model.modules():
             if isinstance(module, PrefixTunerLayer) and adapter_name in module._all_available_adapter_names():
                 module.delete_adapter(adapter_name)
         remaining = sorted(name for name, config in self.peft_config.items() if config.peft_type == PREFIX_EXT)
@@ -238,7 +231,7 @@ class PrefixExtModel(UnmergeableTuner):
                     f"Adapter {name!r} is of type {PeftType(config.peft_type).value}, not a prefix; use the model it was made with."
                 )
 
-    def unload(self) -> torch.nn.Module:
+    def unload(self) -> nn.Module:
         """Returns the base model, free of all prefixes, with what else was put on it."""
         for module in list(self.model.modules()):
             if isinstance(getattr(module, "prefix_ext", None), self.tuner_layer_cls):

@@ -19,6 +19,7 @@ from typing import Any
 
 import wrapt
 from peft import PeftModel
+from peft.config import PeftConfigMixin
 from release_sources import Release, changes, imported, order, record
 
 import peft_prefix_ext
@@ -116,7 +117,8 @@ def wrapped() -> dict[str, Any]:
     import_module("peft_prefix_ext.model")
     return {
         f"{method.__wrapped__.__module__}:{method.__wrapped__.__qualname__}": method
-        for method in vars(PeftModel).values()
+        for holder in (PeftModel, PeftConfigMixin)
+        for method in vars(holder).values()
         if isinstance(method, wrapt.FunctionWrapper)
     }
 

@@ -23,6 +23,8 @@ WRAPPED = {
     "peft.peft_model:PeftModel.__init__": {"model", "peft_config"},
     "peft.peft_model:PeftModel.add_adapter": {"peft_config"},
     "peft.peft_model:PeftModel.load_adapter": {"model_id", "adapter_name"},
+    "peft.peft_model:PeftModel.save_pretrained": {"save_directory", "is_main_process"},
+    "peft.config:PeftConfigMixin.from_json_file": {"path_json_file"},
     "peft.peft_model:PeftModel.create_or_update_model_card": {"output_dir"},
     "transformers.utils.hub:PushToHubMixin._upload_modified_files": {"working_dir", "repo_id"},
 }
