@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from peft_prefix_ext.base_adapters import BaseAdapter, are_alike, model_with, read_base_adapters
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.partitioned import is_partitioned
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
 
 
@@ -46,7 +47,7 @@ def _digests(base: nn.Module, name: str) -> dict[str, str]:
     parameters: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False))
     parameters |= base.named_buffers(remove_duplicate=False)
     state = get_peft_model_state_dict(base, parameters, name, save_embedding_layers=False)
-    if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in state.values()):
+    if any(tensor.is_meta or isinstance(tensor, DTensor) or is_partitioned(tensor) for tensor in state.values()):
         return {}
     tensors = {f"base_model.model.{key}": tensor.detach().cpu().clone() for key, tensor in state.items()}
     rounded = {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}

@@ -22,6 +22,7 @@ from peft_prefix_ext.cache_argument import cache_argument
 from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
 from peft_prefix_ext.describe import describe
 from peft_prefix_ext.flash import KNOWN, attention_of, uses_flash
+from peft_prefix_ext.partitioned import gathering
 from peft_prefix_ext.tensor_parallel import SpreadHeads, share, with_all_heads
 
 
@@ -190,14 +191,18 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs `model` without dropout and the like, and leaves each module's mode as it was."""
+    """Runs `model` without dropout and the like, and leaves each module's mode as it was.
+
+    Parameters that are spread over processes are there, whether training was prepared or not.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in modes:
         # bitsandbytes' 4-bit layers, in eval mode on a CPU, pack their weights in a way that passes no gradient on.
         module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
-        yield
+        with gathering(model):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -45,8 +45,7 @@ class PrefixMLP(nn.Module):
 
     def project(self) -> torch.Tensor:
         """Returns the K/V of all layers as one tensor, `[num_tokens, sum of num_kv_heads * head_dim]`."""
-        said = [head(trunk(self.latent)) for trunk, head in zip(self.trunks, self.heads, strict=True)]
-        return torch.cat(said, dim=-1)
+        return self(is_split=False)  # by a call: where parameters are sharded, that is when a module has its own
 
     def split(self, projected: torch.Tensor) -> list[LayerKV]:
         """Returns what `project` gave, layer by layer, `[num_kv_heads, num_tokens, head_dim]` each."""
@@ -58,8 +57,16 @@ class PrefixMLP(nn.Module):
             states[number] = part.view(self.num_tokens, heads, head_dim).transpose(0, 1)
         return [LayerKV(states[number], states[number + 1]) for number in range(0, len(states), 2)]
 
-    def forward(self) -> list[LayerKV]:
-        return self.split(self.project())
+    def forward(self, is_split: bool = True) -> list[LayerKV] | torch.Tensor:
+        said = [head(trunk(self.latent)) for trunk, head in zip(self.trunks, self.heads, strict=True)]
+        projected = torch.cat(said, dim=-1)
+        return self.split(projected) if is_split else projected
+
+    def evaluate(self, config: PrefixExtConfig, parameters: dict[str, torch.Tensor]) -> list[LayerKV]:
+        """Returns what `forward` would be with these parameters, without dropout, and without what hooks do to its own."""
+        with torch.device("meta"):
+            form = PrefixMLP(config, list(zip(self.shapes[::2], self.shapes[1::2], strict=True))).eval()
+        return torch.func.functional_call(form, parameters, ())
 
     @torch.no_grad()
     def start_at(self, initial: list[LayerKV]) -> None:

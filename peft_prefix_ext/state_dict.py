@@ -122,14 +122,11 @@ def _to_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str,
     saved: State = {}
     residuals: dict[str, LayerKV] = {}
     if adapter_name in runtime.prefix_ext_reparam:
-        mlp = runtime.prefix_ext_reparam[adapter_name]
+        mlp: Any = runtime.prefix_ext_reparam[adapter_name]
         parameters = {
             name: state[f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}"] for name in mlp.state_dict()
         }
-        was_training = mlp.training
-        mlp.eval()
-        outputs = torch.func.functional_call(mlp, parameters, ())
-        mlp.train(was_training)
+        outputs = mlp.evaluate(config, parameters)
         residuals = dict(zip(runtime.layer_names[adapter_name], outputs, strict=True))
         if config.save_reparam:
             saved |= {f"{reparam}.{name}": tensor for name, tensor in parameters.items()}
