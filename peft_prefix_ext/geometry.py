@@ -22,6 +22,7 @@ from peft_prefix_ext.cache_argument import cache_argument
 from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
 from peft_prefix_ext.describe import describe
 from peft_prefix_ext.flash import KNOWN, attention_of, uses_flash
+from peft_prefix_ext.offloaded import device_of
 from peft_prefix_ext.partitioned import gathering
 from peft_prefix_ext.tensor_parallel import SpreadHeads, share, with_all_heads
 
@@ -102,7 +103,7 @@ def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
     first, second, third = [
         token for token in range(4) if token != getattr(model.config.get_text_config(), "pad_token_id", None)
     ][:3]
-    at_zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    at_zero = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
     # What an encoder reads must be the same whenever the decoder is looked at.
     read = {"input_ids": at_zero + first} if model.config.is_encoder_decoder else {}
     short = record_layers(model, [first])
@@ -152,8 +153,8 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
     handles = []
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    ids = torch.tensor([token_ids], device=model.device)
     cache_name = cache_argument(model) or "past_key_values"  # some models hand on what they do not name
+    ids = torch.tensor([token_ids], device=device_of(model))
     share(model, ids)  # which may have been drawn at random
     if model.config.is_encoder_decoder:
         # The decoder has a config of its own: another number of layers (T5), sliding windows (T5Gemma).

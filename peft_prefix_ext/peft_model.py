@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.below import warn_of_other_adapters
 from peft_prefix_ext.card import CARD_NAME, write_card
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.offloaded import left_where_it_is
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.placement import check_modules_to_save, check_task
 from peft_prefix_ext.replacing import CONFIG_NAME, config_of, replacing
@@ -26,6 +27,7 @@ def wrap_peft_model() -> None:
     """Wraps the methods, of which the last is transformers' own and private: without it, cards are just not extended."""
     for name, wrapper in {
         "__init__": _init,
+        "from_pretrained": _from_pretrained,
         "add_adapter": _add_adapter,
         "load_adapter": _load_adapter,
         "save_pretrained": _save_pretrained,
@@ -48,6 +50,27 @@ def _init(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None
         check_task(call["peft_config"], base)
     _check_beside_prefix(call["peft_config"], base)
     wrapped(*args, **kwargs)
+
+
+def _from_pretrained(wrapped: Any, cls: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """PEFT takes a model that is offloaded apart before the prefix can look at it."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    base = call["model"]
+    if getattr(base, "hf_device_map", None) is None or not _is_prefix(call):
+        return wrapped(*args, **kwargs)
+    with left_where_it_is(base):
+        return wrapped(*args, **kwargs)
+
+
+def _is_prefix(call: dict[str, Any]) -> bool:
+    """Whether the adapter of this call of `from_pretrained` is a prefix."""
+    if isinstance(call.get("config"), PeftConfig):
+        return call["config"].peft_type == PREFIX_EXT
+    hub_options, _ = PeftModel._split_kwargs(call.get("kwargs", {}))
+    try:
+        return PeftConfig._get_peft_type(call["model_id"], **hub_options) == PREFIX_EXT
+    except (OSError, ValueError):  # which PEFT has its own words for
+        return False
 
 
 def _check_beside_prefix(config: PeftConfig, base: Any) -> None:
@@ -84,7 +107,8 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
             if saved.base_adapters != live.base_adapters:  # else it was said when this one was put on
                 warn_of_other_adapters(saved, model)
     try:
-        return wrapped(*args, **kwargs)
+        with left_where_it_is(model.get_base_model()) if _has_prefix(model) else nullcontext():
+            return wrapped(*args, **kwargs)
     except KeyError as error:
         config = model.peft_config.get(call["adapter_name"])
         if not isinstance(config, PrefixExtConfig):

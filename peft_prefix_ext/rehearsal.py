@@ -22,6 +22,7 @@ from peft_prefix_ext.describe import describe
 from peft_prefix_ext.flash import attention_of
 from peft_prefix_ext.geometry import RecordedLayer, evaluating, record_layers, refuse_unsupported
 from peft_prefix_ext.layer import PrefixExtLayer
+from peft_prefix_ext.offloaded import device_of
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
 from peft_prefix_ext.variants import layer_class
@@ -42,12 +43,13 @@ def rehearse(model: PreTrainedModel, decoder: nn.Module) -> None:
     ids = [token for token in range(NUM_TEXT + NUM_NEW + 1) if token != padding][: NUM_TEXT + NUM_NEW]
     said: list[torch.Tensor] = []
     handle = decoder.register_forward_hook(lambda module, args, output: said.append(output[0]))
-    new = torch.tensor([ids[NUM_TEXT:]], device=model.device)
+    device = device_of(model)
+    new = torch.tensor([ids[NUM_TEXT:]], device=device)
     padded = torch.cat([new[:, :1].expand(1, NUM_PADDING), new], dim=1)
-    mask = (torch.arange(NUM_PADDING + NUM_NEW, device=model.device) >= NUM_PADDING).long()[None]
+    mask = (torch.arange(NUM_PADDING + NUM_NEW, device=device) >= NUM_PADDING).long()[None]
     cache = DynamicCache(config=model.config)
-    cache_name = cache_argument(decoder)
-    assert cache_name is not None
+    cache_name = cache_argument(model) or cache_argument(decoder)
+    assert cache_name is not None  # or else it would be no decoder that a prefix can be given to
     try:
         layers = record_layers(model, ids)
         with evaluating(model), _prefix_of_text(model, decoder, layers):
