@@ -24,10 +24,10 @@ def test_every_dependency_has_a_tested_range_and_none_a_cap() -> None:
     assert required.keys() == {requirement.name for requirement in TESTED}
     for requirement in TESTED:
         assert sorted(bound.operator for bound in requirement.specifier) == ["<", ">="]
-        # Nothing older installs than what was tested; what is newer does.
-        assert [str(bound) for bound in required[requirement.name]] == [
-            str(bound) for bound in requirement.specifier if bound.operator == ">="
-        ]
+        # What is older than what was tested may install, what is newer does.
+        (least,) = required[requirement.name]
+        assert least.operator == ">="
+        assert all(Version(least.version) <= Version(bound.version) for bound in requirement.specifier)
 
 
 def test_the_readme_says_the_same() -> None:
@@ -62,7 +62,7 @@ def test_sources_that_are_not_installed_say_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_one_warning_names_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"torch": "2.13.0+cpu", "transformers": "99.1.0.dev0", "peft": "0.99.0"}
-    requirements = [Requirement(text) for text in ("torch>=2.6,<2.15", "transformers>=5.16,<5.25", "peft>=0.21,<0.22")]
+    requirements = [Requirement(text) for text in ("torch>=2.13,<2.15", "transformers>=5.19,<5.25", "peft>=0.21,<0.22")]
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: installed.get(name) or real(name))
     monkeypatch.setattr(versions, "tested_requirements", lambda: requirements)
@@ -72,7 +72,7 @@ def test_one_warning_names_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(2):
             get_peft_model(tiny_model("llama"), PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     (message,) = [str(warning.message) for warning in caught if "was not tested" in str(warning.message)]
-    assert "transformers 99.1.0.dev0 (tested: <5.25,>=5.16), peft 0.99.0 (tested: <0.22,>=0.21)" in message
+    assert "transformers 99.1.0.dev0 (tested: <5.25,>=5.19), peft 0.99.0 (tested: <0.22,>=0.21)" in message
     assert "put to the test on each model that it is added to, and that test decides" in message
     assert "torch" not in message
 
