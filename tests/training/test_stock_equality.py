@@ -20,7 +20,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_logits_equal_stock_prefix_tuning(name, attention):
-    base = tiny_model(name, attention=attention)
+    try:
+        base = tiny_model(name, attention=attention)
+    except ValueError as error:  # Gemma 2 has no sdpa any more from transformers 5.23 on
+        if "does not support an attention implementation" not in str(error):
+            raise
+        pytest.skip(str(error).partition(".")[0])
     ours = with_prefix(copy.deepcopy(base))
     stock = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)).eval()
     layers = [module for module in ours.modules() if isinstance(module, PrefixExtLayer)]
