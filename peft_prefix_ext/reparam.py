@@ -45,7 +45,8 @@ class PrefixMLP(nn.Module):
 
     def project(self) -> torch.Tensor:
         """Returns the K/V of all layers as one tensor, `[num_tokens, sum of num_kv_heads * head_dim]`."""
-        return self(is_split=False)  # by a call: where parameters are sharded, that is when a module has its own
+        said = [head(trunk(self.latent)) for trunk, head in zip(self.trunks, self.heads, strict=True)]
+        return torch.cat(said, dim=-1)
 
     def split(self, projected: torch.Tensor) -> list[LayerKV]:
         """Returns what `project` gave, layer by layer, `[num_kv_heads, num_tokens, head_dim]` each."""
@@ -58,8 +59,8 @@ class PrefixMLP(nn.Module):
         return [LayerKV(states[number], states[number + 1]) for number in range(0, len(states), 2)]
 
     def forward(self, is_split: bool = True) -> list[LayerKV] | torch.Tensor:
-        said = [head(trunk(self.latent)) for trunk, head in zip(self.trunks, self.heads, strict=True)]
-        projected = torch.cat(said, dim=-1)
+        """Returns what `project` does, by a call: where parameters are sharded, only then a module has its own."""
+        projected = self.project()
         return self.split(projected) if is_split else projected
 
     def evaluate(self, config: PrefixExtConfig, parameters: dict[str, torch.Tensor]) -> list[LayerKV]:

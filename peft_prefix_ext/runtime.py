@@ -279,7 +279,7 @@ class PrefixRuntime(PrefixTunerLayer):
 
     @torch.compiler.disable  # a compiled graph could not be walked back layer by layer
     def _cut_off(self, adapter: str, mlp: Any) -> tuple[dict[str, LayerKV], tuple[torch.Tensor, torch.Tensor]]:
-        projected = mlp.project()
+        projected = mlp(is_split=False)
         leaf = projected.detach().requires_grad_()
         return self._by_layer(adapter, mlp.split(leaf)), (leaf, projected)
 

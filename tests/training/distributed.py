@@ -2,11 +2,13 @@
 
     python distributed.py FOLDER
 
-Leaves, for each of `SETTINGS`, FOLDER/SETTING/alone from a plain loop in one process, and beside it `ddp`, `fsdp2` and `fsdp2-lean`.
+Leaves, for each of `SETTINGS`, FOLDER/SETTING/alone from a plain loop in one process, and beside it `ddp`, `fsdp1`, `fsdp2` and
+`fsdp2-lean`.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from peft import PeftModel
 from peft.utils.other import fsdp_auto_wrap_policy
 from prefixed import with_prefix
 from tiny import random_ids, tiny_model
+from torch.distributed.fsdp import FullStateDictConfig, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Trainer, TrainingArguments
 
 ROWS, BATCH = random_ids(32, 12, seed=4), 8
@@ -81,17 +86,34 @@ def train_ddp(setting: str, folder: Path) -> None:
     trainer.save_model(str(folder))
 
 
-def train_fsdp(setting: str, folder: Path, version: int, is_lean: bool = False) -> None:
+def train_fsdp1(setting: str, folder: Path) -> None:
+    """By torch's own wrapper: accelerate's for FSDP1 does not work without an accelerator."""
+    model = make(setting)
+    layers = {type(model.get_base_model().model.layers[0])}
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=layers)
+    sharded = FSDP(model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    optimizer = optimizer_of(sharded)
+    rank = torch.distributed.get_rank()
+    for batch in ROWS.split(BATCH):
+        own = batch[rank :: torch.distributed.get_world_size()]
+        sharded(input_ids=own, labels=own).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with FSDP.state_dict_type(sharded, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=True)):
+        state = sharded.state_dict()
+    model.save_pretrained(folder, is_main_process=rank == 0, state_dict=state)
+
+
+def train_fsdp2(setting: str, folder: Path, is_lean: bool = False) -> None:
     """Where it is lean, as by `cpu_ram_efficient_loading`, one process alone has weights to begin with."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    # accelerate keeps FSDP for accelerators, torch does not; and FSDP1 takes cpu:0 for another device than cpu.
+    # accelerate keeps FSDP for accelerators, torch does not.
     process = PartialState(cpu=True)
     process.distributed_type, process.device = DistributedType.FSDP, torch.device("cpu")
     accelerator = Accelerator(cpu=True)
     accelerator.state.fsdp_plugin = plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=version,
-        use_orig_params=True if version == 1 else None,
-        reshard_after_forward=True if version == 2 else "FULL_SHARD",
+        fsdp_version=2,
+        reshard_after_forward=True,
         cpu_ram_efficient_loading=is_lean,
         state_dict_type="FULL_STATE_DICT",
     )
@@ -116,8 +138,9 @@ def main(folder: Path) -> None:
     for setting in SETTINGS:
         train_ddp(setting, folder / setting / "ddp")
     for setting in SETTINGS:
-        train_fsdp(setting, folder / setting / "fsdp2", version=2)
-        train_fsdp(setting, folder / setting / "fsdp2-lean", version=2, is_lean=True)
+        train_fsdp1(setting, folder / setting / "fsdp1")
+        train_fsdp2(setting, folder / setting / "fsdp2")
+        train_fsdp2(setting, folder / setting / "fsdp2-lean", is_lean=True)
         if torch.distributed.get_rank() == 0:
             train_alone(setting, folder / setting / "alone")
 

@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2-lean"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "fsdp2-lean"])
 def test_two_processes_train_the_adapter_of_one(strategy, trained):
     settings = sorted(trained.iterdir())
     assert len(settings) == 6
