@@ -21,6 +21,7 @@ CACHE_ARGUMENTS = {"cache", "past_key_values", "layer_past"}
 # What the wrappers of PEFT's methods look for among the arguments.
 WRAPPED = {
     "peft.peft_model:PeftModel.__init__": {"model", "peft_config"},
+    "peft.peft_model:PeftModel.from_pretrained": {"model", "model_id", "config"},
     "peft.peft_model:PeftModel.add_adapter": {"peft_config"},
     "peft.peft_model:PeftModel.load_adapter": {"model_id", "adapter_name"},
     "peft.peft_model:PeftModel.save_pretrained": {"save_directory", "is_main_process"},
