@@ -97,7 +97,7 @@ class PrefixExtConfig(PeftConfig):
             Whether the cross-attention of an encoder-decoder model has a prefix, too, before what the encoder says.
         modules_to_save (`list[str]`, *optional*):
             Modules of the base model, apart from the prefix, to train and save as a whole, such as the head of a
-            classifier. An adapter with such modules cannot be served.
+            classifier; none that holds an attention with a prefix. An adapter with such modules cannot be served.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings train and are saved, too, such as those that TRL's `chat_template_path` adds: of the
             input embeddings, or by module. An adapter with such tokens cannot be served.

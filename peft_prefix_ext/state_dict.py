@@ -17,6 +17,7 @@ from torch import nn
 from peft_prefix_ext.checkpoint import ENCODER, LayerKV, is_of_prefix, layer_key
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.layer import PrefixExtLayer, assemble
+from peft_prefix_ext.partitioned import is_partitioned
 from peft_prefix_ext.reparam import PrefixMLP
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
@@ -112,6 +113,15 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
     saved: State = {}
     if not state:  # of a sharded model, which one process saves and the others call with nothing
         return saved
+    if any(is_partitioned(parameter) for parameter in model.parameters()) and not all(
+        tensor.numel()
+        for name, tensor in state.items()
+        if name.endswith(f".{adapter_name}") or f".{adapter_name}." in name
+    ):
+        raise ValueError(
+            f"The parameters of adapter {adapter_name!r} are spread over processes (DeepSpeed ZeRO-3): save it with "
+            "`Trainer.save_model`, or give `save_pretrained` the `state_dict` that `accelerator.get_state_dict(model)` gathers."
+        )
     for stack in find_live(model, adapter_name):
         saved |= _to_checkpoint(stack, config, adapter_name, state)
     return saved

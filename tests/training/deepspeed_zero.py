@@ -19,6 +19,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "RANK": "0", "WORLD_S
 os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 import deepspeed
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_ids, tiny_model
@@ -62,7 +63,7 @@ def trainer_of(folder: Path, case: str, seed: int, steps: int) -> Trainer:
         disable_tqdm=True,
         deepspeed={
             **auto,
-            "zero_optimization": {"stage": int(stage)},
+            "zero_optimization": {"stage": int(stage), "stage3_param_persistence_threshold": 0},
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
         },
@@ -75,6 +76,9 @@ def train(folder: Path, case: str) -> None:
     trainer.train()
     write(folder, case, "end", trainer.evaluate()["eval_loss"])
     trainer.save_model(folder / case / "adapter")
+    if "-3-" in case:
+        with pytest.raises(ValueError, match="are spread over processes"):
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / case / "not gathered")
 
 
 def resume(folder: Path, case: str) -> None:
