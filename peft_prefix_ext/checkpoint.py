@@ -185,7 +185,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise PrefixNotFoundError(f"No prefix adapter at {folder}: there is no such folder.")
     try:
-        config = json.loads(_read_text(folder))
+        try:
+            text = config_of(folder).read_text(encoding="utf-8")
+        except FileNotFoundError:  # or it was put in its place in this moment
+            text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+        config = json.loads(text)
     except FileNotFoundError as error:
         raise PrefixNotFoundError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
     except (OSError, ValueError) as error:
@@ -205,13 +209,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "peft-prefix-ext."
         )
     return config
-
-
-def _read_text(folder: Path) -> str:
-    try:
-        return config_of(folder).read_text(encoding="utf-8")
-    except FileNotFoundError:  # or it was put in its place in this moment
-        return (folder / CONFIG_NAME).read_text(encoding="utf-8")
 
 
 def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, ...]:

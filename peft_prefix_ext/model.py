@@ -186,8 +186,7 @@ class PrefixExtModel(UnmergeableTuner):
             runtime.tested_attention.add(attention_of(module.config))  # by the plan
             if not self.model.config.is_encoder_decoder:
                 runtime.test_attention = rehearse_decoder
-            if runtime.device.type == "meta":  # where weights are while they are offloaded
-                runtime.device = next(iter(self._plan.layers.values())).kv.key.device
+            runtime.device = next(iter(self._plan.layers.values())).kv.key.device  # weights may be offloaded
             if is_first:
                 runtime.add_handle(self.model.register_load_state_dict_pre_hook(refuse_parts))
             shared = find_shared(self.model, self._plan.layers)
