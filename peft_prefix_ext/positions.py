@@ -58,3 +58,14 @@ def num_embedded_positions(decoder: nn.Module) -> int | None:
         if isinstance(embedding, nn.Embedding):
             return int(embedding.num_embeddings - getattr(embedding, "offset", 0))
     return None
+
+
+def check_room(positions: torch.Tensor, num_positions: int | None, num_virtual_tokens: int) -> None:
+    """Raises `ValueError` if a position, `[b or 1, q]`, counted from the first virtual token, is past the last one there is."""
+    if num_positions is None or torch.compiler.is_compiling():
+        return
+    if (last := int(positions.max())) >= num_positions:
+        raise ValueError(
+            f"The text ends at position {last}, behind {num_virtual_tokens} virtual tokens, and the model has "
+            f"{num_positions} positions: shorten it."
+        )

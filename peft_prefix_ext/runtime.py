@@ -18,7 +18,7 @@ from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.flash import KNOWN, attention_of, flash_or_refuse, refuse_paged_cache
 from peft_prefix_ext.memo import check_offsets, remembered
-from peft_prefix_ext.positions import default_positions, num_embedded_positions
+from peft_prefix_ext.positions import check_room, default_positions, num_embedded_positions
 from peft_prefix_ext.reentrant import (
     CheckpointReplay,
     require_gradient,
@@ -26,6 +26,7 @@ from peft_prefix_ext.reentrant import (
     uses_reentrant_checkpointing,
 )
 from peft_prefix_ext.rows import BASE, Rows
+from peft_prefix_ext.same_start import start_as_first_process
 from peft_prefix_ext.step import STEP, Step
 from peft_prefix_ext.thread_state import ThreadState
 from peft_prefix_ext.tuner_layer import PrefixTunerLayer
@@ -57,6 +58,7 @@ class PrefixRuntime(PrefixTunerLayer):
         self._parameters_of_forward = list(inspect.signature(decoder.forward).parameters)
         self._num_positions = num_embedded_positions(decoder)
         self._told: list[AuxiliaryTrainingWrapper] = []
+        self._started: set[str] = set()  # to train
         # What holds the hooks of layers that share the K/V of others.
         self.shared_layers: list[Any] = []
         self._handles = [
@@ -140,6 +142,7 @@ class PrefixRuntime(PrefixTunerLayer):
         self.num_virtual_tokens.pop(adapter_name, None)
         self.prefix_dropout.pop(adapter_name, None)
         self.layer_names.pop(adapter_name, None)
+        self._started.discard(adapter_name)
 
     def step_of(self, position_ids: torch.Tensor | None) -> Step | None:
         """Returns the forward pass that an attention layer with these positions belongs to; `None` for one without prefix.
@@ -185,7 +188,11 @@ class PrefixRuntime(PrefixTunerLayer):
             kwargs["position_ids"] = positions
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
-        self._check_room(text_positions, rows)
+        check_room(text_positions, self._num_positions, rows.num_virtual_tokens)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for name in set(rows.adapters) - self._started:
+                start_as_first_process(decoder, name)
+                self._started.add(name)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
         if is_reentrant and self.shared_layers:
             raise ValueError(
@@ -229,15 +236,6 @@ class PrefixRuntime(PrefixTunerLayer):
         with self.bypassed():
             self.test_attention(decoder)
         self.tested_attention.add(attention)
-
-    def _check_room(self, positions: torch.Tensor, rows: Rows) -> None:
-        if self._num_positions is None or torch.compiler.is_compiling():
-            return
-        if (last := int(positions.max())) >= self._num_positions:
-            raise ValueError(
-                f"The text ends at position {last}, behind {rows.num_virtual_tokens} virtual tokens, and the model has "
-                f"{self._num_positions} positions: shorten it."
-            )
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, Mapping) and not self._of_thread.is_bypassed:
