@@ -76,6 +76,10 @@ def vocabulary_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> Source
         added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
         known = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids)
         words = sorted(token for token in known if token < size)
+    if not words:
+        raise ValueError(
+            "`init='vocab'` has no words to draw from: all tokens of the tokenizer are special; use `init_text`."
+        )
     drawn = torch.randint(len(words), (config.num_virtual_tokens,)).tolist()
     return SourceTokens(
         [words[number] for number in drawn], f"tokens drawn at random from {len(words)} of the vocabulary"

@@ -11,7 +11,8 @@ import torch
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from prefixed import REPARAMS, perturb, prefix_kv, with_prefix
 from tiny import VOCABULARY, random_ids, tiny_model
-from transformers import DynamicCache, StaticCache
+from tokenizers import Tokenizer, models
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 from peft_prefix_ext import PrefixExtConfig, read_prefix
 from peft_prefix_ext.initialization.tokens import vocabulary_tokens
@@ -156,7 +157,7 @@ def test_tokens_are_cut_or_repeated(token_ids, length, expected):
     torch.testing.assert_close(logits(model), logits_behind(expected), atol=5e-5, rtol=1e-4)
 
 
-def test_vocabulary_without_its_special_tokens(llama, word_tokenizer, chat_tokenizer):
+def test_vocabulary_without_its_special_tokens(llama, word_tokenizer, chat_tokenizer, tmp_path):
     def drawn(**config):
         torch.manual_seed(0)
         return set(vocabulary_tokens(PrefixExtConfig(num_virtual_tokens=4000, init="vocab", **config), llama).ids)
@@ -167,6 +168,10 @@ def test_vocabulary_without_its_special_tokens(llama, word_tokenizer, chat_token
     assert drawn(tokenizer_name_or_path=chat_tokenizer) == whole - {0, 1, 2}
     with pytest.raises(ValueError, match="give `tokenizer_name_or_path`"):
         drawn(tokenizer_name_or_path="no/such")
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no words to draw from: all tokens of the tokenizer are special"):
+        drawn(tokenizer_name_or_path=str(tmp_path))
 
 
 def test_kv_in_every_form(llama):
