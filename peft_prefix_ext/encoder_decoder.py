@@ -9,6 +9,7 @@ some embed them, some add a bias by distance to the scores of attention.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from peft_prefix_ext.step import Step
 class StackRuntime(PrefixRuntime):
     """The runtime of an encoder or a decoder: moves positions that the stack embeds by itself."""
 
-    def __init__(self, stack: Any) -> None:
-        super().__init__(stack)
+    def __init__(self, stack: Any, around: Sequence[nn.Module] = ()) -> None:
+        super().__init__(stack, around)
         embedding = embedded_positions(stack)
         if embedding is not None:
             self._arguments_of_embedding = list(inspect.signature(embedding.forward).parameters)

@@ -26,6 +26,7 @@ from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.placement import HEADS
 from peft_prefix_ext.plan import Plan, make_plan
+from peft_prefix_ext.positions import modules_around
 from peft_prefix_ext.rehearsal import rehearse_decoder
 from peft_prefix_ext.runtime import PrefixRuntime, runtimes_of
 from peft_prefix_ext.saved import with_live_names
@@ -182,7 +183,7 @@ class PrefixExtModel(UnmergeableTuner):
             # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
             runtime_class = StackRuntime if self.model.config.is_encoder_decoder else PrefixRuntime
             is_first = not runtimes_of(self.model)
-            runtime = module.prefix_ext = runtime_class(module)
+            runtime = module.prefix_ext = runtime_class(module, modules_around(module, self.model))
             runtime.tested_attention.add(attention_of(module.config))  # by the plan
             if not self.model.config.is_encoder_decoder:
                 runtime.test_attention = rehearse_decoder

@@ -23,6 +23,7 @@ from peft_prefix_ext.flash import attention_of
 from peft_prefix_ext.geometry import RecordedLayer, evaluating, record_layers, refuse_unsupported
 from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.offloaded import device_of
+from peft_prefix_ext.positions import modules_around
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
 from peft_prefix_ext.variants import layer_class
@@ -104,7 +105,7 @@ def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> flo
 def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[RecordedLayer]) -> Iterator[None]:
     """Lets hooks alone give `model` the prefix that was recorded: no module becomes a part of it."""
     config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
-    runtime = PrefixRuntime(decoder)
+    runtime = PrefixRuntime(decoder, modules_around(decoder, model))
     runtime.num_virtual_tokens[_NAME] = NUM_TEXT
     runtime.prefix_dropout[_NAME] = 0.0
     runtime.tested_attention.add(attention_of(model.config))  # by this very test

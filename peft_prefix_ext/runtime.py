@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,7 +45,7 @@ class PrefixRuntime(PrefixTunerLayer):
 
     adapter_layer_names = ("prefix_ext_reparam",)
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, around: Sequence[nn.Module] = ()) -> None:
         super().__init__(decoder.get_input_embeddings().weight.device)
         self.prefix_ext_reparam = nn.ModuleDict()
         self.num_virtual_tokens: dict[str, int] = {}
@@ -65,6 +66,9 @@ class PrefixRuntime(PrefixTunerLayer):
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
         ]
+        for module in around:
+            hook = functools.partial(self._before_around, module is around[0])
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def add_handle(self, handle: RemovableHandle) -> None:
         """Adds a hook that goes with those on the decoder."""
@@ -166,7 +170,16 @@ class PrefixRuntime(PrefixTunerLayer):
             )
         return step
 
+    def _before_around(self, is_outermost: bool, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Notes whether the caller gave positions: what a model around the decoder makes up by itself counts padding."""
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        is_given = given.get("position_ids") is not None
+        if not is_outermost and self._of_thread.gave_positions is not None:
+            is_given = is_given and self._of_thread.gave_positions
+        self._of_thread.gave_positions = is_given
+
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        gave_positions, self._of_thread.gave_positions = self._of_thread.gave_positions, None
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if new is None or self._of_thread.is_bypassed:
@@ -181,7 +194,7 @@ class PrefixRuntime(PrefixTunerLayer):
         if rows is None or not rows.adapters:
             return None
         positions = kwargs.get("position_ids")
-        if positions is None:
+        if positions is None or (gave_positions is False and positions.dim() == 2):
             positions = default_positions(new, cache, kwargs.get("attention_mask"))
         positions = positions + rows.shift
         if "position_ids" in self._parameters_of_forward:

@@ -23,13 +23,24 @@ VISION = {
     "num_channels": 3,
     "model_type": "siglip_vision_model",
 }
+VISION_4 = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
+}
 
 
-def image_model(attention: str = "sdpa"):
-    """Gemma 3 with its vision tower, whose outer model makes the masks of both kinds of layer."""
-    text = tiny_model("gemma3").config
-    config = CONFIG_MAPPING["gemma3"](
-        text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4, image_token_index=100
+def image_model(name: str = "gemma3", attention: str = "sdpa"):
+    """Gemma with its vision tower: the outer model makes the masks of both kinds of layer, that of Gemma 4 positions, too."""
+    vision = VISION if name == "gemma3" else VISION_4
+    config = CONFIG_MAPPING[name](
+        text_config=tiny_model(name).config.to_dict(), vision_config=vision, audio_config=None
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
@@ -43,8 +54,9 @@ def padded(ids, num_padding, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_an_outer_model_that_makes_them(attention):
-    model = with_prefix(image_model(attention), init="tokens", init_token_ids=list(range(5, 12)))
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_an_outer_model_that_makes_them(name, attention):
+    model = with_prefix(image_model(name, attention), init="tokens", init_token_ids=list(range(5, 12)))
     ids = random_ids(2, LENGTH)
     expected = model(input_ids=ids).logits
     for num_padding in (1, 4, 16):
@@ -55,9 +67,24 @@ def test_an_outer_model_that_makes_them(attention):
 
 
 @torch.no_grad()
-def test_the_steps_of_a_loop_of_ones_own():
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_positions_that_are_given_stay(name):
+    model = with_prefix(image_model(name), init="tokens", init_token_ids=list(range(5, 12)))
+    ids = random_ids(1, LENGTH)
+    expected = model(input_ids=ids).logits
+    longer, mask = padded(ids, 6, "left")
+    counted = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    logits = model(input_ids=longer, attention_mask=mask, position_ids=counted).logits[:, 6:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    apart = model(input_ids=longer, attention_mask=mask, position_ids=torch.arange(LENGTH + 6)[None]).logits[:, 6:]
+    assert not torch.allclose(apart, expected, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_the_steps_of_a_loop_of_ones_own(name):
     """Prefill and decoding with ids and mask only, as a trainer computes log-probabilities."""
-    model = with_prefix(image_model(), init="tokens", init_token_ids=list(range(5, 12)))
+    model = with_prefix(image_model(name), init="tokens", init_token_ids=list(range(5, 12)))
     ids = random_ids(1, LENGTH)
     expected = model(input_ids=ids).logits
     longer, mask = padded(ids, 5, "left")
