@@ -22,11 +22,11 @@ from peft_prefix_ext.grouped import use_groups
 from peft_prefix_ext.learning_rate import watch_learning_rate
 from peft_prefix_ext.local_paths import absolute_if_local
 from peft_prefix_ext.mixed import mixed_batch
+from peft_prefix_ext.outer_calls import modules_around
 from peft_prefix_ext.peft_model import wrap_peft_model
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.placement import HEADS
 from peft_prefix_ext.plan import Plan, make_plan
-from peft_prefix_ext.positions import modules_around
 from peft_prefix_ext.rehearsal import rehearse_decoder
 from peft_prefix_ext.runtime import PrefixRuntime, runtimes_of
 from peft_prefix_ext.saved import with_live_names

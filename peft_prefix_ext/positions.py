@@ -5,7 +5,6 @@ Shapes: b batch, q new tokens, k cached and new tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,17 +49,6 @@ def text_columns(mask: Any) -> torch.Tensor | None:
         return mask
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.any(dim=1).any(dim=1)
-
-
-def modules_around(decoder: nn.Module, model: nn.Module) -> list[nn.Module]:
-    """Returns the modules of `model` that `decoder` is in and that take positions, from the outermost on."""
-    return [
-        module
-        for module in model.modules()
-        if module is not decoder
-        and any(inner is decoder for inner in module.modules())
-        and "position_ids" in inspect.signature(module.forward).parameters
-    ]
 
 
 def num_embedded_positions(decoder: nn.Module) -> int | None:

@@ -23,7 +23,7 @@ from peft_prefix_ext.flash import attention_of
 from peft_prefix_ext.geometry import RecordedLayer, evaluating, record_layers, refuse_unsupported
 from peft_prefix_ext.layer import PrefixExtLayer
 from peft_prefix_ext.offloaded import device_of
-from peft_prefix_ext.positions import modules_around
+from peft_prefix_ext.outer_calls import modules_around
 from peft_prefix_ext.runtime import PrefixRuntime
 from peft_prefix_ext.sharing import SharedKVLayer, find_shared
 from peft_prefix_ext.variants import layer_class

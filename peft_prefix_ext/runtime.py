@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from peft_prefix_ext.checkpoint import LayerKV
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.flash import KNOWN, attention_of, flash_or_refuse, refuse_paged_cache
 from peft_prefix_ext.memo import check_offsets, remembered
+from peft_prefix_ext.outer_calls import OuterCalls
 from peft_prefix_ext.positions import check_room, default_positions, num_embedded_positions
 from peft_prefix_ext.reentrant import (
     CheckpointReplay,
@@ -66,9 +66,8 @@ class PrefixRuntime(PrefixTunerLayer):
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
         ]
-        for module in around:
-            hook = functools.partial(self._before_around, module is around[0])
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._outer_calls = OuterCalls(around)
+        self._handles += self._outer_calls.handles
 
     def add_handle(self, handle: RemovableHandle) -> None:
         """Adds a hook that goes with those on the decoder."""
@@ -170,16 +169,8 @@ class PrefixRuntime(PrefixTunerLayer):
             )
         return step
 
-    def _before_around(self, is_outermost: bool, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Notes whether the caller gave positions: what a model around the decoder makes up by itself counts padding."""
-        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        is_given = given.get("position_ids") is not None
-        if not is_outermost and self._of_thread.gave_positions is not None:
-            is_given = is_given and self._of_thread.gave_positions
-        self._of_thread.gave_positions = is_given
-
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        gave_positions, self._of_thread.gave_positions = self._of_thread.gave_positions, None
+        gave_positions = self._outer_calls.gave_positions()
         kwargs = {**dict(zip(self._parameters_of_forward, args, strict=False)), **kwargs}
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if new is None or self._of_thread.is_bypassed:

@@ -17,7 +17,6 @@ class ThreadState(threading.local):
         step: The forward pass under way, or the last one.
         mixed: The prefixes of its batches where each row has its own.
         is_bypassed: Whether it runs the base model alone.
-        gave_positions: Whether the call of a model around the decoder gave positions; `None` where the decoder is called itself.
         offsets: How many virtual tokens stand before each row of the forward pass under way.
         embeddings_handle: The hook that a forward pass under reentrant gradient checkpointing needs.
     """
@@ -25,7 +24,6 @@ class ThreadState(threading.local):
     step: Step | None = None
     mixed: Rows | None = None
     is_bypassed = False
-    gave_positions: bool | None = None
     offsets: tuple[int, ...] = ()
     embeddings_handle: RemovableHandle | None = None
 
