@@ -38,7 +38,8 @@ class StackRuntime(PrefixRuntime):
         if step is None or not step.running:
             return None
         kwargs = {**dict(zip(self._arguments_of_embedding, args, strict=False)), **kwargs}
-        given = "past_key_values_length" if kwargs.get("position_ids") is None else "position_ids"
+        given = _length_argument(embedding) if kwargs.get("position_ids") is None else "position_ids"
+        assert given is not None
         kwargs[given] = kwargs.get(given, 0) + step.rows.num_virtual_tokens
         return (), kwargs
 
@@ -137,10 +138,14 @@ def relative_bias(attention: Any, step: Step, past: int | torch.Tensor, kv_lengt
 def embedded_positions(stack: nn.Module) -> nn.Module | None:
     """Returns the module by which a stack embeds positions that it counts by itself, if any."""
     embedding = getattr(stack, "embed_positions", None)
-    counts = isinstance(embedding, nn.Module) and (
-        "past_key_values_length" in inspect.signature(embedding.forward).parameters
-    )
+    counts = isinstance(embedding, nn.Module) and _length_argument(embedding) is not None
     return embedding if counts else None
+
+
+def _length_argument(embedding: nn.Module) -> str | None:
+    """Returns what an embedding of positions calls the number of tokens before the new ones; transformers 5.24 renamed it."""
+    parameters = inspect.signature(embedding.forward).parameters
+    return next((name for name in ("cache_length", "past_key_values_length") if name in parameters), None)
 
 
 def tells_positions(stack: nn.Module, attention: nn.Module) -> bool:

@@ -37,8 +37,11 @@ class SharedKVLayer:
         step = self.runtime.step_of(kwargs.get("position_ids"))
         if step is None:
             return None
+        num_new, num_queries = step.positions.shape[-1], (args[0] if args else kwargs["hidden_states"]).shape[1]
+        if num_queries < num_new:
+            # As no K/V are made here, transformers (5.24) leaves out queries whose logits nobody asks for.
+            return args, {**kwargs, "attention_mask": step.mask_of_last(num_queries, self.sliding_window)}
         # The owner extended the same mask before; the length of its K/V counts only where there is no cache.
-        num_new = step.positions.shape[-1]
         return args, {**kwargs, "attention_mask": step.mask(kwargs["attention_mask"], num_new, self.sliding_window)}
 
 

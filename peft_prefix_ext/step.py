@@ -15,6 +15,7 @@ from peft_prefix_ext.chunks import chunked_mask
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.flash import flash_mask
 from peft_prefix_ext.mask import prepend_prefix
+from peft_prefix_ext.positions import text_columns
 from peft_prefix_ext.rows import Rows
 
 # The attribute of a forward pass' positions that holds its `Step`.
@@ -97,18 +98,48 @@ class Step:
         self._masks.append((mask, sliding_window, extended))
         return extended
 
+    def mask_of_last(self, num_queries: int, sliding_window: int | None) -> Any:
+        """Returns the rows of the last queries in the mask that an earlier layer with these windows was given.
+
+        Raises:
+            ValueError: If it has no rows.
+        """
+        extended = next(extended for _, window, extended in self._masks if window == sliding_window)
+        if isinstance(extended, BlockMask):
+            raise ValueError("Layers that share K/V do not go with flex attention and a prefix here: use sdpa.")
+        is_by_query = isinstance(extended, torch.Tensor) and extended.dim() == 4
+        return extended[:, :, -num_queries:] if is_by_query else extended
+
     def chunked_mask(
         self, mask: torch.Tensor | None, past: int, kv_length: int, kv_offset: int, chunk_size: int
     ) -> torch.Tensor:
         """Returns `chunked_mask(...)` in the manner of the layer's own `mask`, computed once for all such layers."""
         if self._chunked is None:
-            if self.given_mask is not None and self.padding is None:
-                raise ValueError("PREFIX_EXT makes the masks of chunked attention itself: give one of two dimensions.")
+            padding = self.padding if self.given_mask is None else self._padding_of_given(past)
             if self.rows.lengths is not None:
                 raise ValueError("Prefixes of several lengths in one batch do not go with chunked attention.")
             p = self.rows.num_virtual_tokens
-            self._chunked = chunked_mask(p, self.positions, self.padding, past, kv_length, kv_offset, chunk_size)
+            self._chunked = chunked_mask(p, self.positions, padding, past, kv_length, kv_offset, chunk_size)
         if mask is None or mask.dtype == torch.bool:
             return self._chunked
         lowest = torch.finfo(mask.dtype).min
         return mask.new_zeros(self._chunked.shape).masked_fill_(~self._chunked, lowest)
+
+    def _padding_of_given(self, past: int) -> torch.Tensor:
+        """Returns which real tokens are text, `[b, past + q]`, of masks that `generate` made ready, too.
+
+        Raises:
+            ValueError: If a mask keeps more apart than padding from text.
+        """
+        if (padding := self.padding) is not None:
+            return padding
+        full: Any = self.given_mask.get("full_attention") if isinstance(self.given_mask, dict) else self.given_mask
+        columns = text_columns(full)
+        if columns is not None and columns.shape[1] >= past + self.positions.shape[-1]:
+            q, k = self.positions.shape[-1], columns.shape[1]
+            rows = torch.arange(q, device=columns.device)[:, None] + past
+            causal = (torch.arange(k, device=columns.device) <= rows) & columns[:, None, None].bool()
+            seen = full if full.dtype == torch.bool else full > torch.finfo(full.dtype).min / 2
+            if seen.shape[-1] == k and torch.equal(seen.expand_as(causal), causal):
+                return columns[:, : past + q]
+        raise ValueError("PREFIX_EXT makes the masks of chunked attention itself: give one of two dimensions.")

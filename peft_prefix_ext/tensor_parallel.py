@@ -92,11 +92,16 @@ def _with_all_heads(attention: nn.Module, layer: RecordedLayer, mesh: DeviceMesh
 @torch.no_grad()
 def share(model: nn.Module, *tensors: torch.Tensor) -> None:
     """Gives all processes that hold a part of `model` the first one's `tensors`, in place."""
-    mesh = mesh_of(model)
-    for tensor in tensors if mesh is not None else ():
-        assert mesh is not None
+    if (mesh := mesh_of(model)) is not None:
+        copy_from_first(mesh.get_group(), *tensors)
+
+
+@torch.no_grad()
+def copy_from_first(group: dist.ProcessGroup, *tensors: torch.Tensor) -> None:
+    """Gives all processes of a group the first one's `tensors`, in place; all must call it."""
+    for tensor in tensors:
         same = tensor.contiguous()
-        dist.broadcast(same, dist.get_global_rank(mesh.get_group(), 0), group=mesh.get_group())
+        dist.broadcast(same, dist.get_global_rank(group, 0), group=group)
         tensor.copy_(same)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from architectures import rewritten
+from packaging import version
 from peft import PeftModel
 from prefixed import perturb, with_prefix, with_prefix_of
 from tiny import CONFIGS, RECURRENT, random_ids, tiny_model
@@ -120,10 +122,20 @@ def test_generates_what_it_says(case):
 @pytest.mark.parametrize("mode", list(MODES))
 def test_no_mode_changes_the_answer(case, mode):
     if mode in case.base_lacks:
-        with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError)):
-            assert torch.equal(generate(case.base, case.ids, **MODES[mode]), generate(case.base, case.ids))
-    else:
-        assert torch.equal(generate(case.model, case.ids, **MODES[mode]), case.answer)
+        # Of the releases that are tested the newest have more modes than the oldest.
+        has = _has(case, mode)
+        assert not has or version.parse(transformers.__version__) >= version.parse("5.24")
+        if not has:
+            return
+    assert torch.equal(generate(case.model, case.ids, **MODES[mode]), case.answer)
+
+
+def _has(case, mode):
+    """Whether the mode does not change what the base model answers."""
+    try:
+        return torch.equal(generate(case.base, case.ids, **MODES[mode]), generate(case.base, case.ids))
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def test_padded_rows_answer_as_alone(case):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from packaging import version
 from peft import PrefixTuningConfig, get_peft_model
 from prefixed import perturb, with_prefix
 from prefixed_seq2seq import EVERYWHERE, READ, VIRTUAL, WRITTEN, greedy, layers_by_name, logits, prefixed
@@ -104,7 +105,12 @@ def test_logits_equal_stock_prefix_tuning(name, attention):
             layer.prefix_ext_key["default"].copy_(rows[2 * layer.index % 3, 0])
             layer.prefix_ext_value["default"].copy_(rows[2 * layer.index % 3, 1])
     assert torch.equal(logits(ours), logits(stock))
-    assert torch.equal(greedy(ours), greedy(stock))
+    with stock.disable_adapter():
+        base_answers = greedy(stock)
+    # PEFT 0.21 loses its prefix when transformers 5.24 generates.
+    generates = not torch.equal(greedy(stock), base_answers)
+    assert generates or version.parse(transformers.__version__) >= version.parse("5.24")
+    assert not generates or torch.equal(greedy(ours), greedy(stock))
     with ours.disable_adapter():
         assert not torch.allclose(logits(ours), logits(stock), atol=1e-2)
 
