@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 
 import pytest
 import torch
-from packaging.version import Version
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -22,7 +19,6 @@ from peft import (
 from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_prefix_ext import PrefixExtConfig, export_to_peft, read_prefix
 
@@ -41,18 +37,6 @@ def folder(request, tmp_path):
 
 def base_of(folder, auto_class=AutoModelForCausalLM):
     return auto_class.from_pretrained(folder / "base").eval()
-
-
-@pytest.fixture
-def methods_of_transformers():
-    """What transformers itself has for adapters, `add_adapter` and the like, if it takes this PEFT at all.
-
-    5.24 asks for PEFT 0.22, which is not out: whatever the adapter, it refuses. Loading by the Auto classes works.
-    """
-    if Version(MIN_PEFT_VERSION) > Version(version("peft")):
-        with pytest.raises(ValueError, match="version of PEFT"):
-            tiny_model("llama").add_adapter(LoraConfig(target_modules=["q_proj"]))
-        pytest.skip(f"this transformers wants PEFT {MIN_PEFT_VERSION}, for LoRA as well")
 
 
 @torch.no_grad()

@@ -176,6 +176,7 @@ def test_what_is_of_lora_alone(llama, tmp_path):
             wrap(tiny_model("llama"), PrefixExtConfig(**PREFIX))
 
 
+@pytest.mark.usefixtures("methods_of_transformers")
 def test_several_adapters_by_transformers_own_methods(llama):
     llama.add_adapter(LoraConfig(init_lora_weights=False, target_modules=["q_proj"]), "lora")
     lora = logits(llama)
