@@ -91,7 +91,8 @@ class FrontEnd:
     def check(self, request_id: str, prompt: dict[str, Any], params: SamplingParams, adapter: Any) -> EngineCoreRequest:
         """The call of the engine's client up to a request that the engine understands."""
         stream = self._client.generate(prompt, params, request_id, lora_request=adapter)
-        # What the call goes on with, once someone reads what it streams.
+        # What the call goes on with, once someone reads what it streams; what it streams may be handed on by the plugin.
+        stream = stream.ag_frame.f_locals.get("outputs", stream)
         adapter = stream.ag_frame.f_locals["lora_request"]
         request = self._inputs.process_inputs(request_id, prompt, params, ("generate",), lora_request=adapter)
         self._logprobs.from_new_request(tokenizer=None, request=request)
