@@ -7,7 +7,9 @@ import torch
 from prefixed import with_prefix
 from tiny import random_ids, tiny_model
 from tiny_seq2seq import tiny_encoder_decoder
+from torch.nn.attention import flex_attention as torch_flex
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -78,6 +80,7 @@ def test_a_model_that_is_told_later():
 @torch.no_grad()
 def test_flex_attention():
     """By the compiled kernel, whose compilation takes most of a minute."""
+    torch.compiler.reset()  # what it was compiled for before decides how it is compiled next
     model, expected = with_prefix(tiny_model("llama", attention="flex_attention")), with_prefix(tiny_model("llama"))
     ids, mask = padded_batch()
     ours, theirs = (each(input_ids=ids, attention_mask=mask).logits[mask.bool()] for each in (model, expected))
@@ -86,8 +89,13 @@ def test_flex_attention():
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Torch's own way to run flex attention without a kernel, for debugging."""
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    """Torch's own way to run flex attention without a kernel, for debugging; transformers keeps what it compiled before."""
+
+    def uncompiled(query, key, value, training=False, **kwargs):
+        return torch_flex.flex_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", uncompiled)
 
 
 @pytest.mark.parametrize("name", ["gemma3", pytest.param("mistral", marks=pytest.mark.soak)])
