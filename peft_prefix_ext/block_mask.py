@@ -28,11 +28,11 @@ def prepend_prefix_blocks(
     width = torch.full((batch,), num_virtual_tokens, device=device)
     ends = width if lengths is None else lengths[:, 0].to(device)
     windows = None if sliding_window is None else torch.full((batch,), sliding_window, device=device)
-    position_of = _position_of(positions.expand(batch, -1), ends)
+    position_of = None if windows is None else _position_of(positions.expand(batch, -1), ends)
 
     def sees(row: Index, head: Index, query: Index, column: Index) -> torch.Tensor:
         in_prefix = column < ends[row]
-        if windows is not None:
+        if windows is not None and position_of is not None:
             in_prefix = in_prefix & (column > position_of(row, query) - windows[row])
         in_text = of_text(row, head, query, (column - width[row]).clamp(min=0))
         return torch.where(column < width[row], in_prefix, in_text)

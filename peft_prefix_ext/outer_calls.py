@@ -31,7 +31,10 @@ class OuterCalls:
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self._of_thread = _OfThread()
         self.handles = [
-            model.register_forward_pre_hook(functools.partial(self._before, number == 0), with_kwargs=True)
+            model.register_forward_pre_hook(
+                functools.partial(self._before, number == 0, list(inspect.signature(model.forward).parameters)),
+                with_kwargs=True,
+            )
             for number, model in enumerate(models)
         ]
 
@@ -40,8 +43,10 @@ class OuterCalls:
         gave, self._of_thread.gave_positions = self._of_thread.gave_positions, None
         return gave
 
-    def _before(self, is_outermost: bool, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    def _before(
+        self, is_outermost: bool, names: list[str], model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         before = True if is_outermost else self._of_thread.gave_positions is not False
         self._of_thread.gave_positions = before and given.get("position_ids") is not None
 

@@ -47,8 +47,12 @@ def text_columns(mask: Any) -> torch.Tensor | None:
         return None
     if mask.dim() == 2:
         return mask
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=1).any(dim=1)
+    return seen_columns(mask).any(dim=1).any(dim=1)
+
+
+def seen_columns(mask: torch.Tensor) -> torch.Tensor:
+    """Returns what a mask of booleans, or one that is added to the scores, lets each query see."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def num_embedded_positions(decoder: nn.Module) -> int | None:

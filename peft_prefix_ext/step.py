@@ -15,7 +15,7 @@ from peft_prefix_ext.chunks import chunked_mask
 from peft_prefix_ext.dropout import PrefixDropout
 from peft_prefix_ext.flash import flash_mask
 from peft_prefix_ext.mask import prepend_prefix
-from peft_prefix_ext.positions import text_columns
+from peft_prefix_ext.positions import seen_columns, text_columns
 from peft_prefix_ext.rows import Rows
 
 # The attribute of a forward pass' positions that holds its `Step`.
@@ -134,12 +134,12 @@ class Step:
         if (padding := self.padding) is not None:
             return padding
         full: Any = self.given_mask.get("full_attention") if isinstance(self.given_mask, dict) else self.given_mask
-        columns = text_columns(full)
+        columns = text_columns(full) if isinstance(full, torch.Tensor) else None
         if columns is not None and columns.shape[1] >= past + self.positions.shape[-1]:
             q, k = self.positions.shape[-1], columns.shape[1]
             rows = torch.arange(q, device=columns.device)[:, None] + past
             causal = (torch.arange(k, device=columns.device) <= rows) & columns[:, None, None].bool()
-            seen = full if full.dtype == torch.bool else full > torch.finfo(full.dtype).min / 2
+            seen = seen_columns(full)
             if seen.shape[-1] == k and torch.equal(seen.expand_as(causal), causal):
                 return columns[:, : past + q]
         raise ValueError("PREFIX_EXT makes the masks of chunked attention itself: give one of two dimensions.")
