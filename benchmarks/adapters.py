@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from peft_prefix_ext import PrefixExtConfig
-from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from peft_prefix_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME
 
 
 def write_prefixes(folder: Path, base: PreTrainedModel, num_virtual_tokens: int, number: int) -> dict[str, Path]:

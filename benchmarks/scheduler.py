@@ -101,7 +101,7 @@ def make_configs(folder: Path) -> dict[bool, Any]:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_plugin import prefix_adapters
-    from vllm_plugin.compat import require
+    from vllm_plugin.patches.install import require
 
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -139,7 +139,7 @@ def name_of(index: int) -> str:
 
 def register_adapters(vllm_config: Any, number: int) -> None:
     """Registers adapters up to that number, all of one folder, and each under a name and with a digest of its own."""
-    from vllm_plugin.registry import registry_in
+    from vllm_plugin.adapters.registry import registry_in
 
     registry = registry_in(vllm_config.kv_transfer_config)
     assert registry is not None
@@ -200,7 +200,7 @@ def medians(rounds: list[Measurement]) -> dict[str, float]:
 
 def wraps_when_idle() -> list[str]:
     """Returns which of the methods that the plugin wraps for requests are wrapped in a process without prefixes."""
-    from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
+    from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
 
     seams = [(seam.module, seam.method) for seam in (*ENGINE_SEAMS, *SERVER_SEAMS)]
     child = subprocess.run(

@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from peft_prefix_ext.checkpoint import PrefixCheckpoint, PrefixCheckpointError, read_prefix
-    from peft_prefix_ext.composition import compose
+    from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, read_prefix
+    from peft_prefix_ext.checkpoint.writer import write_prefix
     from peft_prefix_ext.config import PrefixExtConfig
-    from peft_prefix_ext.interop import export_to_peft, import_from_peft
-    from peft_prefix_ext.model import PrefixExtModel
-    from peft_prefix_ext.writing import write_prefix
+    from peft_prefix_ext.conversion.compose import compose
+    from peft_prefix_ext.conversion.stock_peft import export_to_peft, import_from_peft
+    from peft_prefix_ext.tuner.model import PrefixExtModel
 
 __version__ = "0.1.0"
 
 # Where each name is imported from; the model's module registers with PEFT.
 _EXPORTS = {
-    "PrefixCheckpoint": "checkpoint",
-    "PrefixCheckpointError": "checkpoint",
-    "PrefixExtConfig": "model",
-    "PrefixExtModel": "model",
-    "compose": "composition",
-    "export_to_peft": "interop",
-    "import_from_peft": "interop",
-    "read_prefix": "checkpoint",
-    "write_prefix": "writing",
+    "PrefixCheckpoint": "checkpoint.format",
+    "PrefixCheckpointError": "checkpoint.format",
+    "PrefixExtConfig": "tuner.model",
+    "PrefixExtModel": "tuner.model",
+    "compose": "conversion.compose",
+    "export_to_peft": "conversion.stock_peft",
+    "import_from_peft": "conversion.stock_peft",
+    "read_prefix": "checkpoint.format",
+    "write_prefix": "checkpoint.writer",
 }
 
 __all__ = [
@@ -67,4 +67,4 @@ def _register(peft: Any) -> None:
     ours = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
     # Where one of our own modules brought PEFT in, the model's is not far behind, and cannot come before it.
     if not any(getattr(module.__spec__, "_initializing", False) for module in ours):
-        import_module(f"{__name__}.model")
+        import_module(f"{__name__}.tuner.model")

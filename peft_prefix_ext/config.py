@@ -12,7 +12,7 @@ from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from peft_prefix_ext.arguments import check_at_least, check_integers, check_one_of
-from peft_prefix_ext.checkpoint import ATTENTIONS, CROSS, DECODER, ENCODER, FORMAT_VERSION
+from peft_prefix_ext.checkpoint.format import ATTENTIONS, CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.sources import ADAPTER_PARTS, AUTO, INITS, PRIVATE, check_sources, init_of_source
 
@@ -192,7 +192,7 @@ class PrefixExtConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        import_module("peft_prefix_ext.model")  # registers with PEFT, for who imported this module alone
+        import_module("peft_prefix_ext.tuner.model")  # registers with PEFT, for who imported this module alone
         self.peft_type = PREFIX_EXT
         if isinstance(self.init_adapter, PathLike):
             self.init_adapter = str(self.init_adapter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peft_prefix_ext.arguments import check_integers, check_one_of
-from peft_prefix_ext.records import are_records
+from peft_prefix_ext.dataset_rows import are_records
 
 if TYPE_CHECKING:
     from peft_prefix_ext.config import PrefixExtConfig

@@ -114,7 +114,7 @@ def overridden() -> dict[str, Any]:
 
 def wrapped() -> dict[str, Any]:
     """Returns the methods of PEFT that the training half wraps, as `module:Class.method`, each with its wrapper."""
-    import_module("peft_prefix_ext.model")
+    import_module("peft_prefix_ext.tuner.model")
     return {
         f"{method.__wrapped__.__module__}:{method.__wrapped__.__qualname__}": method
         for holder in (PeftModel, PeftConfigMixin)

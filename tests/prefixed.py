@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import DynamicCache, PreTrainedModel
 
 from peft_prefix_ext import PrefixExtConfig
-from peft_prefix_ext.layer import PrefixExtLayer
+from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 
 def with_prefix(

@@ -6,7 +6,7 @@ import torch
 from prefixed import with_prefix
 from tiny import random_ids
 
-from peft_prefix_ext.layer import PrefixExtLayer
+from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 EVERYWHERE = {"encoder_prefix": True, "cross_prefix": True}
 READ, WRITTEN, VIRTUAL = random_ids(2, 11), random_ids(2, 6, seed=3), [1, *random_ids(6, seed=5).tolist()]

@@ -13,15 +13,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_plugin.config import prefix_adapters
-    from vllm_plugin.request import PrefixAdapterRequest
+    from vllm_plugin.adapters.request import PrefixAdapterRequest
+    from vllm_plugin.adapters.spec import prefix_adapters
 
 __all__ = ["PrefixAdapterRequest", "prefix_adapters", "register"]
 
 
 def register() -> None:
     """Attaches the plugin to vLLM; calling it again changes nothing."""
-    from vllm_plugin.compat import install
+    from vllm_plugin.patches.install import install
 
     install()
 
@@ -32,12 +32,12 @@ def __getattr__(name: str) -> Any:
 
         raise ImportError(NO_VLLM)
     if name == "prefix_adapters":
-        from vllm_plugin.config import prefix_adapters
+        from vllm_plugin.adapters.spec import prefix_adapters
 
         return prefix_adapters
     if name == "PrefixAdapterRequest":
-        from vllm_plugin.compat import require
-        from vllm_plugin.request import PrefixAdapterRequest
+        from vllm_plugin.adapters.request import PrefixAdapterRequest
+        from vllm_plugin.patches.install import require
 
         # An engine without prefixes would take it for a LoRA.
         require(server=False)

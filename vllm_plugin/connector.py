@@ -22,17 +22,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from vllm_plugin.bank import PrefixBank
-from vllm_plugin.compat import require
-from vllm_plugin.config import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
+from vllm_plugin.adapters.loading import check_shapes
+from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.adapters.spec import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
+from vllm_plugin.adapters.startup_log import report, report_cache
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.geometry import CacheLayer, cache_layers, model_shapes, stacks_of
-from vllm_plugin.registry import registry_in
-from vllm_plugin.report import report, report_cache
-from vllm_plugin.scheduler import PrefixLoad, PrefixScheduler
-from vllm_plugin.stats import PrefixPromMetrics, PrefixStats
-from vllm_plugin.store import check_shapes
-from vllm_plugin.worker import PrefixWriter
+from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
+from vllm_plugin.patches.install import require
+from vllm_plugin.scheduler.scheduler import PrefixLoad, PrefixScheduler
+from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
+from vllm_plugin.worker.cache_writer import PrefixWriter
+from vllm_plugin.worker.prefix_manager import PrefixBank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

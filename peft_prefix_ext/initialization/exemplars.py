@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.dataset_rows import records
 from peft_prefix_ext.initialization.tokens import SourceTokens, beginning, counted, encode, fill, load_tokenizer, render
-from peft_prefix_ext.records import records
 
 
 def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTokens:

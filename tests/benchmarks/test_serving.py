@@ -17,7 +17,7 @@ from readme import markers
 from serving_report import absolute, ratio_table, write_report
 from workload import Workload
 
-from peft_prefix_ext.checkpoint import read_prefix
+from peft_prefix_ext.checkpoint.format import read_prefix
 
 SETTINGS = Settings("tiny", lengths=(16, 50), mixes=(1, 8), loras=(1, 8), ranks=(8, 16), rounds=3)
 

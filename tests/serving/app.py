@@ -18,7 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from serving import support
-from vllm_plugin.registry import registry_at
+from vllm_plugin.adapters.registry import registry_at
 
 CONFIG = support.llama_config()
 

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from serving import app, support
 from serving.engines import Engine, Pool
 from serving.server import serve, write_models
-from vllm_plugin.endpoints import SWITCH
+from vllm_plugin.front_end.api_router import SWITCH
 
 
 @pytest.fixture(scope="package")

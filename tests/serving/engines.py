@@ -50,9 +50,9 @@ class Engine:
 
     def register(self, name: str, path: Path) -> None:
         """Gives `name` to the adapter in `path`, as a server does with `load_inplace`."""
-        from vllm_plugin.cli import AdapterOption
-        from vllm_plugin.registry import registry_in
-        from vllm_plugin.store import open_adapter
+        from vllm_plugin.adapters.loading import open_adapter
+        from vllm_plugin.adapters.registry import registry_in
+        from vllm_plugin.front_end.cli_args import AdapterOption
 
         config = self.llm.llm_engine.vllm_config
         registry = registry_in(config.kv_transfer_config)

@@ -52,9 +52,9 @@ def overridden() -> set[str]:
 
 def seams() -> tuple[Any, ...]:
     """Returns all of the plugin's wraps."""
-    from vllm_plugin.compat import START_SEAMS
-    from vllm_plugin.launcher import parser_seam
-    from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
+    from vllm_plugin.patches.install import START_SEAMS
+    from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
+    from vllm_plugin.prefix_serve import parser_seam
 
     return (*START_SEAMS, parser_seam(), *ENGINE_SEAMS, *SERVER_SEAMS)
 

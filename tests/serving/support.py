@@ -14,10 +14,10 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
-from peft_prefix_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, layer_key
-from peft_prefix_ext.fingerprint import fingerprint
-from vllm_plugin.config import PrefixSpec
-from vllm_plugin.registry import registry_in
+from peft_prefix_ext.checkpoint.fingerprint import fingerprint
+from peft_prefix_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME, layer_key
+from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.adapters.spec import PrefixSpec
 
 BLOCK_SIZE = 32
 # What vLLM takes: heads of 32 on CPUs.

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from serving import support
-from vllm_plugin.bank import HOST_FACTOR, PrefixBank
-from vllm_plugin.config import PrefixSpec
+from vllm_plugin.adapters.loading import digest_of
+from vllm_plugin.adapters.loading import load as load_adapter
+from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.geometry import CacheLayer, stacks_of
-from vllm_plugin.scheduler import PrefixLoad
-from vllm_plugin.stats import RESIDENT
-from vllm_plugin.store import digest_of
-from vllm_plugin.store import load as load_adapter
-from vllm_plugin.worker import PrefixWriter
+from vllm_plugin.metrics import RESIDENT
+from vllm_plugin.scheduler.scheduler import PrefixLoad
+from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
+from vllm_plugin.worker.cache_writer import PrefixWriter
+from vllm_plugin.worker.prefix_manager import HOST_FACTOR, PrefixBank
 
 CONFIG = support.llama_config()
 BLOCK_SIZE, NUM_BLOCKS = 4, 12
@@ -180,7 +180,7 @@ def test_no_memory_on_the_device_is_no_failure(
 
     spec, kv = adapters("one")
     worker = Worker(1 << 20)
-    monkeypatch.setattr("vllm_plugin.bank.PrefixKV.to", refuse)
+    monkeypatch.setattr("vllm_plugin.worker.prefix_manager.PrefixKV.to", refuse)
     with caplog.at_level(logging.WARNING, "vllm.prefix_adapters"):
         worker.writer.write([load(spec, [1, 2])])
     assert worker.holds(kv, [1, 2], 0, 6)
@@ -265,11 +265,11 @@ def test_what_is_on_the_device_outlives_its_file(adapters: Any) -> None:
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_plugin import bank
+    from vllm_plugin.worker import prefix_manager
 
     spec, _ = adapters("one")
-    original = bank.reload
-    monkeypatch.setattr(bank, "reload", lambda spec: (original(spec), overwritten(Path(spec.path)))[0])
+    original = prefix_manager.reload
+    monkeypatch.setattr(prefix_manager, "reload", lambda spec: (original(spec), overwritten(Path(spec.path)))[0])
     with pytest.raises(PrefixServeError, match="changed while being read"):
         Worker(1 << 20).bank.open(spec)
 

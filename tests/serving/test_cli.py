@@ -12,9 +12,11 @@ import pytest
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
 from serving import support
-from vllm_plugin import cli, config, launcher, prefix_adapters, startup
+from vllm_plugin import prefix_adapters, prefix_serve
+from vllm_plugin.adapters import spec
+from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.registry import registry_in
+from vllm_plugin.front_end import cli_args, engine_config
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ from vllm_plugin.registry import registry_in
 )
 def test_malformed_options(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"\A[^\n]*\Z"):
-        cli.parse_adapter(text)
+        cli_args.parse_adapter(text)
 
 
 def parsed(*options: str) -> argparse.Namespace:
@@ -35,8 +37,8 @@ def parsed(*options: str) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
-    cli.add_argument(parser)
-    cli.add_argument(parser)
+    cli_args.add_argument(parser)
+    cli_args.add_argument(parser)
     return parser.parse_args([*options])
 
 
@@ -44,9 +46,9 @@ def test_options_add_up_and_names_are_unique() -> None:
     in_json = '{"name": "d", "path": "/w", "base_model_name": "base"}'
     options = parsed("--prefix-adapter", "a=/x", "b=org/repo", "--prefix-adapter", "c=/y=z", in_json).prefix_adapter
     assert options == [("a", "/x", None), ("b", "org/repo", None), ("c", "/y=z", None), ("d", "/w", "base")]
-    cli.check_unique(options)
+    cli_args.check_unique(options)
     with pytest.raises(PrefixServeError, match="'a' is given twice"):
-        cli.check_unique([*options, cli.AdapterOption("a", "/z")])
+        cli_args.check_unique([*options, cli_args.AdapterOption("a", "/z")])
     with pytest.raises(PrefixServeError, match="at least one"):
         prefix_adapters()
 
@@ -55,7 +57,7 @@ def test_options_add_up_and_names_are_unique() -> None:
 def test_malformed_memory(gib: str) -> None:
     message = f"expected a number of GiB >= 0, got '{gib}'"
     with pytest.raises(argparse.ArgumentTypeError, match=message):
-        cli.parse_gib(gib)
+        cli_args.parse_gib(gib)
     with pytest.raises(PrefixServeError, match=f"`prefix_adapter_device_memory`: {message}"):
         prefix_adapters(a="/x", prefix_adapter_device_memory=gib)
 
@@ -70,11 +72,11 @@ def test_memory_offline() -> None:
 def test_a_server_says_at_once_what_its_options_lack() -> None:
     for option in (["--prefix-adapter-warmup"], ["--prefix-adapter-device-memory", "2"]):
         with pytest.raises(PrefixServeError, match=f"{option[0]} needs"):
-            startup.configure(None, parsed(*option))
+            engine_config.configure(None, parsed(*option))
     options = parsed("--prefix-adapter", "a=/x")
     options.lora_modules = [LoRAModulePath("a", "/y")]
     with pytest.raises(PrefixServeError, match="'a' is already the name of a model"):
-        startup.configure(None, options)
+        engine_config.configure(None, options)
 
 
 @pytest.mark.parametrize("served", [[], ["--prefix-adapter", "one=/x"]])
@@ -102,18 +104,18 @@ def test_what_is_no_model_is_said_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"\Aprefix-serve: error: [^\n]*\Z") as caught:
-        launcher.main(arguments)
+        prefix_serve.main(arguments)
     assert message in str(caught.value)
     # Unless it is the folder of one.
     (tmp_path / arguments[0]).mkdir()
-    assert launcher._mistake(arguments) is None
+    assert prefix_serve._mistake(arguments) is None
 
 
 @pytest.mark.parametrize(
     ("code", "error"),
     [
         (
-            "from vllm_plugin.launcher import main; main(['model'])",
+            "from vllm_plugin.prefix_serve import main; main(['model'])",
             "prefix-serve: error: vLLM is not installed; install",
         ),
         ("from vllm_plugin import prefix_adapters", "ImportError: vLLM is not installed; install"),
@@ -144,7 +146,7 @@ def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path)
     (adapter / "adapter_config.json").unlink()
     copy = pickle.loads(pickle.dumps(options))
     second = EngineArgs.from_cli_args(copy).create_engine_config()
-    settings = [config.settings_in(each.kv_transfer_config) for each in (first, second)]
+    settings = [spec.settings_in(each.kv_transfer_config) for each in (first, second)]
     assert settings[0] == settings[1]
     assert settings[0] == {
         "prefix_registry": options.prefix_registry,
@@ -160,5 +162,5 @@ def test_options_attach_the_plugin_in_spawned_servers() -> None:
         "import pickle, sys; folder = pickle.loads(bytes.fromhex(sys.argv[1])); from vllm_plugin import compat; "
         "print(folder, type(folder).__name__, compat._installed)"
     )
-    command = [sys.executable, "-c", code, pickle.dumps(cli.SharedFolder("/x")).hex()]
+    command = [sys.executable, "-c", code, pickle.dumps(cli_args.SharedFolder("/x")).hex()]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "/x SharedFolder True\n"

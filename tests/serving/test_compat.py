@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from vllm_plugin import compat
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.patches import install
 
 
 def test_without_adapters_nothing_changes(model: Path, adapter: Path) -> None:
@@ -20,7 +20,7 @@ import sys
 import wrapt
 from vllm.engine.arg_utils import EngineArgs
 from vllm_plugin import prefix_adapters, register
-from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
+from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
 
 def wrapped():
     return [seam.method for seam in (*ENGINE_SEAMS, *SERVER_SEAMS) if isinstance(resolve(seam), wrapt.FunctionWrapper)]
@@ -43,25 +43,25 @@ print(without, wrapped() == [seam.method for seam in ENGINE_SEAMS])
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(PrefixServeError, match="unset VLLM_USE_RUST_FRONTEND"):
-        compat.require(server=True)
+        install.require(server=True)
 
 
 @pytest.mark.parametrize(
-    "change", [lambda m: m.setattr("vllm.__version__", "0.99.0"), lambda m: m.setitem(compat._problems, "x", "gone")]
+    "change", [lambda m: m.setattr("vllm.__version__", "0.99.0"), lambda m: m.setitem(install._problems, "x", "gone")]
 )
 def test_an_unknown_vllm_is_refused(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    monkeypatch.setattr(compat, "_problems", {})
+    monkeypatch.setattr(install, "_problems", {})
     change(monkeypatch)
     with pytest.raises(PrefixServeError, match="Prefix adapters do not work with vLLM"):
-        compat.require(server=False)
+        install.require(server=False)
 
 
 def test_an_operator_may_have_the_shapes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.99.0")
-    monkeypatch.setenv(compat.ANY_VERSION, "1")
-    compat.require(server=True)
+    monkeypatch.setenv(install.ANY_VERSION, "1")
+    install.require(server=True)
 
 
 def test_a_changed_method_is_noticed() -> None:
@@ -72,7 +72,7 @@ def test_a_changed_method_is_noticed() -> None:
         def add_cli_args(other: Any) -> None: ...
 
     module = types.SimpleNamespace(EngineArgs=EngineArgs)
-    seam, other = compat.START_SEAMS[:2]
+    seam, other = install.START_SEAMS[:2]
     assert seam.problem(module) == "EngineArgs.add_cli_args has no parameter parser"
     assert "has no EngineArgs.from_cli_args" in str(other.problem(module))
 
@@ -84,5 +84,5 @@ def test_wraps_are_put_on_once() -> None:
 
     before = EngineArgs.__dict__["create_engine_config"]
     vllm_plugin.register()
-    compat.install()
+    install.install()
     assert EngineArgs.__dict__["create_engine_config"] is before

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from requests.app import adapter, assert_refused, cards, digest, load, start, unload
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 
-from serving.app import adapter, assert_refused, cards, digest, load, start, unload
-from vllm_plugin.endpoints import SWITCH
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.front_end.api_router import SWITCH
 
 
 def test_all_processes_see_what_is_loaded_and_unloaded_through_one(
@@ -117,12 +117,12 @@ def test_a_name_of_a_lora_is_taken_at_start(options: Any) -> None:
 
 
 def test_a_request_that_has_found_its_adapter_keeps_it(server: TestClient) -> None:
-    from vllm_plugin import serving
+    from vllm_plugin.front_end import requests
 
     models = server.app.state.openai_serving_models
     request = models.prefix_models.request("one")
     unload(server, "one")
-    spec = serving.adapter_named(request, models.engine_client.vllm_config)
+    spec = requests.adapter_named(request, models.engine_client.vllm_config)
     assert spec is not None
     assert spec.name == "one"
 

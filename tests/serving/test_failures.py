@@ -13,8 +13,8 @@ import pytest
 from serving import support
 from serving.engines import Engine, Pool
 from serving.support import prompt_ids, specs_in
-from vllm_plugin.bank import Shelf
-from vllm_plugin.failures import STEPS_IN_FLIGHT, GivenBlocks, given_to
+from vllm_plugin.scheduler.load_failures import STEPS_IN_FLIGHT, GivenBlocks, given_to
+from vllm_plugin.worker.prefix_manager import Shelf
 
 
 def fails_without_its_file(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,11 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.checkpoint.format import LayerKV
+from vllm_plugin.adapters.loading import check_shapes
+from vllm_plugin.adapters.registry import Registry
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.geometry import CacheLayer, cache_layers, model_shapes, shard, stacks_of
-from vllm_plugin.registry import Registry
-from vllm_plugin.store import check_shapes
+from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, shard, stacks_of
 
 
 def layer(index: int, heads: int = 2, size: int = 32, group: int = 0, value_size: int | None = None) -> CacheLayer:

@@ -65,7 +65,7 @@ class HybridScheduler:
         from vllm.v1.outputs import ModelRunnerOutput
         from vllm.v1.request import Request
 
-        from vllm_plugin.config import pack
+        from vllm_plugin.adapters.spec import pack
 
         transfer = {"kv_transfer_params": {"prefix_adapters": pack(self.specs[name])}}
         request_id = f"hybrid-{next(self._numbers)}"

@@ -13,9 +13,10 @@ import pytest
 from serving import support
 from serving.engines import Engine
 from serving.support import prompt_ids
-from vllm_plugin import PrefixAdapterRequest, loading
-from vllm_plugin.bank import Shelf
-from vllm_plugin.registry import registry_in
+from vllm_plugin import PrefixAdapterRequest
+from vllm_plugin.adapters import runtime_loading
+from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.worker.prefix_manager import Shelf
 
 PROMPT = prompt_ids(20)
 
@@ -46,9 +47,9 @@ def write(tmp_path: Path, llama: Engine) -> Callable[..., tuple[Path, support.Pr
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths that were read since."""
     paths: list[str] = []
-    original = loading.open_adapter
+    original = runtime_loading.open_adapter
     monkeypatch.setattr(
-        loading, "open_adapter", lambda option, *rest: (paths.append(option.path), original(option, *rest))[1]
+        runtime_loading, "open_adapter", lambda option, *rest: (paths.append(option.path), original(option, *rest))[1]
     )
     return paths
 
@@ -151,7 +152,7 @@ def test_of_many_that_name_a_path_at_a_time_one_reads_it(engine: Engine, write: 
     folder, _ = write("task", 110)
     request = PrefixAdapterRequest("task", 1, str(folder))
     with ThreadPoolExecutor(8) as pool:
-        specs = list(pool.map(lambda _: loading.adapter_of(request, config_of(engine)), range(16)))
+        specs = list(pool.map(lambda _: runtime_loading.adapter_of(request, config_of(engine)), range(16)))
     assert opened == [str(folder)]
     assert len(set(specs)) == 1
 

@@ -13,7 +13,7 @@ from serving import offloading, support
 from serving.engines import Engine, Pool
 from serving.support import prompt_ids
 from serving.test_failures import file_gone
-from vllm_plugin.siblings import Siblings
+from vllm_plugin.scheduler.other_connectors import Siblings
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from serving import support
 from serving.engines import Engine
 from serving.on_lora import greedy, train
 from serving.support import prompt_ids
-from vllm_plugin import PrefixAdapterRequest, lora
+from vllm_plugin import PrefixAdapterRequest
+from vllm_plugin.adapters import base_lora
 from vllm_plugin.errors import PrefixServeError
 
 CONFIG = support.llama_config()
@@ -73,7 +74,7 @@ def engine(pool: Any, folder: Path, trained: dict[str, PeftModel]) -> Engine:
             "copy": str(folder / "copy" / "prefix"),
         },
         enable_lora=True,
-        # One more than there are: see `lora.confuses_slots`.
+        # One more than there are: see `base_lora.confuses_slots`.
         max_loras=4,
         max_lora_rank=8,
         max_num_seqs=6,
@@ -118,8 +119,11 @@ def test_lora_below_prefixes_and_beside_them(engine: Engine, folder: Path, train
     for some in (0, 1, 4):
         assert run(engine, requests[some::6]) == expected[some::6]
     # A prefix and its copy have one LoRA between them.
-    assert engine.llm.llm_engine.list_loras() == {1, *(lora.request_for(spec).lora_int_id for spec in specs(engine))}
-    assert len({lora.request_for(spec).lora_int_id for spec in specs(engine)}) == 2
+    assert engine.llm.llm_engine.list_loras() == {
+        1,
+        *(base_lora.request_for(spec).lora_int_id for spec in specs(engine)),
+    }
+    assert len({base_lora.request_for(spec).lora_int_id for spec in specs(engine)}) == 2
 
 
 def specs(engine: Engine) -> list[Any]:
@@ -197,7 +201,7 @@ def test_an_engine_that_cannot_load_lora_says_so(
     config.lora_config = copy.copy(config.lora_config)
     spoil(config)
     with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
-        lora.lora_below("first", read_prefix(folder / "first" / "prefix"), config)
+        base_lora.lora_below("first", read_prefix(folder / "first" / "prefix"), config)
     assert message in str(caught.value)
 
 
@@ -223,7 +227,7 @@ def test_lora_that_is_not_there_is_refused(
         fields["base_adapters"][0].update(change)
     path.write_text(json.dumps(fields))
     with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
-        lora.lora_below("first", read_prefix(path.parent), engine.llm.llm_engine.vllm_config)
+        base_lora.lora_below("first", read_prefix(path.parent), engine.llm.llm_engine.vllm_config)
     assert message in str(caught.value)
 
 
@@ -238,17 +242,19 @@ class Server:
 
 
 def test_a_server_loads_lora_when_it_starts(engine: Engine, tmp_path: Path) -> None:
-    asyncio.run(lora.load(Server(engine), specs(engine)))
-    assert {lora.request_for(spec).lora_int_id for spec in specs(engine)} <= set(engine.llm.llm_engine.list_loras())
+    asyncio.run(base_lora.load(Server(engine), specs(engine)))
+    assert {base_lora.request_for(spec).lora_int_id for spec in specs(engine)} <= set(
+        engine.llm.llm_engine.list_loras()
+    )
     gone = dataclasses.replace(specs(engine)[0], lora_path=str(tmp_path), lora_digest="1" * 64)
     with pytest.raises(PrefixServeError, match="below the prefix adapter 'first', cannot be loaded"):
-        asyncio.run(lora.load(Server(engine), [gone]))
+        asyncio.run(base_lora.load(Server(engine), [gone]))
     plain = dataclasses.replace(gone, lora_path=None, lora_digest=None)
-    asyncio.run(lora.load(Server(engine), [plain]))
+    asyncio.run(base_lora.load(Server(engine), [plain]))
 
 
 def test_two_loras_of_one_number_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = specs(engine)[0]
-    monkeypatch.setattr(lora, "_digests", {lora.request_for(spec).lora_int_id: "another"})
+    monkeypatch.setattr(base_lora, "_digests", {base_lora.request_for(spec).lora_int_id: "another"})
     with pytest.raises(ValueError, match="cannot be told from another one by its number"):
-        lora.request_for(spec)
+        base_lora.request_for(spec)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_plugin.config import ADAPTERS
-from vllm_plugin.prompt_logprobs import expect, real_rows
+from vllm_plugin.adapters.spec import ADAPTERS
+from vllm_plugin.front_end.prompt_logprobs import expect, real_rows
 
 
 def table(num_rows: int) -> LogprobsTensors:

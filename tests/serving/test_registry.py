@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_plugin.config import PrefixSpec
-from vllm_plugin.registry import Adapter, NameTakenError, Registry
+from vllm_plugin.adapters.registry import Adapter, NameTakenError, Registry
+from vllm_plugin.adapters.spec import PrefixSpec
 
 SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
 
@@ -143,7 +143,7 @@ def test_the_shapes_that_the_engine_wrote(folder: Path) -> None:
 def test_the_folder_is_private_and_goes_with_the_process_that_made_it() -> None:
     code = """
 import os
-from vllm_plugin.registry import make_folder
+from vllm_plugin.adapters.registry import make_folder
 folder = make_folder()
 fork = os.fork()
 if fork:

@@ -12,8 +12,8 @@ import vllm
 from release_sources import Release, imported, parameters
 
 from serving.releases import CALLED, PLUGIN, RECORDED, describe, overridden, seams, wrapped
-from vllm_plugin.compat import END_VERSION, MIN_VERSION
 from vllm_plugin.connector import PrefixConnector
+from vllm_plugin.patches.install import END_VERSION, MIN_VERSION
 
 RELEASES: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
 releases = pytest.mark.parametrize("release", RELEASES.values(), ids=list(RELEASES))

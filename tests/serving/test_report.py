@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from vllm_plugin.config import PrefixSpec
-from vllm_plugin.registry import Adapter
-from vllm_plugin.report import MAX_LINES, report, report_cache
+from vllm_plugin.adapters.registry import Adapter
+from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.adapters.startup_log import MAX_LINES, report, report_cache
 
 SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
 

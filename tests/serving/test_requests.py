@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from requests.engines import Engine
+from requests.support import prompt_ids, specs_in
 
-from serving.engines import Engine
-from serving.support import prompt_ids, specs_in
-from vllm_plugin import PrefixAdapterRequest, serving
+from vllm_plugin import PrefixAdapterRequest
+from vllm_plugin.front_end import requests
 
 
 def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any) -> Any:
@@ -163,12 +164,12 @@ def test_streaming_input_is_refused(llama: Engine) -> None:
         )
 
 
-def checks() -> list[tuple[Callable[[], serving.Prompt], Callable[[], Any], str]]:
+def checks() -> list[tuple[Callable[[], requests.Prompt], Callable[[], Any], str]]:
     from vllm import PoolingParams, SamplingParams
 
-    def prompt(**fields: Any) -> Callable[[], serving.Prompt]:
+    def prompt(**fields: Any) -> Callable[[], requests.Prompt]:
         plain = {"num_tokens": 5, "cache_salt": None, "has_embeds": False, "has_media": False}
-        return lambda: serving.Prompt(**{**plain, **fields})
+        return lambda: requests.Prompt(**{**plain, **fields})
 
     return [
         (prompt(), PoolingParams, "pooling requests cannot use the prefix adapter 'p7'"),
@@ -188,7 +189,7 @@ def checks() -> list[tuple[Callable[[], serving.Prompt], Callable[[], Any], str]
 def test_checks(llama: Engine, prompt: Any, params: Any, message: str) -> None:
     spec = specs_in(llama.llm.llm_engine.vllm_config.kv_transfer_config)["p7"]
     with pytest.raises(ValueError, match=message):
-        serving.check(spec, prompt(), params(), 512)
+        requests.check(spec, prompt(), params(), 512)
 
 
 def test_prefixes_are_unknown_to_an_engine_without_them(llama: Engine) -> None:
@@ -196,4 +197,4 @@ def test_prefixes_are_unknown_to_an_engine_without_them(llama: Engine) -> None:
         kv_transfer_config = None
 
     with pytest.raises(ValueError, match="this engine has: none"):
-        serving.adapter_named(PrefixAdapterRequest("p7"), Config())
+        requests.adapter_named(PrefixAdapterRequest("p7"), Config())

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from serving import support
 from serving.app import CONFIG, adapter, assert_refused, cards, digest, load, start, unload
-from vllm_plugin import models as prefix_models
+from vllm_plugin.front_end import serving_models as prefix_models
 
 
 @pytest.mark.parametrize(

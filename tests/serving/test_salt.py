@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_plugin.config import PrefixSpec
+from vllm_plugin.adapters.spec import PrefixSpec
 
 DIGESTS = st.sampled_from(["0" * 64, "0" * 63 + "1"])
 NAMES = st.text("a:0", min_size=1, max_size=70)

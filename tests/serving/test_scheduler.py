@@ -15,9 +15,9 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from serving.support import prompt_ids
-from vllm_plugin.compat import require
-from vllm_plugin.config import PrefixSpec, pack
-from vllm_plugin.scheduler import PrefixScheduler
+from vllm_plugin.adapters.spec import PrefixSpec, pack
+from vllm_plugin.patches.install import require
+from vllm_plugin.scheduler.scheduler import PrefixScheduler
 
 BLOCK_SIZE = 32
 SPECS = {p: PrefixSpec(f"p{p}", "", f"/p{p}", p, f"{p:064}") for p in (1, 32, 70, 130)}

@@ -13,9 +13,10 @@ from vllm.utils import cpu_resource_utils
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from serving import support
-from vllm_plugin import prefix_adapters, store
-from vllm_plugin.cores import VARIABLE
+from vllm_plugin import prefix_adapters
+from vllm_plugin.adapters import loading
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.front_end.cpu_cores import VARIABLE
 
 CONFIG = support.llama_config()
 
@@ -150,7 +151,7 @@ def test_what_the_engine_says_of_routing_is_refused(model: Path, adapter: Path) 
     # An option of model runner V2, which no CPU has.
     config.aux_output_config.enable_return_routed_experts = True
     with pytest.raises(PrefixServeError, match="do not support --enable-return-routed-experts"):
-        store.check_engine(config)
+        loading.check_engine(config)
 
 
 def test_whisper_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_cpu_computes_with_no_fewer_cores_than_without_prefixes(
 ) -> None:
     monkeypatch.setattr(cpu_resource_utils, "get_allowed_cpu_list", lambda: cores)
     monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: [0])
-    monkeypatch.setattr("vllm_plugin.cores._num_cores", lambda: num_cores)
+    monkeypatch.setattr("vllm_plugin.front_end.cpu_cores._num_cores", lambda: num_cores)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
     cores = [cpu_resource_utils.LogicalCPUInfo(core, core, 0) for core in range(num_cores)]
 

@@ -10,9 +10,9 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
-from vllm_plugin import stats
-from vllm_plugin.compat import require
-from vllm_plugin.stats import RESIDENT, PrefixPromMetrics, PrefixStats
+from vllm_plugin import metrics
+from vllm_plugin.metrics import RESIDENT, PrefixPromMetrics, PrefixStats
+from vllm_plugin.patches.install import require
 
 
 def counted(**counts: int) -> PrefixStats:
@@ -49,20 +49,20 @@ def test_they_survive_the_way_to_the_front_end_beside_another_connector() -> Non
 
 
 def test_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "MAX_LABELS", 2)
+    monkeypatch.setattr(metrics, "MAX_LABELS", 2)
     registry = CollectorRegistry()
 
     def on(kind: Any) -> Any:
         return lambda **arguments: kind(registry=registry, **arguments)
 
-    metrics = PrefixPromMetrics(
+    counters = PrefixPromMetrics(
         SimpleNamespace(kv_transfer_config=None),
         {kind: on(kind) for kind in (Counter, Gauge, Histogram)},
         ["model_name", "engine"],
         {0: ["m", "0"], 1: ["m", "1"]},
     )
-    metrics.observe({"loads": {"a": 2, 'b"': 1}, RESIDENT: 5}, 1)
-    metrics.observe({"loads": {"a": 1, "c": 1, "d": 1}}, 0)
+    counters.observe({"loads": {"a": 2, 'b"': 1}, RESIDENT: 5}, 1)
+    counters.observe({"loads": {"a": 1, "c": 1, "d": 1}}, 0)
     text = generate_latest(registry).decode()
     assert 'vllm:prefix_adapter_loads_total{adapter="a",engine="1",model_name="m"} 2.0' in text
     assert 'vllm:prefix_adapter_loads_total{adapter="b\\"",engine="1",model_name="m"} 1.0' in text

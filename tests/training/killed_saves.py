@@ -21,8 +21,8 @@ from prefixed import with_prefix
 from tiny import random_ids, tiny_model
 
 from peft_prefix_ext import PrefixCheckpointError, read_prefix
-from peft_prefix_ext.interop import export_to_peft
-from peft_prefix_ext.writing import write_adapter
+from peft_prefix_ext.checkpoint.writer import write_adapter
+from peft_prefix_ext.conversion.stock_peft import export_to_peft
 
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")
 IDS = random_ids(1, 5)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from peft_prefix_ext.states import PrefixStates
+from peft_prefix_ext.injection.prefix_tensors import PrefixStates
 
 SETTINGS: dict[str, dict] = {
     "mlp": {"reparam": "mlp"},

@@ -16,8 +16,8 @@ from tiny import random_ids, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_prefix_ext import PrefixCheckpointError, PrefixExtConfig, read_prefix
-from peft_prefix_ext.checkpoint import FLOAT_DTYPES, magnitude
-from peft_prefix_ext.fingerprint import fingerprint
+from peft_prefix_ext.checkpoint.fingerprint import fingerprint
+from peft_prefix_ext.checkpoint.format import FLOAT_DTYPES, magnitude
 
 IDS = random_ids(2, 9)
 

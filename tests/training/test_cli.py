@@ -18,7 +18,7 @@ from tiny import tiny_model
 from transformers.utils import logging
 
 from peft_prefix_ext import read_prefix, write_prefix
-from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.cli import main
 
 
@@ -197,10 +197,10 @@ def test_only_warnings_of_our_own_are_shown(run, monkeypatch, caplog):
     def noisy(arguments):
         library.warning("Failed to load another library")
         warnings.warn_explicit("of theirs", UserWarning, "theirs.py", 1, module="transformers.utils")
-        warnings.warn_explicit("of ours", UserWarning, "ours.py", 1, module="peft_prefix_ext.saved")
+        warnings.warn_explicit("of ours", UserWarning, "ours.py", 1, module="peft_prefix_ext.checkpoint.compatibility")
         library.error("out of memory")
 
-    monkeypatch.setattr("peft_prefix_ext.cli._inspect", noisy)
+    monkeypatch.setattr("peft_prefix_ext.cli.parser._inspect", noisy)
     before = python_logging.root.manager.disable
     assert run("inspect", "ours") == (0, "", "prefix-ext: warning: of ours\n")
     assert caplog.messages == ["out of memory"]

@@ -14,8 +14,8 @@ from tiny import random_ids, tiny_model
 from transformers import DynamicCache
 
 from peft_prefix_ext import PrefixCheckpointError, compose, read_prefix, write_prefix
-from peft_prefix_ext.checkpoint import LayerKV
-from peft_prefix_ext.geometry import record_layers
+from peft_prefix_ext.base_model.layers import record_layers
+from peft_prefix_ext.checkpoint.format import LayerKV
 
 IDS = random_ids(1, 9)
 EAGER = ("gptj", "gpt_oss")

@@ -7,7 +7,7 @@ import torch
 from prefixed import REPARAMS, perturb, with_prefix
 from tiny import random_ids, tiny_model
 
-from peft_prefix_ext.layer import PrefixExtLayer
+from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 IDS = random_ids(2, 9)
 

@@ -14,8 +14,8 @@ from prefixed_seq2seq import EVERYWHERE, READ, VIRTUAL, WRITTEN, greedy, layers_
 from tiny_seq2seq import ENCODER_DECODERS, OTHER_ENCODERS, tiny_encoder_decoder
 from transformers.modeling_outputs import BaseModelOutput
 
-from peft_prefix_ext.geometry import record_layers
-from peft_prefix_ext.reparam import PrefixMLP
+from peft_prefix_ext.base_model.layers import record_layers
+from peft_prefix_ext.injection.reparam import PrefixMLP
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from tiny_seq2seq import tiny_encoder_decoder
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from peft_prefix_ext import PrefixExtConfig, compose, export_to_peft, import_from_peft, read_prefix
-from peft_prefix_ext.geometry import record_layers
-from peft_prefix_ext.summary import as_text
-from peft_prefix_ext.verification import verify
+from peft_prefix_ext.base_model.layers import record_layers
+from peft_prefix_ext.checkpoint.summary import as_text
+from peft_prefix_ext.conversion.verify import verify
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -7,7 +7,7 @@ import torch
 from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 
-from peft_prefix_ext.reparam import PrefixMLP
+from peft_prefix_ext.injection.reparam import PrefixMLP
 
 
 def gradients(model, ids):

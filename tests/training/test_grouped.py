@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_prefix_ext.grouped import additive, attend, use_groups
+from peft_prefix_ext.attention.grouped_query import additive, attend, use_groups
 
 ROWS, HEADS, TOKENS, LENGTH = 2, 4, 7, 11
 

@@ -17,7 +17,7 @@ from prefixed import perturb, with_prefix
 from tiny import random_ids, tiny_model
 
 from peft_prefix_ext import PrefixCheckpointError, export_to_peft, import_from_peft, read_prefix, write_prefix
-from peft_prefix_ext.checkpoint import LayerKV
+from peft_prefix_ext.checkpoint.format import LayerKV
 
 IDS = random_ids(2, 9)
 EAGER = ("gptj", "gpt_oss")

@@ -12,7 +12,7 @@ import transformers
 from libraries import HOOKED, PACKAGES, TRAINING, differences, needed, overridden, recorded, wrapped
 from release_sources import Release, imported, parameters
 
-from peft_prefix_ext.layer import MASK_ARGUMENTS
+from peft_prefix_ext.injection.layer import MASK_ARGUMENTS
 
 # Releases that must keep working, the ends of the range.
 TESTED = {"transformers": ("5.19.0", "5.24.0"), "peft": ("0.21.0", "0.21.2")}

@@ -15,7 +15,7 @@ from tiny import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from peft_prefix_ext import PrefixExtConfig, read_prefix
-from peft_prefix_ext.hub import resolve
+from peft_prefix_ext.checkpoint.hub import resolve
 
 
 @pytest.fixture

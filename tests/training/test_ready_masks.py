@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from peft_prefix_ext.positions import text_columns
+from peft_prefix_ext.injection.position_ids import text_columns
 
 LENGTH = 20  # longer than the sliding windows of the tiny models
 VISION = {

@@ -8,10 +8,10 @@ import transformers
 from prefixed import with_prefix
 from tiny import REFUSED, tiny_model
 
-from peft_prefix_ext import rehearsal
-from peft_prefix_ext.describe import describe
-from peft_prefix_ext.layer import PrefixExtLayer
-from peft_prefix_ext.rows import Rows
+from peft_prefix_ext.base_model.describe import describe
+from peft_prefix_ext.injection.batch import Rows
+from peft_prefix_ext.injection.layer import PrefixExtLayer
+from peft_prefix_ext.tuner import self_test
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
@@ -36,8 +36,8 @@ def test_a_model_is_named_with_the_release_that_implements_it(llama):
         ("llama", lambda patch: patch.setattr(Rows, "shift", 0)),  # positions that overlap those of the prefix
         ("llama", lambda patch: patch.setattr(Rows, "shift", 5)),
         ("llama", lambda patch: patch.setattr(PrefixExtLayer, "_mask", lambda layer, step, mask, k: None)),
-        ("bloom", lambda patch: patch.setattr(rehearsal, "layer_class", lambda *args: PrefixExtLayer)),
-        ("gemma4", lambda patch: patch.setattr(rehearsal, "find_shared", lambda *args: [])),
+        ("bloom", lambda patch: patch.setattr(self_test, "layer_class", lambda *args: PrefixExtLayer)),
+        ("gemma4", lambda patch: patch.setattr(self_test, "find_shared", lambda *args: [])),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ from tiny import random_ids, tiny_model
 from transformers.activations import ACT2FN
 
 from peft_prefix_ext import PrefixExtConfig
-from peft_prefix_ext.reparam import PrefixMLP
+from peft_prefix_ext.injection.reparam import PrefixMLP
 
 IDS = random_ids(2, 30)
 FORMS = [

@@ -10,7 +10,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from prefixed import with_prefix
 from tiny import STOCK, random_ids, tiny_model
 
-from peft_prefix_ext.layer import PrefixExtLayer
+from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 EAGER = ("gptj", "gpt_oss")
 CASES = [

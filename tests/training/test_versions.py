@@ -13,7 +13,8 @@ from packaging.version import Version
 from peft import get_peft_model
 from tiny import tiny_model
 
-from peft_prefix_ext import PrefixExtConfig, versions
+from peft_prefix_ext import PrefixExtConfig
+from peft_prefix_ext.tuner import tested_versions
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TESTED = [Requirement(text) for text in PROJECT["optional-dependencies"]["tested"]]
@@ -47,7 +48,7 @@ def test_it_can_be_read_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     declared = [*PROJECT["dependencies"], 'vllm>=0.32; extra == "serve"']
     declared += [f'{text}; extra == "tested"' for text in PROJECT["optional-dependencies"]["tested"]]
     monkeypatch.setattr(metadata, "requires", lambda name: declared)
-    assert [(each.name, each.specifier) for each in versions.tested_requirements()] == [
+    assert [(each.name, each.specifier) for each in tested_versions.tested_requirements()] == [
         (each.name, each.specifier) for each in TESTED
     ]
 
@@ -57,7 +58,7 @@ def test_sources_that_are_not_installed_say_nothing(monkeypatch: pytest.MonkeyPa
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", requires)
-    assert versions.tested_requirements() == []
+    assert tested_versions.tested_requirements() == []
 
 
 def test_one_warning_names_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +66,8 @@ def test_one_warning_names_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) 
     requirements = [Requirement(text) for text in ("torch>=2.13,<2.15", "transformers>=5.19,<5.25", "peft>=0.21,<0.22")]
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: installed.get(name) or real(name))
-    monkeypatch.setattr(versions, "tested_requirements", lambda: requirements)
-    versions.warn_of_untested_versions.cache_clear()
+    monkeypatch.setattr(tested_versions, "tested_requirements", lambda: requirements)
+    tested_versions.warn_of_untested_versions.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -78,8 +79,8 @@ def test_one_warning_names_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_within_the_range_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "tested_requirements", lambda: [Requirement("torch>=2,<99")])
-    versions.warn_of_untested_versions.cache_clear()
+    monkeypatch.setattr(tested_versions, "tested_requirements", lambda: [Requirement("torch>=2,<99")])
+    tested_versions.warn_of_untested_versions.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        versions.warn_of_untested_versions()
+        tested_versions.warn_of_untested_versions()

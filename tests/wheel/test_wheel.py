@@ -21,7 +21,7 @@ from readme_code import LOCAL, block, run
 from tiny import tiny_model, tiny_tokenizer
 
 import peft_prefix_ext
-from peft_prefix_ext import versions
+from peft_prefix_ext.tuner import tested_versions
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -84,7 +84,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_the_wheel_and_it_is_alone() -> None:
     assert Path(peft_prefix_ext.__file__).is_relative_to(sys.prefix)
     assert find_spec("vllm") is None
-    assert {requirement.name for requirement in versions.tested_requirements()} >= {"torch", "transformers", "peft"}
+    assert {requirement.name for requirement in tested_versions.tested_requirements()} >= {
+        "torch",
+        "transformers",
+        "peft",
+    }
     files = {str(file) for file in distribution("peft-prefix-ext").files or []}
     assert {"peft_prefix_ext/py.typed", "vllm_plugin/py.typed", "vllm_plugin/launcher.py"} <= files
     assert any(file.endswith("LICENSE") for file in files)

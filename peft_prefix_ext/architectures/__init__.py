@@ -1,0 +1,1 @@
+"""What some architectures need besides: one module per kind of attention."""

@@ -1,0 +1,1 @@
+"""What the package knows about a base model and how its weights are held."""

@@ -1,0 +1,118 @@
+"""Writes adapters of plain K/V, in the format of `checkpoint.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from peft_prefix_ext.checkpoint.atomic_save import replacing
+from peft_prefix_ext.checkpoint.format import (
+    CONFIG_NAME,
+    CROSS,
+    DECODER,
+    ENCODER,
+    FORMAT_VERSION,
+    STOCK_TYPES,
+    WEIGHTS_NAME,
+    LayerKV,
+    PrefixCheckpoint,
+    PrefixCheckpointError,
+    layer_key,
+    read_prefix,
+)
+from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
+
+PREFIX_TYPES = ("PREFIX_EXT", *STOCK_TYPES)
+
+
+def write_prefix(
+    path: str | Path,
+    layers: Mapping[int, LayerKV],
+    modules: Mapping[int, str],
+    attentions: Mapping[int, str] | None = None,
+    **config: Any,
+) -> PrefixCheckpoint:
+    """Writes a `PREFIX_EXT` adapter, as `save_pretrained` writes one without a reparameterization, and reads it back.
+
+    Args:
+        path: The folder, made if need be. A prefix that is there already is replaced, even if `layers` were read from it.
+        layers: K/V by layer index, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
+        modules: The name of each layer's attention module within the base model.
+        attentions: The kind of each layer, one of `ATTENTIONS`; the decoder's self-attention where it is not said.
+        config: Further fields of `adapter_config.json`; `base_model_name_or_path`, `base_fingerprint` and `task_type` are
+            what loading it with PEFT and serving it ask for.
+
+    Raises:
+        PrefixCheckpointError: If what was written is not a prefix: shapes that do not fit together, NaN or Inf; or if
+            something else is in its place, see `check_place`.
+    """
+    kinds = dict(attentions or {})
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for index, layer in sorted(layers.items()):
+        rows.append({"index": index, "module": modules[index]})
+        if kinds.get(index, DECODER) != DECODER:
+            rows[-1]["attention"] = kinds[index]
+        for kind, tensor in zip(layer._fields, layer, strict=True):
+            rows[-1][f"{kind}_shape"] = list(tensor.shape)
+            tensors[layer_key(modules[index], kind)] = tensor
+    recorded = {
+        "peft_type": "PREFIX_EXT",
+        "num_virtual_tokens": rows[0]["key_shape"][1],
+        "prefix_layers": rows,
+        "cross_prefix": CROSS in kinds.values(),
+        "encoder_prefix": ENCODER in kinds.values(),
+        "reparam": "none",
+        "format_version": FORMAT_VERSION,
+        "inference_mode": True,
+    }
+    write_adapter(path, {**config, **recorded}, tensors)
+    return read_prefix(path)
+
+
+def check_place(folder: str | Path, replaced: Sequence[str] = PREFIX_TYPES) -> None:
+    """Raises `PrefixCheckpointError` if an adapter written into `folder` would destroy something else.
+
+    Args:
+        folder: Where it would be written. Files that are none of an adapter's stay. An adapter of another type would be
+            lost, and a model's folder would be taken for the adapter's from then on.
+        replaced: The types of adapters that may be replaced.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise PrefixCheckpointError(f"{folder} is a file: name a folder to write the adapter to.")
+    try:
+        found = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    except FileNotFoundError:
+        if (folder / "config.json").exists():
+            raise PrefixCheckpointError(f"{folder} holds a model: name another folder for the adapter.") from None
+    except (OSError, ValueError, AttributeError):
+        raise PrefixCheckpointError(
+            f"{folder} holds an {CONFIG_NAME} that cannot be read: name another folder, or remove this one."
+        ) from None
+    else:
+        if found not in replaced:
+            raise PrefixCheckpointError(
+                f"{folder} holds an adapter of type {found}, which would be lost: name another folder, or remove this one."
+            )
+
+
+def write_adapter(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a folder in PEFT's layout: `config` as JSON, `tensors` as safetensors.
+
+    Tensors may be mapped to a file that is replaced.
+
+    Raises:
+        PrefixCheckpointError: If something else is in its place, see `check_place`.
+    """
+    check_place(path)
+    recorded = {**config, "base_model_name_or_path": absolute_if_local(config.get("base_model_name_or_path"))}
+    with replacing(Path(path)) as folder:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / CONFIG_NAME).write_text(json.dumps(recorded, indent=2, sort_keys=True), encoding="utf-8")

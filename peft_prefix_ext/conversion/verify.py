@@ -1,0 +1,64 @@
+"""Whether an adapter is right for a base model: what a server relies on, checked on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from peft_prefix_ext.checkpoint.base_adapters import are_alike, model_with
+from peft_prefix_ext.checkpoint.format import STOCK_TYPES, PrefixCheckpoint
+from peft_prefix_ext.conversion.stock_peft import check_fits, import_from_peft, read_source
+
+NUM_TOKENS = 16
+
+
+@torch.no_grad()
+def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -> Iterator[str]:
+    """Yields what was found to be right, one sentence for each check.
+
+    Raises:
+        ValueError: At the first check that fails, with what is wrong in one sentence.
+    """
+    # Not at the top: PEFT is told of our type when it is imported, unless by a module of ours that is half imported itself.
+    from peft import PeftModel
+
+    from peft_prefix_ext.tuner.other_adapters import adapters_below
+
+    prefix = read_source(source)
+    p, num_layers = prefix.num_virtual_tokens, len(prefix.layers)
+    yield f"the file is whole: {p} virtual tokens for {num_layers} layers, all of them finite"
+
+    check_fits(prefix, base_model)
+    recorded = "architecture and shapes are" if prefix.base_fingerprint else "shapes are (it records no architecture)"
+    present = adapters_below(base_model)
+    if not are_alike(prefix.base_adapters, present):
+        raise ValueError(
+            f"The prefix in {prefix.path} was trained on {model_with(prefix.base_adapters)}, and this is "
+            f"{model_with(present)}."
+        )
+    yield f"the base model fits: {recorded} the ones it was trained on"
+
+    tokens = torch.arange(NUM_TOKENS, device=base_model.device)[None] % base_model.config.get_text_config().vocab_size
+    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if base_model.config.is_encoder_decoder else {})}
+    alone = base_model.eval()(**inputs).logits.float()
+    with TemporaryDirectory() as folder:
+        path = prefix.path if prefix.peft_type not in STOCK_TYPES else import_from_peft(prefix, folder, base_model).path
+        model = PeftModel.from_pretrained(base_model, path)
+    used = read_source(model)
+    for index, layer in prefix.layers.items():
+        for kind, on_disk, in_use in zip(layer._fields, layer, used.layers[index], strict=True):
+            if not torch.equal(on_disk.to(in_use.dtype), in_use):
+                raise ValueError(f"The model does not use the {kind} of layer {index} that is in {prefix.path}.")
+    yield "the model loads it, and uses the K/V on disk to the bit"
+
+    logits = model(**inputs).logits.float()
+    if not logits.isfinite().all():
+        raise ValueError(f"With the prefix in {prefix.path} the logits are NaN or Inf.")
+    change = float((logits - alone).abs().max())
+    if change == 0:
+        raise ValueError(f"The prefix in {prefix.path} does not change the logits of {type(base_model).__name__}.")
+    yield f"it works: logits stay finite, and change by up to {change:.3g} over {NUM_TOKENS} tokens"

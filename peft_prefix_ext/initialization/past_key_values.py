@@ -1,0 +1,83 @@
+"""K/V that the user brings along, as the start of a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import Cache, EncoderDecoderCache
+
+from peft_prefix_ext.base_model.layers import RecordedLayer
+from peft_prefix_ext.checkpoint.format import CROSS, DECODER, LayerKV
+from peft_prefix_ext.config import PrefixExtConfig
+
+
+def given_kv(config: PrefixExtConfig, layers: list[RecordedLayer]) -> list[LayerKV]:
+    """Returns the K/V of `init_kv`, `[num_kv_heads, num_virtual_tokens, head_dim]` each, for each of `layers`.
+
+    Raises:
+        ValueError: If a layer is missing, or its K/V are of another shape.
+    """
+    given = _by_index(config.init_kv, layers)
+    if given.keys() != (expected := {layer.index for layer in layers}):
+        raise ValueError(f"`init_kv` must have K/V for layers {sorted(expected)}, got {sorted(given)}.")
+    initial = []
+    for layer in layers:
+        states = []
+        kinds = zip(LayerKV._fields, given[layer.index], layer.shapes(config.num_virtual_tokens), strict=True)
+        for kind, state, shape in kinds:
+            if not isinstance(state, torch.Tensor) or list(state.shape) not in (shape, [1, *shape]):
+                found = list(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+                raise ValueError(
+                    f"`init_kv` must have a {kind} of shape {shape} (num_kv_heads, num_virtual_tokens, head_dim) for layer "
+                    f"{layer.index}, got {found}."
+                )
+            if not torch.isfinite(state).all():
+                raise ValueError(f"`init_kv` holds NaN or Inf in the {kind} of layer {layer.index}.")
+            states.append(state.detach().view(shape).to(layer.kv.key.device, layer.kv.key.dtype))
+        initial.append(LayerKV(*states))
+    return initial
+
+
+def _by_index(given: Any, layers: list[RecordedLayer]) -> dict[int, tuple[Any, Any]]:
+    if isinstance(given, EncoderDecoderCache):
+        caches = {DECODER: given.self_attention_cache, CROSS: given.cross_attention_cache}
+        first: dict[str, int] = {}  # what the layers of each kind of attention count from
+        pairs = {}
+        for layer in layers:
+            number = layer.index - first.setdefault(layer.attention, layer.index)
+            if layer.attention in caches:
+                pairs[layer.index] = _of_cache(caches[layer.attention], number)
+        return pairs
+    if isinstance(given, Cache):
+        return {layer.index: _of_cache(given, layer.index) for layer in layers if layer.index < len(given)}
+    if isinstance(given, Mapping):
+        pairs = dict(given)
+    elif isinstance(given, (list, tuple)):
+        if len(given) != len(layers):
+            raise ValueError(
+                f"`init_kv` must have a pair of K and V for each of the {len(layers)} layers, got {len(given)}."
+            )
+        pairs = {layer.index: pair for layer, pair in zip(layers, given, strict=True)}
+    else:
+        raise ValueError(
+            "`init_kv` must be a `Cache`, a list of pairs of K and V, or a dict of them by layer index, got "
+            f"{type(given).__name__}."
+        )
+    for index, pair in pairs.items():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"`init_kv` must have a pair of K and V for layer {index}, got {type(pair).__name__}.")
+    return pairs
+
+
+def _of_cache(cache: Cache, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    layer: Any = cache.layers[index]
+    length = int(cache.get_seq_length(index))
+    if layer.keys is None or layer.keys.shape[-2] < length:
+        raise ValueError(
+            f"The cache in `init_kv` does not hold all of its {length} tokens in layer {index}: prefill a `DynamicCache()` "
+            "that is not told of sliding windows, or use `init='tokens'`."
+        )
+    # A static cache has room behind its tokens.
+    return layer.keys[..., :length, :], layer.values[..., :length, :]

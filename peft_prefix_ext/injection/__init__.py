@@ -1,0 +1,1 @@
+"""How a prefix gets into a forward pass: hooks on the decoder and on its attention modules."""

@@ -1,0 +1,1 @@
+"""The PEFT method: adds prefixes to a model, saves and loads them."""

@@ -1,0 +1,90 @@
+"""One warning where an optimizer would hardly move a prefix.
+
+What trainers take by default is meant for weights: at the 5e-5 of `Trainer` or the 2e-5 of `SFTTrainer` a prefix learns
+next to nothing, and nothing else would say so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from math import inf
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
+from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
+
+# With an MLP, and without: what Adam moves too little at, and what to take.
+LOWEST = {True: 1e-4, False: 1e-3}
+RECOMMENDED = {True: "2e-3", False: "2e-2"}
+
+
+class _Watch:
+    """A hook on the steps of all optimizers, until each model that it waits for has been seen in training, or is gone."""
+
+    def __init__(self) -> None:
+        self._models: WeakSet[nn.Module] = WeakSet()
+        self._seen: WeakSet[Optimizer] = WeakSet()
+        self._handle: RemovableHandle | None = None
+
+    def wait_for(self, model: nn.Module) -> None:
+        self._models.add(model)
+        self._seen.clear()
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or optimizer in self._seen:
+            return
+        self._seen.add(optimizer)
+        for model in list(self._models):
+            parameters = _trained(model)
+            rates = {
+                (has_mlp, _rate(group))
+                for group in optimizer.param_groups
+                for has_mlp in {parameters[id(each)] for each in group["params"] if id(each) in parameters}
+            }
+            if rates or not parameters:
+                self._models.discard(model)
+            if "adam" in type(optimizer).__name__.lower():  # others count in other units
+                _check(rates)
+        if not self._models and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _trained(model: nn.Module) -> dict[int, bool]:
+    """Returns the trainable parameters of the prefixes of `model` by identity, and whether they are those of an MLP."""
+    return {
+        id(parameter): isinstance(module, PrefixRuntime)
+        for module in model.modules()
+        if isinstance(module, PrefixTunerLayer)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """Returns the rate of a group without the warm-up that a scheduler begins with."""
+    rates = [group[name] for name in ("lr", "initial_lr", "max_lr") if group.get(name) is not None]
+    return max(map(float, rates), default=inf)  # Adafactor finds its own
+
+
+def _check(rates: set[tuple[bool, float]]) -> None:
+    for has_mlp, rate in sorted(rates):
+        if rate < LOWEST[has_mlp]:
+            warnings.warn(
+                f"The learning rate of the prefix is {rate:.2g}, at which it learns very little: a prefix "
+                f"{'with' if has_mlp else 'without'} an MLP wants about {RECOMMENDED[has_mlp]}.",
+                stacklevel=4,
+            )
+            return
+
+
+# Warns once, at the first step of a model that was handed to it; keeps no model alive, and costs nothing afterwards.
+watch_learning_rate = _Watch().wait_for

@@ -1,0 +1,143 @@
+"""The model card of a repository with prefixes: what they are, what they start from, how they are served."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
+
+CARD_NAME = "README.md"
+TAGS = ("peft-prefix-ext", "prefix-tuning")
+_START, _END = "<!-- peft-prefix-ext -->", "<!-- /peft-prefix-ext -->"
+# Both PEFT and transformers fill in this template, which says nothing about the model.
+_TEMPLATE_TITLE = "# Model Card for Model ID"
+
+
+def write_card(model: PeftModel, folder: str | Path, repo: str | None = None) -> None:
+    """Adds the prefixes of `model` to the card that PEFT wrote into `folder`.
+
+    What is not the template's stays, such as a card of one's own or one by `Trainer`.
+
+    Args:
+        model: The model.
+        folder: Where it is.
+        repo: The repository that the folder is about to be uploaded to, if known.
+    """
+    path = Path(folder) / CARD_NAME
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    configs = {name: config for name, config in model.peft_config.items() if isinstance(config, PrefixExtConfig)}
+    name: Any = model.get_base_model().name_or_path or None
+    # PEFT writes a path as it was given to it; the adapters know which folder that is.
+    base = next((config.base_model_name_or_path for config in configs.values() if config.base_model_name_or_path), name)
+    if base and card.data.base_model in (None, name):
+        card.data.base_model = base
+    tags = [
+        f"base_model:adapter:{base}" if tag == f"base_model:adapter:{name}" else tag for tag in card.data.tags or []
+    ]
+    card.data.tags = sorted({*tags, *TAGS})
+    sections = [_section(model, name, config, base or "BASE", repo) for name, config in configs.items()]
+    text = "\n".join([_START, *sections, _END])
+    if _START in card.text and _END in card.text:
+        before, _, rest = card.text.partition(_START)
+        card.text = before + text + rest.partition(_END)[2]
+    elif _TEMPLATE_TITLE in card.text:
+        versions = card.text.rpartition("### Framework versions")
+        card.text = "\n".join([f"# {_name(repo) or 'A prefix'}", "", text, "", versions[1] + versions[2]])
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{text}\n"
+    card.save(path)
+
+
+def _name(repo: str | None) -> str | None:
+    return repo.rpartition("/")[2] if repo else None
+
+
+def _section(model: PeftModel, name: str, config: PrefixExtConfig, base: str, repo: str | None) -> str:
+    recorded = config.to_dict()
+    rows = recorded["prefix_layers"] or []
+    is_encoder_decoder = bool((recorded["base_fingerprint"] or {}).get("is_encoder_decoder"))
+    served = sum(math.prod(row[shape]) for row in rows for shape in ("key_shape", "value_shape"))
+    trained = _num_trained(model, name)
+    beside = [f"`{module}`" for module in config.modules_to_save or []]
+    if config.trainable_token_indices is not None:
+        beside.append("embeddings of some tokens")
+    reparam = f"`{config.reparam}`, folded into the K/V when saved" if config.reparam != "none" else "`none`"
+    facts = {
+        "base model": f"`{base}`",
+        "task": f"`{config.task_type}`" if config.task_type else None,
+        "attention with a prefix": ", ".join(config.attentions) if is_encoder_decoder else None,
+        "virtual tokens": f"{config.num_virtual_tokens}, the first {config.num_frozen_tokens} frozen"
+        if config.num_frozen_tokens
+        else config.num_virtual_tokens,
+        "starts as": config.init_report,
+        "reparameterization": reparam,
+        "parameters in training": f"{trained:,}" if trained else None,
+        "parameters of the prefix": f"{served:,} (the K/V of {len(rows)} layers)",
+        "on top of": _others(model),
+        "trained with it": ", ".join(beside) or None,
+    }
+    folder = "" if name == "default" else f"/{name}"
+    source = f"{repo or 'PATH_OR_REPO'}{folder}"
+    serving = f"""
+Serve it with [vLLM](https://github.com/vllm-project/vllm) (`pip install ".[serve]"` in a clone of peft-prefix-ext) beside the
+base model:
+
+```bash
+vllm serve {base} --prefix-adapter {(_name(repo) if name == "default" else name) or "NAME"}={source}
+```
+"""
+    if is_encoder_decoder:
+        serving = "\nIt is of an encoder-decoder model, which vLLM does not serve.\n"
+    elif beside or _others(model):
+        serving = "\nIt needs more than the base model and the prefix, and is not served by vLLM as it is.\n"
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value is not None)
+    return f"""
+## Prefix `{name}`
+
+Keys and values that stand before the input in every attention layer; no weight of the base model changes.
+
+| | |
+| --- | --- |
+{table}
+{serving}
+Load it with [PEFT](https://github.com/huggingface/peft) and peft-prefix-ext (`pip install .` in a clone of it, or
+`pip install` its wheel):
+
+```python
+import peft_prefix_ext  # tells PEFT of the type PREFIX_EXT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "{source}")
+```
+
+`KeyError: 'PREFIX_EXT'` means that nothing imported `peft_prefix_ext` in that process. `prefix-ext run` starts any Python
+program with it imported, be it a command, `SCRIPT.py` or `-m MODULE`:
+
+```bash
+prefix-ext run lm_eval --model hf --model_args pretrained={base},peft={source} --tasks TASK
+```
+"""
+
+
+def _num_trained(model: PeftModel, name: str) -> int:
+    """Counts the parameters of an adapter that take a gradient."""
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if isinstance(module, PrefixTunerLayer)
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad and name in key.split(".")
+    )
+
+
+def _others(model: PeftModel) -> str | None:
+    others: dict[str, Any] = {
+        name: config for name, config in model.peft_config.items() if not isinstance(config, PrefixExtConfig)
+    }
+    return ", ".join(f"`{name}` ({config.peft_type.value})" for name, config in others.items()) or None

@@ -1,0 +1,157 @@
+"""What prefixes add to methods of `PeftModel` that call no hook of a tuner: every wrap of PEFT is here."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import wrapt
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from peft_prefix_ext.architectures.shared_kv import at_work_in
+from peft_prefix_ext.base_model.offloaded import left_where_it_is
+from peft_prefix_ext.checkpoint.atomic_save import CONFIG_NAME, config_of, replacing
+from peft_prefix_ext.checkpoint.compatibility import check_saved_for
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.peft_type import PREFIX_EXT
+from peft_prefix_ext.tuner.model_card import CARD_NAME, write_card
+from peft_prefix_ext.tuner.other_adapters import warn_of_other_adapters
+from peft_prefix_ext.tuner.requirements import check_modules_to_save, check_task
+
+
+def wrap_peft_model() -> None:
+    """Wraps the methods, of which the last is transformers' own and private: without it, cards are just not extended."""
+    for name, wrapper in {
+        "__init__": _init,
+        "from_pretrained": _from_pretrained,
+        "add_adapter": _add_adapter,
+        "load_adapter": _load_adapter,
+        "save_pretrained": _save_pretrained,
+        "create_or_update_model_card": _create_or_update_model_card,
+        "_upload_modified_files": _upload_modified_files,
+    }.items():
+        if hasattr(PeftModel, name):
+            wrapt.wrap_function_wrapper("peft", f"PeftModel.{name}", wrapper)
+    wrapt.wrap_function_wrapper("peft.config", "PeftConfigMixin.from_json_file", _from_json_file)
+
+
+def _has_prefix(model: Any) -> bool:
+    return any(isinstance(config, PrefixExtConfig) for config in model.peft_config.values())
+
+
+def _init(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    base = call["model"].get_base_model() if isinstance(call["model"], PeftModel) else call["model"]
+    if isinstance(call["peft_config"], PrefixExtConfig) and isinstance(base, PreTrainedModel):
+        check_task(call["peft_config"], base)
+    _check_beside_prefix(call["peft_config"], base)
+    wrapped(*args, **kwargs)
+
+
+def _from_pretrained(wrapped: Any, cls: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """PEFT takes a model that is offloaded apart before the prefix can look at it."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    base = call["model"]
+    if getattr(base, "hf_device_map", None) is None or not _is_prefix(call):
+        return wrapped(*args, **kwargs)
+    with left_where_it_is(base):
+        return wrapped(*args, **kwargs)
+
+
+def _is_prefix(call: dict[str, Any]) -> bool:
+    """Whether the adapter of this call of `from_pretrained` is a prefix."""
+    if isinstance(call.get("config"), PeftConfig):
+        return call["config"].peft_type == PREFIX_EXT
+    hub_options, _ = PeftModel._split_kwargs(call.get("kwargs", {}))
+    try:
+        return PeftConfig._get_peft_type(call["model_id"], **hub_options) == PREFIX_EXT
+    except (OSError, ValueError):  # which PEFT has its own words for
+        return False
+
+
+def _check_beside_prefix(config: PeftConfig, base: Any) -> None:
+    """Of a prefix this is checked once it is known where it goes."""
+    if config.peft_type != PREFIX_EXT:
+        check_modules_to_save(getattr(config, "modules_to_save", None), base, at_work_in(base))
+
+
+def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """PEFT says that adapters of two types cannot be combined in one `PeftModel`, but not how they can."""
+    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["peft_config"]
+    if config.peft_type != model.peft_type and PREFIX_EXT in (config.peft_type, model.peft_type):
+        raise ValueError(
+            f"An adapter of type {config.peft_type.value} cannot go into a `PeftModel` of type {model.peft_type.value}: put it on "
+            "`model.get_base_model()`, which both then work in, by `get_peft_model` or `PeftModel.from_pretrained` with an "
+            "`adapter_name` of its own."
+        )
+    _check_beside_prefix(config, model)
+    wrapped(*args, **kwargs)
+
+
+def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """PEFT reads no config where the adapter exists, so that weights of another base model would go unnoticed."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    live = model.peft_config.get(call["adapter_name"])
+    if isinstance(live, PrefixExtConfig):
+        hub_options, _ = model._split_kwargs(call.get("kwargs", {}))
+        try:
+            saved = PeftConfig.from_pretrained(call["model_id"], **hub_options)
+        except (OSError, ValueError):
+            saved = None  # weights alone
+        if isinstance(saved, PrefixExtConfig):
+            check_saved_for(saved, model.get_base_model(), layers=None)
+            if saved.base_adapters != live.base_adapters:  # else it was said when this one was put on
+                warn_of_other_adapters(saved, model)
+    try:
+        with left_where_it_is(model.get_base_model()) if _has_prefix(model) else nullcontext():
+            return wrapped(*args, **kwargs)
+    except KeyError as error:
+        config = model.peft_config.get(call["adapter_name"])
+        if not isinstance(config, PrefixExtConfig):
+            raise
+        raise ValueError(
+            f"The adapter in {call['model_id']} has no weights {error} for a module that `task_type` or `modules_to_save` "
+            "would have with it: load it with a `config` whose `task_type` is None, or the one it was trained with."
+        ) from error
+
+
+def _save_pretrained(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """PEFT writes over the files of an adapter; who is killed there leaves neither the old nor the new one."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    folder = Path(call.arguments["save_directory"])
+    if not _has_prefix(model) or not call.arguments.get("is_main_process", True) or folder.is_file():
+        wrapped(*args, **kwargs)
+        return
+    with replacing(folder) as new:
+        if (folder / CARD_NAME).is_file():
+            shutil.copy(folder / CARD_NAME, new)  # PEFT adds to it
+        call.arguments["save_directory"] = str(new)
+        wrapped(*call.args, **call.kwargs)
+
+
+def _from_json_file(wrapped: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    path = Path(call.arguments["path_json_file"])
+    if path.name == CONFIG_NAME and (valid := config_of(path.parent)) != path:
+        with suppress(FileNotFoundError):
+            return wrapped(str(valid))
+    return wrapped(*args, **kwargs)
+
+
+def _create_or_update_model_card(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    wrapped(*args, **kwargs)
+    if _has_prefix(model):
+        write_card(model, inspect.signature(wrapped).bind(*args, **kwargs).arguments["output_dir"])
+
+
+def _upload_modified_files(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`push_to_hub` writes a template of its own over the card before it uploads; only here is the repository known."""
+    if _has_prefix(model):
+        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        model.create_or_update_model_card(call["working_dir"])
+        write_card(model, call["working_dir"], call["repo_id"])
+    return wrapped(*args, **kwargs)

@@ -1,0 +1,135 @@
+"""A last look before a prefix is attached: the prefix of a short text must do what the text itself does.
+
+It needs no knowledge of the architecture, and so finds the ones whose positions, masks, caches or attention function a prefix
+would silently get wrong. Where layers are recurrent, a text does more than its K/V; there only the passes with and without a
+cache must agree.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from peft_prefix_ext.architectures.select import layer_class
+from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
+from peft_prefix_ext.attention.flash import attention_of
+from peft_prefix_ext.base_model.cache_argument import cache_argument
+from peft_prefix_ext.base_model.describe import describe
+from peft_prefix_ext.base_model.layers import RecordedLayer, evaluating, record_layers, refuse_unsupported
+from peft_prefix_ext.base_model.offloaded import device_of
+from peft_prefix_ext.checkpoint.format import LayerKV
+from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.injection.caller_positions import modules_around
+from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
+from peft_prefix_ext.injection.layer import PrefixExtLayer
+
+NUM_TEXT, NUM_NEW, NUM_PADDING = 4, 4, 3
+_NAME = "rehearsal"
+
+
+@torch.no_grad()
+def rehearse(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Runs the frozen `model`, whose inner `decoder` takes the cache, on a few tokens after a text and after its prefix.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    name = describe(model)
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = [token for token in range(NUM_TEXT + NUM_NEW + 1) if token != padding][: NUM_TEXT + NUM_NEW]
+    said: list[torch.Tensor] = []
+    handle = decoder.register_forward_hook(lambda module, args, output: said.append(output[0]))
+    device = device_of(model)
+    new = torch.tensor([ids[NUM_TEXT:]], device=device)
+    padded = torch.cat([new[:, :1].expand(1, NUM_PADDING), new], dim=1)
+    mask = (torch.arange(NUM_PADDING + NUM_NEW, device=device) >= NUM_PADDING).long()[None]
+    cache = DynamicCache(config=model.config)
+    cache_name = cache_argument(model) or cache_argument(decoder)
+    assert cache_name is not None  # or else it would be no decoder that a prefix can be given to
+    try:
+        layers = record_layers(model, ids)
+        with evaluating(model), _prefix_of_text(model, decoder, layers):
+            model(input_ids=new, use_cache=False)
+            model(input_ids=new[:, :-1], **{cache_name: cache}, use_cache=True)
+            model(input_ids=new[:, -1:], **{cache_name: cache}, use_cache=True)
+            model(input_ids=padded, attention_mask=mask, use_cache=False)
+        with evaluating(model):
+            model(input_ids=new, use_cache=False)
+            model(input_ids=padded, attention_mask=mask, use_cache=False)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} does not run with a prefix, so PREFIX_EXT does not support it: {reason}") from error
+    finally:
+        handle.remove()
+    text, at_once, prefill, decoded, behind_padding, alone, alone_padded = said
+    in_steps = torch.cat([prefill, decoded], dim=1)
+    # Half precision and quantized weights round: there a single expert chosen otherwise must not matter.
+    is_exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    pairs = [(in_steps, at_once)]
+    if not layers[0].in_hybrid:
+        pairs += [(at_once, text[:, NUM_TEXT:]), (in_steps, text[:, NUM_TEXT:])]
+    limit = 0.01 if is_exact else 0.15
+    # Of a model that goes by columns, and of none else, padding changes what it says without a prefix, too.
+    if not layers[0].in_hybrid and _difference(alone_padded[:, NUM_PADDING:], alone, is_exact) <= limit:
+        pairs += [(behind_padding[:, NUM_PADDING:], at_once)]
+    difference = max(_difference(some, others, is_exact) for some, others in pairs)
+    if difference > limit:
+        raise ValueError(
+            f"{name} would say something else after a prefix than after the text it stands for (by {difference:.0%}), so "
+            "PREFIX_EXT does not support it."
+        )
+
+
+def rehearse_decoder(decoder: PreTrainedModel) -> None:
+    """Does so with the decoder alone, which was told to run another attention function since.
+
+    Raises:
+        ValueError: As `rehearse`, or for what a short text does not show.
+    """
+    refuse_unsupported(decoder)
+    rehearse(decoder, decoder)
+
+
+def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> float:
+    """The relative difference of the tokens' vectors: the largest, or else the median one."""
+    by_token = ((some - others).float().norm(dim=-1) / others.float().norm(dim=-1).clamp(min=1e-6)).flatten()
+    return float(by_token.max() if is_exact else by_token.median())
+
+
+@contextmanager
+def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[RecordedLayer]) -> Iterator[None]:
+    """Lets hooks alone give `model` the prefix that was recorded: no module becomes a part of it."""
+    config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
+    runtime = PrefixRuntime(decoder, modules_around(decoder, model))
+    runtime.num_virtual_tokens[_NAME] = NUM_TEXT
+    runtime.prefix_dropout[_NAME] = 0.0
+    runtime.tested_attention.add(attention_of(model.config))  # by this very test
+    hooked: list[PrefixRuntime | PrefixExtLayer] = [runtime]
+    for recorded in layers:
+        attention = model.get_submodule(recorded.module)
+        layer = layer_class(attention, recorded)(attention, recorded, runtime)
+        kv = LayerKV(*(state[:, :NUM_TEXT] for state in recorded.kv))
+        layer.update_layer(_NAME, kv, config, has_reparam=False)
+        # Under `low_cpu_mem_usage` the parameters are without data.
+        own = LayerKV(*(recorded.own(state) for state in kv))
+        layer.materialize = functools.partial(_given, own)  # type: ignore[method-assign]
+        hooked.append(layer)
+    by_module = {layer.module: layer for layer in layers}
+    runtime.shared_layers = [SharedKVLayer(module, owner, runtime) for module, owner in find_shared(model, by_module)]
+    for tuner_layer in hooked:
+        tuner_layer.set_adapter(_NAME)
+        tuner_layer.eval()
+    try:
+        yield
+    finally:
+        for tuner_layer in hooked:
+            tuner_layer.detach()
+
+
+def _given(kv: LayerKV, *args: object) -> LayerKV:
+    return kv

@@ -1,0 +1,53 @@
+"""Two kinds of adapters that look alike, LoRA and prefixes: whoever gives one where the other belongs is told where it goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft_prefix_ext.checkpoint.format import CONFIG_NAME, STOCK_TYPES
+from vllm_plugin.errors import PrefixServeError, request_error_type
+
+# A request for a LoRA is looked at once.
+_known: set[str] = set()
+
+
+def holds_prefix(path: str | Path) -> bool:
+    """Says whether there is a prefix in a local folder."""
+    return _peft_type(path) in ("PREFIX_EXT", *STOCK_TYPES)
+
+
+def holds_lora(path: str | Path) -> bool:
+    """Says whether there is a LoRA in a local folder."""
+    return _peft_type(path) == "LORA"
+
+
+def check_modules(modules: Any) -> None:
+    """Raises `PrefixServeError` if one of `--lora-modules` is a prefix."""
+    for module in modules or ():
+        if holds_prefix(module.path):
+            raise PrefixServeError(
+                f"{module.path} holds a prefix, not a LoRA; give it as --prefix-adapter {module.name}={module.path}, in the "
+                "place of --lora-modules."
+            )
+
+
+def check_lora(request: Any) -> None:
+    """Raises `PrefixRequestError` if a `LoRARequest` stands for a prefix, which would end vLLM's engine."""
+    if not request.lora_path or request.lora_path in _known:
+        return
+    if holds_prefix(request.lora_path):
+        raise request_error_type()(
+            f"{request.lora_path} holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({{{request.lora_name!r}: "
+            f"path}}))`, and ask with `PrefixAdapterRequest({request.lora_name!r})` instead of a `LoRARequest`."
+        )
+    _known.add(request.lora_path)
+
+
+def _peft_type(path: str | Path) -> Any:
+    try:
+        config = json.loads((Path(path).expanduser() / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return config.get("peft_type") if isinstance(config, dict) else None

@@ -1,0 +1,218 @@
+"""The adapters of one server, in a private folder that all of its API server processes share.
+
+The table is a journal to which each change appends a line; a process reads what was appended since it last looked. Whether
+anything was, says the length of the journal, which all have in memory that they share: a lookup is a look at that and one
+into a dict, without a system call, however many adapters there are. Names are never part of a path.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_plugin.adapters.spec import REGISTRY, PrefixSpec, settings_in
+
+# `(layer index, num_kv_heads, key_size, value_size)` of each layer.
+Shapes = tuple[tuple[int, int, int, int], ...]
+_JOURNAL, _LENGTH, _LAYERS = "adapters.jsonl", "length", "layers.json"
+_NO_LENGTH = bytes(8)
+
+
+class NameTakenError(ValueError):
+    """An adapter of that name is there already."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter as the front end knows it.
+
+    Args:
+        spec: What its requests bring along to the engine.
+        base_model_name: The served model that `/v1/models` shows as its parent, if the operator named one.
+        shapes: Those of the layers of the prefix.
+    """
+
+    spec: PrefixSpec
+    base_model_name: str | None
+    shapes: Shapes
+
+
+class Registry:
+    """The table of adapters of one server.
+
+    Args:
+        folder: Where it lies; see `make_folder`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._journal = (self.folder / _JOURNAL).open("a+b", buffering=0)
+        with (self.folder / _LENGTH).open("a+b") as length:
+            # It grows to this, and keeps what it holds.
+            os.ftruncate(length.fileno(), len(_NO_LENGTH))
+            self._length = mmap.mmap(length.fileno(), len(_NO_LENGTH))
+        self._lock = threading.Lock()
+        self._adapters: dict[str, Adapter] = {}
+        # Adapters of one model have the same: kept once.
+        self._shapes: dict[Shapes, Shapes] = {}
+        self._seen, self._seen_length = 0, _NO_LENGTH
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was ever added."""
+        return os.fstat(self._journal.fileno()).st_size == 0
+
+    def get(self, name: str) -> Adapter | None:
+        """Returns the adapter of that name, if there is one now."""
+        self._refresh()
+        return self._adapters.get(name)
+
+    def adapters(self) -> list[Adapter]:
+        """Returns all adapters, in the order in which they were added."""
+        self._refresh()
+        return list(self._adapters.values())
+
+    def add(self, adapters: Iterable[Adapter], *, replace: bool = False) -> None:
+        """Adds adapters, all of them or none.
+
+        Raises:
+            NameTakenError: If one has the name of another, and is not meant to replace it.
+        """
+        with self._changing():
+            new = {adapter.spec.name: adapter for adapter in adapters}
+            if not replace and (taken := new.keys() & self._adapters.keys()):
+                raise NameTakenError(min(taken))
+            self._append(
+                {
+                    "name": name,
+                    "spec": dataclasses.asdict(adapter.spec),
+                    "base_model_name": adapter.base_model_name,
+                    "shapes": adapter.shapes,
+                }
+                for name, adapter in new.items()
+            )
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter; requests that run with it go on, since they have all that the engine needs.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        with self._changing():
+            if name not in self._adapters:
+                raise KeyError(name)
+            self._append([{"name": name, "spec": None}])
+
+    def layers(self) -> Shapes | None:
+        """Returns the shapes of the engine's layers with a KV cache; None before it has started, or on another machine."""
+        rows = self._layers()
+        return tuple((row["index"], row["num_kv_heads"], row["key_size"], row["value_size"]) for row in rows) or None
+
+    def block_size(self) -> int | None:
+        """Returns the tokens per block of the engine's cache, if it is known by now."""
+        sizes = [row["block_size"] for row in self._layers() if "block_size" in row]
+        return math.lcm(*sizes) if sizes else None
+
+    def add_layers(self, layers: Shapes, block_size: int) -> None:
+        """Publishes the layers that a worker has: all of the model's, or those of one pipeline stage.
+
+        Args:
+            block_size: Tokens per block of their cache.
+        """
+        fields = ("index", "num_kv_heads", "key_size", "value_size")
+        with self._changing():
+            rows = {row["index"]: row for row in self._layers()}
+            for layer in layers:
+                rows[layer[0]] = {**dict(zip(fields, layer, strict=True)), "block_size": block_size}
+            new = self.folder / f"{_LAYERS}.new"
+            new.write_text(json.dumps([rows[index] for index in sorted(rows)]), encoding="utf-8")
+            new.replace(self.folder / _LAYERS)
+
+    def _layers(self) -> list[dict[str, int]]:
+        try:
+            rows: list[dict[str, int]] = json.loads((self.folder / _LAYERS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        return rows
+
+    def _refresh(self) -> None:
+        if self._length[:] != self._seen_length:
+            with self._lock:
+                self._read()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Keeps other threads and processes from changing the table, which is up to date within."""
+        with self._lock:
+            fcntl.flock(self._journal, fcntl.LOCK_EX)
+            try:
+                self._read()
+                # What a process that died while it wrote has left behind.
+                os.ftruncate(self._journal.fileno(), self._seen)
+                yield
+            finally:
+                fcntl.flock(self._journal, fcntl.LOCK_UN)
+
+    def _append(self, changes: Iterable[dict[str, Any]]) -> None:
+        lines = b"".join(json.dumps(change).encode() + b"\n" for change in changes)
+        written = self._journal.write(lines)
+        if written != len(lines):
+            os.ftruncate(self._journal.fileno(), self._seen)
+            raise OSError(f"No room for the table of prefix adapters in {self.folder}.")
+        self._read()
+        self._length[:] = self._seen_length
+
+    def _read(self) -> None:
+        self._journal.seek(self._seen)
+        lines = self._journal.read()
+        # Up to the last whole line: another process may be writing.
+        lines = lines[: lines.rfind(b"\n") + 1]
+        for line in lines.splitlines():
+            change = json.loads(line)
+            if change["spec"] is None:
+                del self._adapters[change["name"]]
+            else:
+                shapes = tuple(tuple(row) for row in change["shapes"])
+                shapes = self._shapes.setdefault(shapes, shapes)
+                spec = PrefixSpec(**change["spec"])
+                self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes)
+        self._seen += len(lines)
+        self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")
+
+
+def registry_in(kv_transfer_config: Any) -> Registry | None:
+    """Returns the registry of the server whose `KVTransferConfig` this is; None if it serves no prefixes."""
+    settings = settings_in(kv_transfer_config)
+    return None if settings is None else registry_at(settings[REGISTRY])
+
+
+@functools.lru_cache(maxsize=8)
+def registry_at(folder: str) -> Registry:
+    """Returns this process's view of the registry in `folder`."""
+    return Registry(folder)
+
+
+def make_folder() -> str:
+    """Makes the folder of a new registry, for this user only; it goes when this process does."""
+    folder = tempfile.mkdtemp(prefix="vllm-prefix-adapters-")
+    atexit.register(_remove, folder, os.getpid())
+    return folder
+
+
+def _remove(folder: str, owner: int) -> None:
+    # A fork of the process that made it runs this, too.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""What an operator reads in the log of the adapters that an engine starts with, and of each that comes later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from vllm_plugin.adapters.registry import Adapter
+
+logger = logging.getLogger("vllm.prefix_adapters")
+
+# With more adapters than this, one line sums them up.
+MAX_LINES = 20
+
+
+def report_cache(block_size: int) -> None:
+    """Logs what a prefix has to be a multiple of to fill whole blocks: vLLM's platforms and backends differ in that.
+
+    Args:
+        block_size: Tokens per block of the cache.
+    """
+    logger.info("Blocks of the KV cache hold %d tokens (--block-size).", block_size)
+
+
+def report(adapters: Sequence[Adapter], block_size: int, itemsize: int) -> None:
+    """Logs a line per adapter, and warns of those whose last block is not full.
+
+    Args:
+        block_size: Tokens per block of the cache.
+        itemsize: Bytes per number of the model's dtype.
+    """
+    for adapter in adapters[: MAX_LINES if len(adapters) <= MAX_LINES else 0]:
+        p = adapter.spec.num_virtual_tokens
+        logger.info(
+            "Prefix adapter %r: %d virtual tokens, %d layers, %.2f MiB, %s.",
+            adapter.spec.name,
+            p,
+            len(adapter.shapes),
+            num_bytes(adapter, itemsize) / 2**20,
+            f"a tail of {p % block_size} tokens" if p % block_size else "aligned",
+        )
+    if len(adapters) > MAX_LINES:
+        logger.info(
+            "%d prefix adapters: %d virtual tokens, %.2f MiB.",
+            len(adapters),
+            sum(adapter.spec.num_virtual_tokens for adapter in adapters),
+            sum(num_bytes(adapter, itemsize) for adapter in adapters) / 2**20,
+        )
+    if advice := [advise(adapter, block_size) for adapter in adapters if adapter.spec.num_virtual_tokens % block_size]:
+        more = f" So it is with {len(advice) - 5} more." if len(advice) > 5 else ""
+        logger.warning(
+            "Virtual tokens past the last full block of %d tokens are copied for each request; prefixes of a multiple of "
+            "that are shared whole: %s.%s",
+            block_size,
+            ", ".join(advice[:5]),
+            more,
+        )
+
+
+def advise(adapter: Adapter, block_size: int) -> str:
+    """Names the nearest lengths that fill whole blocks."""
+    p = adapter.spec.num_virtual_tokens
+    lower = p // block_size * block_size
+    return f"{adapter.spec.name!r} ({p}; better {f'{lower} or ' if lower else ''}{lower + block_size})"
+
+
+def num_bytes(adapter: Adapter, itemsize: int) -> int:
+    """Returns what the K/V of an adapter take in the model's dtype, on all workers together."""
+    numbers = sum(heads * (key_size + value_size) for _, heads, key_size, value_size in adapter.shapes)
+    return numbers * adapter.spec.num_virtual_tokens * itemsize

@@ -1,0 +1,1 @@
+"""The front end: options, requests, models and endpoints."""

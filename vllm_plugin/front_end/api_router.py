@@ -1,0 +1,96 @@
+"""`POST /v1/load_prefix_adapter` and `/v1/unload_prefix_adapter`: for prefixes what vLLM's endpoints are for LoRA."""
+
+from __future__ import annotations
+
+import os
+from http import HTTPStatus
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import AliasChoices, BaseModel, Field
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from vllm_plugin.adapters.loading import logger
+from vllm_plugin.front_end.serving_models import PrefixModels, refusal
+
+# Beside vLLM's own for LoRA, which refuses several API server processes; and not with VLLM_ in front, since vLLM warns of
+# such variables, or refuses to start, if they are not its own.
+SWITCH = "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING"
+SWITCHES = (SWITCH, "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+router = APIRouter(dependencies=[Depends(validate_json_request)])
+switched_off = APIRouter()
+
+
+# What was written for LoRA's endpoints says the same with `lora_`.
+_NAME = Field(validation_alias=AliasChoices("prefix_name", "lora_name"))
+_PATH = Field(validation_alias=AliasChoices("prefix_path", "lora_path"))
+
+
+class LoadPrefixAdapterRequest(BaseModel):
+    """The body of `/v1/load_prefix_adapter`."""
+
+    prefix_name: str = _NAME
+    prefix_path: str = _PATH
+    load_inplace: bool = False
+
+
+class UnloadPrefixAdapterRequest(BaseModel):
+    """The body of `/v1/unload_prefix_adapter`."""
+
+    prefix_name: str = _NAME
+
+
+def attach(app: FastAPI) -> None:
+    """Adds the endpoints to a server with prefixes; they say how to switch them on if the operator has not."""
+    if not getattr(app.state.args, "prefix_registry", None):
+        return
+    on = [switch for switch in SWITCHES if os.environ.get(switch, "0").strip().lower() in ("1", "true")]
+    if not on:
+        app.include_router(switched_off)
+        return
+    logger.warning(
+        "Prefix adapters can be loaded and unloaded at run time by anyone who reaches this server (%s is set): its paths "
+        "are read as this process can read them.",
+        on[0],
+    )
+    app.include_router(router)
+
+
+@router.post("/v1/load_prefix_adapter")
+async def load_prefix_adapter(request: LoadPrefixAdapterRequest, raw_request: Request) -> Response:
+    """Loads an adapter, or, with `load_inplace`, replaces the one of that name."""
+    return _response(
+        await _models(raw_request).load(request.prefix_name, request.prefix_path, replace=request.load_inplace)
+    )
+
+
+@router.post("/v1/unload_prefix_adapter")
+async def unload_prefix_adapter(request: UnloadPrefixAdapterRequest, raw_request: Request) -> Response:
+    """Unloads an adapter."""
+    return _response(_models(raw_request).unload(request.prefix_name))
+
+
+@switched_off.post("/v1/load_prefix_adapter")
+@switched_off.post("/v1/unload_prefix_adapter")
+async def say_how_to_switch_on() -> Response:
+    """Answers for both where they are off."""
+    return _response(
+        refusal(
+            f"Prefix adapters of this server cannot be loaded or unloaded at run time; start it with {SWITCH}=1 in its "
+            "environment.",
+            HTTPStatus.NOT_FOUND,
+        )
+    )
+
+
+def _models(raw_request: Request) -> PrefixModels:
+    models: PrefixModels = raw_request.app.state.openai_serving_models.prefix_models
+    return models
+
+
+def _response(result: ErrorResponse | str) -> Response:
+    if isinstance(result, ErrorResponse):
+        return JSONResponse(content=result.model_dump(), status_code=result.error.code)
+    return Response(status_code=200, content=result)

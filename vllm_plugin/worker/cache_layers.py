@@ -1,0 +1,136 @@
+"""The engine's real attention layers, and which part of a prefix each worker holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from peft_prefix_ext.checkpoint.format import LayerKV
+from vllm_plugin.adapters.registry import Shapes
+from vllm_plugin.errors import PrefixServeError
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
+    """One attention layer that owns a KV cache, as this worker sees it.
+
+    Args:
+        name: vLLM's name of the layer.
+        index: Its number in the model.
+        group: The KV cache group whose block ids it uses.
+        block_size: Tokens per block of that group.
+        num_kv_heads: KV heads on this worker.
+        key_size: Width of a key head.
+        value_size: Width of a value head.
+    """
+
+    name: str
+    index: int
+    group: int
+    block_size: int
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStack:
+    """Layers of one KV cache group and of the same shape: what is written to one can be written to all.
+
+    Args:
+        group: Their KV cache group.
+        block_size: Tokens per block of that group.
+        layers: The layers, at least one.
+    """
+
+    group: int
+    block_size: int
+    layers: tuple[CacheLayer, ...]
+
+
+def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
+    """Sorts layers into as few stacks as possible."""
+    stacks: dict[tuple[int, ...], list[CacheLayer]] = {}
+    for layer in layers:
+        shape = (layer.group, layer.block_size, layer.num_kv_heads, layer.key_size, layer.value_size)
+        stacks.setdefault(shape, []).append(layer)
+    return [LayerStack(group, block_size, tuple(alike)) for (group, block_size, *_), alike in stacks.items()]
+
+
+def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
+    """Lists the layers of a `KVCacheConfig` that own a KV cache.
+
+    Raises:
+        PrefixServeError: If one of them is no plain attention layer.
+    """
+    layers: dict[int, CacheLayer] = {}
+    for group, entry in enumerate(kv_cache_config.kv_cache_groups):
+        for name in entry.layer_names:
+            # A group of layers that differ in shape has one spec per layer.
+            spec = getattr(entry.kv_cache_spec, "kv_cache_specs", {}).get(name, entry.kv_cache_spec)
+            plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
+            if not plain or getattr(spec, "attention_chunk_size", None) is not None:
+                raise PrefixServeError(
+                    f"Prefix adapters support plain attention layers only, full or sliding-window; {name} has a cache "
+                    f"of type {type(spec).__name__}."
+                )
+            layer = CacheLayer(
+                name=name,
+                index=extract_layer_index(name),
+                group=group,
+                block_size=entry.kv_cache_spec.block_size,
+                num_kv_heads=spec.num_kv_heads,
+                key_size=spec.head_size,
+                value_size=getattr(spec, "head_size_v", None) or spec.head_size,
+            )
+            if layer.index in layers:
+                raise PrefixServeError(
+                    f"Prefix adapters support one KV cache per layer; {layers[layer.index].name} and {name} share one "
+                    "layer number."
+                )
+            layers[layer.index] = layer
+    return list(layers.values())
+
+
+def model_shapes(layers: Iterable[CacheLayer], tp_size: int, total_num_kv_heads: int) -> Shapes:
+    """Returns the shapes of these layers in the whole model, in the order of their numbers.
+
+    Args:
+        tp_size: Number of tensor-parallel ranks.
+        total_num_kv_heads: Of a layer of the model: with more ranks than that, several hold the same head.
+    """
+    replicas = max(1, tp_size // total_num_kv_heads)
+    return tuple(
+        (layer.index, layer.num_kv_heads * tp_size // replicas, layer.key_size, layer.value_size)
+        for layer in sorted(layers, key=lambda layer: layer.index)
+    )
+
+
+def shard(name: str, kv: LayerKV, layer: CacheLayer, tp_rank: int, tp_size: int) -> LayerKV:
+    """Returns the KV heads of this tensor-parallel rank: `[num_virtual_tokens, num_kv_heads, head_dim]` each.
+
+    vLLM gives each rank consecutive heads, or, with more ranks than heads, the same head to consecutive ranks.
+
+    Raises:
+        PrefixServeError: If the shapes do not fit the layer.
+    """
+    total = kv.key.shape[0]
+    replicas = max(1, tp_size // total)
+    first = tp_rank // replicas * layer.num_kv_heads
+    found = (total, kv.key.shape[2], kv.value.shape[2])
+    if layer.num_kv_heads * tp_size != total * replicas or found[1:] != (layer.key_size, layer.value_size):
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} was trained on another base model: layer {layer.index} has {found[0]} KV heads "
+            f"of sizes {found[1:]}, the model has {layer.num_kv_heads * tp_size // replicas} of sizes "
+            f"{(layer.key_size, layer.value_size)}."
+        )
+    return LayerKV(*(_token_major(tensor[first : first + layer.num_kv_heads]) for tensor in kv))
+
+
+def _token_major(heads: torch.Tensor) -> torch.Tensor:
+    return heads.transpose(0, 1).contiguous()

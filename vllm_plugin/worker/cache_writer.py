@@ -1,0 +1,129 @@
+"""The worker's side of a prefix: the copy of its K/V into the paged cache.
+
+Names of shapes: L layers that are written alike, N virtual tokens written in one step, H KV heads on this worker, D head
+size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.metrics import RESIDENT, PrefixStats
+from vllm_plugin.scheduler.scheduler import PrefixLoad
+from vllm_plugin.worker.cache_layers import CacheLayer, LayerStack
+from vllm_plugin.worker.prefix_manager import PrefixBank, PrefixKV
+
+logger = logging.getLogger("vllm.prefix_adapters")
+
+# vLLM's block for positions that a sliding-window layer no longer needs.
+NULL_BLOCK = 0
+# The loads of a step are put together for as many layers at a time as fit into this.
+GATHERED_BYTES = 64 << 20
+
+
+class PrefixWriter:
+    """Writes prefixes into the paged cache of one worker.
+
+    Args:
+        bank: Where the prefixes come from.
+        modules: vLLM's attention modules by layer name.
+
+    Raises:
+        PrefixServeError: If the cache of a layer cannot be written.
+    """
+
+    def __init__(self, bank: PrefixBank, modules: dict[str, Any]) -> None:
+        self._bank, self._device = bank, bank.device
+        self._stacks = [(stack, [_checked_module(layer, modules) for layer in stack.layers]) for stack in bank.stacks]
+        self._unwritten: set[int] = set()
+        self.stats = PrefixStats({RESIDENT: bank.num_resident})
+
+    def write(self, loads: Sequence[PrefixLoad]) -> None:
+        """Copies the prefixes of one step's loads, with one cache update per layer."""
+        num_resident = self._bank.num_resident
+        ready: list[tuple[PrefixLoad, PrefixKV]] = []
+        for load, prefix in zip(loads, self._bank.gather([load.spec for load in loads]), strict=True):
+            if prefix is None:
+                self._give_up(load)
+            else:
+                ready.append((load, prefix))
+        if self._bank.num_resident != num_resident:
+            self.stats.data[RESIDENT] = self._bank.num_resident
+        try:
+            for index, (stack, modules) in enumerate(self._stacks):
+                self._write_stack(index, stack, modules, ready)
+        except torch.OutOfMemoryError:
+            logger.exception("No memory to copy prefixes into the KV cache; the requests that wait for them fail.")
+            for load, _ in ready:
+                self._give_up(load)
+
+    def take_unwritten(self) -> set[int]:
+        """Returns the blocks that hold nothing right because a load failed since the last call."""
+        blocks, self._unwritten = self._unwritten, set()
+        return blocks
+
+    def _write_stack(
+        self, index: int, stack: LayerStack, modules: Sequence[Any], ready: Sequence[tuple[PrefixLoad, PrefixKV]]
+    ) -> None:
+        targets = [cache_slots(load, stack.group, stack.block_size) for load, _ in ready]
+        slots_N = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(slots for _, slots in targets)]))
+        if not len(slots_N):
+            return
+        slots_N = slots_N.to(self._device)
+        sources = [
+            (prefix.keys_LPHD[index], prefix.values_LPHD[index], first, load.stop)
+            for (load, prefix), (first, _) in zip(ready, targets, strict=True)
+        ]
+        layer = stack.layers[0]
+        bytes_per_layer = (
+            len(slots_N) * layer.num_kv_heads * (layer.key_size + layer.value_size) * sources[0][0].itemsize
+        )
+        num_layers = max(1, GATHERED_BYTES // bytes_per_layer)
+        for start in range(0, len(modules), num_layers):
+            some = slice(start, start + num_layers)
+            keys = _joined([key[some, first:stop].to(self._device) for key, _, first, stop in sources])
+            values = _joined([value[some, first:stop].to(self._device) for _, value, first, stop in sources])
+            for module, key_NHD, value_NHD in zip(modules[some], keys, values, strict=True):
+                # The backend's own write: it alone knows the layout, packing and scales of its cache.
+                module.impl.do_kv_cache_update(module, key_NHD, value_NHD, module.kv_cache, slots_N)
+
+    def _give_up(self, load: PrefixLoad) -> None:
+        """Marks what a load was to fill, and what this step computes from it: all of its blocks from there on."""
+        for stack, _ in self._stacks:
+            self._unwritten.update(load.block_ids[stack.group][load.start // stack.block_size :])
+        self._unwritten.discard(NULL_BLOCK)
+
+
+def cache_slots(load: PrefixLoad, group: int, block_size: int) -> tuple[int, np.ndarray[Any, Any]]:
+    """Says where a load goes in one KV cache group.
+
+    Returns:
+        The first virtual token to copy, since those that have left a sliding window have no block, and the slots of it
+        and all that follow up to `load.stop`, `[N]`.
+    """
+    blocks = np.asarray(load.block_ids[group], np.int64)[: -(-load.stop // block_size)]
+    (gone,) = np.nonzero(blocks == NULL_BLOCK)
+    first = max(load.start, block_size * (int(gone[-1]) + 1)) if len(gone) else load.start
+    positions = np.arange(first, load.stop)
+    return min(first, load.stop), blocks[positions // block_size] * block_size + positions % block_size
+
+
+def _joined(parts_LNHD: list[torch.Tensor]) -> torch.Tensor:
+    return parts_LNHD[0] if len(parts_LNHD) == 1 else torch.cat(parts_LNHD, dim=1)
+
+
+def _checked_module(layer: CacheLayer, modules: dict[str, Any]) -> Any:
+    module = modules.get(layer.name)
+    impl = getattr(module, "impl", None)
+    if impl is None or not hasattr(impl, "do_kv_cache_update"):
+        raise PrefixServeError(
+            f"The attention backend of {layer.name} ({type(impl).__name__}) cannot be written from outside; choose "
+            "another with --attention-backend."
+        )
+    return module

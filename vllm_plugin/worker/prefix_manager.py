@@ -1,0 +1,191 @@
+"""The prefixes that a worker has at hand: opened when a request first needs one, kept on the device within a budget.
+
+What is kept was copied out of the file: a mapping would follow whoever writes over the file, and one who truncates it
+would end the worker. So the digest that is checked when a prefix is opened is that of the bytes that are served.
+
+Names of shapes: L layers that are written alike, P virtual tokens of one prefix, H KV heads on this worker, D head size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peft_prefix_ext.checkpoint.format import WEIGHTS_NAME
+from vllm_plugin.adapters.loading import reload
+from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.worker.cache_layers import LayerStack, shard
+
+logger = logging.getLogger("vllm.prefix_adapters")
+
+# Host memory for prefixes that are not on the device, as a multiple of what they may take there.
+HOST_FACTOR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixKV:
+    """The K/V of one prefix on one worker, in the dtype the model writes to its cache: per stack, `[L, P, H, D]`."""
+
+    keys_LPHD: tuple[torch.Tensor, ...]
+    values_LPHD: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys_LPHD, *self.values_LPHD))
+
+    def to(self, device: torch.device) -> PrefixKV:
+        return PrefixKV(*(tuple(tensor.to(device) for tensor in kind) for kind in (self.keys_LPHD, self.values_LPHD)))
+
+
+class Shelf:
+    """Prefixes by digest, the least recently used first, in a bounded number of bytes.
+
+    Args:
+        capacity: The bound, in bytes.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._prefixes: OrderedDict[str, PrefixKV] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def get(self, digest: str) -> PrefixKV | None:
+        if digest in self._prefixes:
+            self._prefixes.move_to_end(digest)
+        return self._prefixes.get(digest)
+
+    def has_room(self, nbytes: int) -> bool:
+        return self.used + nbytes <= self.capacity
+
+    def make_room(self, nbytes: int, keep: Container[str] = ()) -> bool:
+        """Drops what was used least recently until `nbytes` fit, but nothing of `keep`; says whether they do."""
+        others = [digest for digest in self._prefixes if digest not in keep]
+        if self.used - sum(self._prefixes[digest].nbytes for digest in others) + nbytes > self.capacity:
+            return False
+        for digest in others:
+            if self.has_room(nbytes):
+                break
+            self.used -= self._prefixes.pop(digest).nbytes
+        return True
+
+    def put(self, digest: str, prefix: PrefixKV) -> None:
+        """Adds a prefix that there is room for."""
+        self._prefixes[digest] = prefix
+        self.used += prefix.nbytes
+
+
+class PrefixBank:
+    """Opens prefixes and keeps them, on the device as long as they fit, else on the host.
+
+    Args:
+        stacks: The layers with a KV cache on this worker.
+        tp_rank: Tensor-parallel rank.
+        tp_size: Number of tensor-parallel ranks.
+        dtype: The model's dtype.
+        device: Where the cache lies.
+        device_memory: What prefixes may take there, in bytes; a prefix that does not fit is read from the host each time.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[LayerStack],
+        *,
+        tp_rank: int,
+        tp_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        device_memory: int,
+    ) -> None:
+        self.stacks, self.device = stacks, device
+        self._tp_rank, self._tp_size = tp_rank, tp_size
+        self._dtype = dtype
+        self._on_device = Shelf(device_memory)
+        # On a CPU the device is the host.
+        self._on_host = Shelf(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
+
+    @property
+    def num_resident(self) -> int:
+        """How many prefixes are on the device."""
+        return len(self._on_device)
+
+    def gather(self, specs: Sequence[PrefixSpec]) -> list[PrefixKV | None]:
+        """Returns the prefixes that one step needs, each on the device or on the host.
+
+        None stands for one that cannot be had: the log says why.
+        """
+        needed = {spec.digest: spec for spec in specs}
+        # By content: under two names, it is there once.
+        found = {digest: self._get(spec, needed) for digest, spec in needed.items()}
+        return [found[spec.digest] for spec in specs]
+
+    def open(self, spec: PrefixSpec) -> PrefixKV:
+        """Reads a prefix into memory of the host.
+
+        Raises:
+            PrefixServeError: If it cannot be read, is no longer what the request was admitted with, or does not fit.
+        """
+        before = _state_of(spec)
+        checkpoint = reload(spec)
+        keys, values = [], []
+        for stack in self.stacks:
+            parts = [
+                shard(spec.name, checkpoint.layers[layer.index], layer, self._tp_rank, self._tp_size)
+                for layer in stack.layers
+            ]
+            keys.append(torch.stack([part.key for part in parts]).to(self._dtype))
+            values.append(torch.stack([part.value for part in parts]).to(self._dtype))
+        # The digest is of what the file held just before it was copied.
+        if _state_of(spec) != before:
+            raise PrefixServeError(
+                f"The weights of prefix adapter {spec.name!r} in {spec.path} changed while being read."
+            )
+        return PrefixKV(tuple(keys), tuple(values))
+
+    def _get(self, spec: PrefixSpec, keep: Container[str]) -> PrefixKV | None:
+        prefix = self._on_device.get(spec.digest)
+        if prefix is not None:
+            return prefix
+        prefix = self._on_host.get(spec.digest)
+        try:
+            if prefix is None:
+                prefix = self.open(spec)
+                if self._on_host.make_room(prefix.nbytes, keep):
+                    self._on_host.put(spec.digest, prefix)
+        except PrefixServeError as error:
+            logger.error("%s Its requests fail.", error)
+            return None
+        except Exception:
+            # Whatever it is, it is about this prefix only: the engine goes on.
+            logger.exception("Prefix adapter %r cannot be read; its requests fail.", spec.name)
+            return None
+        if self._on_device.make_room(prefix.nbytes, keep):
+            try:
+                prefix = prefix.to(self.device)
+            except torch.OutOfMemoryError:
+                self._on_device.capacity = self._on_device.used
+                logger.warning(
+                    "There is device memory for %d bytes of prefixes only: others are read from the host from now on; "
+                    "lower --prefix-adapter-device-memory or --gpu-memory-utilization.",
+                    self._on_device.capacity,
+                )
+            else:
+                self._on_device.put(spec.digest, prefix)
+        return prefix
+
+
+def _state_of(spec: PrefixSpec) -> tuple[int, ...] | None:
+    """Returns what changes when the weights of a prefix are written over or replaced; None if they are gone."""
+    try:
+        state = os.stat(f"{spec.path}/{WEIGHTS_NAME}")
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
