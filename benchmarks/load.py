@@ -28,7 +28,7 @@ from traffic import BASE, QUESTIONS, Question, Traffic, ask
 
 # In front of this folder, which has a `serving`, too.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from serving import server, support  # type: ignore[attr-defined]
+from helpers.serving import server, support  # type: ignore[attr-defined]
 
 LENGTHS = (1, 7, 31, 32, 33, 64, 70)
 Answers = dict[tuple[str, Question], str]

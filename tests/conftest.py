@@ -17,10 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny import VOCABULARY, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
+
+from helpers.tiny import VOCABULARY, tiny_tokenizer
 
 collect_ignore = ["wheel"]  # for an environment of its own: `make test-wheel`
 
@@ -44,7 +45,7 @@ class TogetherWhatShares(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, test = nodeid.partition("::")
-        if "/serving/" in path and self.config.option.markexpr != "soak":
+        if "integration/serving/" in path and self.config.option.markexpr != "soak":
             return "serving"
         architecture = test.partition("[")[2].rstrip("]").partition("-")[0] if "test_architectures" in path else ""
         return path + architecture

@@ -11,8 +11,8 @@ import time
 
 import pytest
 from readme_code import LOCAL, block, run
-from tiny import tiny_model
 
+from helpers.tiny import tiny_model
 from peft_prefix_ext.cli import main
 
 ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}

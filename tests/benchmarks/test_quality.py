@@ -9,7 +9,8 @@ from quality import Benchmark, Settings, Size
 from readme import markers
 from records import Records
 from summary import variant_table, write_report
-from tiny import tiny_model
+
+from helpers.tiny import tiny_model
 
 TESTED = [method for method in METHODS if method.name in ("ours-mlp-exemplars", "stock-zero", "lora-r8")]
 

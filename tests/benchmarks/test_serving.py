@@ -66,7 +66,7 @@ def test_ratios_are_within_rounds() -> None:
 
 
 def test_adapters_are_real_and_differ(tmp_path: Path) -> None:
-    from tiny import tiny_model
+    from helpers.tiny import tiny_model
 
     base = tiny_model("llama")
     prefixes = write_prefixes(tmp_path, base, 5, 3)
@@ -113,7 +113,7 @@ def test_report(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(1800)  # some twenty engines
 def test_with_engines(tmp_path: Path) -> None:
-    from serving import server, support
+    from helpers.serving import server, support
 
     support.write_model(tmp_path / "model", server.CONFIG, tokenizer=True)
     script = Path(write_report.__globals__["__file__"]).with_name("serving.py")

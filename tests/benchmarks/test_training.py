@@ -7,12 +7,13 @@ import pytest
 import torch
 import training
 from footprint import footprint
-from prefixed import prefix_layers
 from shapes import SHAPES
 from steps import LIMIT, METHODS, STOCK_FLAT, TrainingStep, load
-from tiny import random_ids, tiny_model
 from training import SHORT, Benchmark, Settings
 from training_report import write_report
+
+from helpers.prefixed import prefix_layers
+from helpers.tiny import random_ids, tiny_model
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 from readme_code import LOCAL, block, run
-from tiny import tiny_model, tiny_tokenizer
 
 import peft_prefix_ext
+from helpers.tiny import tiny_model, tiny_tokenizer
 from peft_prefix_ext.tuner import tested_versions
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,132 @@
+"""One tiny base model with prefixes, of any architecture, in training and in an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from vllm import SamplingParams
+
+from helpers.prefixed import with_prefix
+from helpers.serving.engines import start
+from helpers.tiny import random_ids, tiny_model
+from vllm_plugin import PrefixAdapterRequest, prefix_adapters
+
+LENGTHS = (7, 32, 45)
+PROMPT_LENGTHS = (3, 40, 71)  # the windows of the sliding layers are 24
+NEW_TOKENS = 16
+# The longest request fills the context, and where positions are learned, all of them. The CPU engine has no kernel for
+# heads smaller than 32.
+CONTEXT = max(LENGTHS) + max(PROMPT_LENGTHS) + NEW_TOKENS
+SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": CONTEXT}
+Request = tuple[str | None, list[int]]
+Answer = tuple[list[int], list[float]]
+
+
+class Served:
+    """A base model and prefixes of it, what `PeftModel.generate` says with each, and an engine to say the same.
+
+    Args:
+        name: As in `tiny.CONFIGS`.
+        folder: An empty folder for what is saved.
+        config: Fields of the config of its own; `...` stands for no such field.
+        settings: Of the engine.
+    """
+
+    def __init__(self, name: str, folder: Path, config: dict[str, Any], **settings: Any) -> None:
+        fields = {key: value for key, value in {**SIZES, **config}.items() if value is not ...}
+
+        def base() -> Any:
+            return tiny_model(name, attention="eager", **fields)
+
+        base().save_pretrained(folder / "base")
+        models: dict[str | None, Any] = {None: base()}
+        for length in LENGTHS:
+            models[f"p{length}"] = with_prefix(base(), seed=length, num_virtual_tokens=length)
+            models[f"p{length}"].save_pretrained(folder / f"p{length}")
+        self.requests: list[Request] = [
+            (adapter, random_ids(length, seed=length + number).tolist())
+            for number, adapter in enumerate(models)
+            for length in PROMPT_LENGTHS
+        ]
+        self.expected = [_generate(models[adapter], prompt) for adapter, prompt in self.requests]
+        adapters = prefix_adapters({f"p{length}": str(folder / f"p{length}") for length in LENGTHS})
+        fixed = {"num_gpu_blocks_override": 256, "max_model_len": CONTEXT, **adapters}
+        with ExitStack() as stack:
+            stack.enter_context(_unchanged(type(base().base_model)))
+            self.llm = start(folder / "base", **{**fixed, **settings})
+            self._classes = stack.pop_all()
+
+    def answers(self) -> list[Answer]:
+        """Returns the tokens of every request, and the log-probability of each."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for _, prompt in self.requests],
+            SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0),
+            lora_request=[name and PrefixAdapterRequest(name) for name, _ in self.requests],
+            use_tqdm=False,
+        )
+        return [_answer(output.outputs[0]) for output in outputs]
+
+    def check(self) -> None:
+        """Compares every token with `PeftModel.generate`'s, and every log-probability."""
+        answers = self.answers()
+        for (adapter, prompt), (tokens, logprobs), (expected, theirs) in zip(
+            self.requests, answers, self.expected, strict=True
+        ):
+            assert tokens == expected, (adapter, len(prompt))
+            assert logprobs == pytest.approx(theirs, abs=2e-3), (adapter, len(prompt))
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        self._classes.close()
+
+
+@contextmanager
+def _unchanged(cls: type) -> Iterator[None]:
+    """Undoes changes of a class: vLLM decorates transformers' own of some models, which then makes none outside of vLLM."""
+    bases, own = cls.__bases__, dict(vars(cls))
+    try:
+        yield
+    finally:
+        cls.__bases__ = bases
+        for name in vars(cls).keys() - own.keys():
+            delattr(cls, name)
+        for name, value in own.items():
+            if vars(cls)[name] is not value:
+                setattr(cls, name, value)
+
+
+def forget_engine() -> None:
+    """Ends what an engine leaves behind: the groups of one without experts have none for the next one's experts."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    ensure_kv_transfer_shutdown()
+    cleanup_dist_env_and_memory()
+
+
+@torch.no_grad()
+def _generate(model: PeftModel, prompt: list[int]) -> Answer:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = output.sequences[0, len(prompt) :].tolist()
+    rows = zip(output.logits, tokens, strict=True)
+    return tokens, [float(logits[0].log_softmax(-1)[token]) for logits, token in rows]
+
+
+def _answer(output: Any) -> Answer:
+    tokens = list(output.token_ids)
+    return tokens, [row[token].logprob for row, token in zip(output.logprobs, tokens, strict=True)]

@@ -1,0 +1,228 @@
+"""Offline engines with prefixes, whose scheduler a test can look into, beside a reference by transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.serving import support
+
+LENGTHS = (1, 7, 32, 33, 130)
+
+
+@dataclass
+class Engine:
+    """An offline engine, the model it runs, and its adapters."""
+
+    llm: Any
+    model: Path
+    config: Any
+    prefixes: dict[str, support.Prefix]
+    reference: support.Reference = field(init=False)
+    _counted: Counter[tuple[str, str]] = field(init=False, default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.reference = support.Reference(self.model)
+        self.forget_counts()
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def bookkeeping(self) -> Any:
+        """The plugin's own part of the scheduler, alone or under vLLM's `MultiConnector`."""
+        connector = self.scheduler.connector
+        return getattr(connector, "sub_connectors", [connector])[0].scheduler
+
+    @property
+    def writer(self) -> Any:
+        """The plugin's own part of the worker."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector = get_kv_transfer_group()
+        return getattr(connector, "sub_connectors", [connector])[0].writer
+
+    def register(self, name: str, path: Path) -> None:
+        """Gives `name` to the adapter in `path`, as a server does with `load_inplace`."""
+        from vllm_plugin.adapters.loading import open_adapter
+        from vllm_plugin.adapters.registry import registry_in
+        from vllm_plugin.front_end.cli_args import AdapterOption
+
+        config = self.llm.llm_engine.vllm_config
+        registry = registry_in(config.kv_transfer_config)
+        assert registry is not None
+        registry.add([open_adapter(AdapterOption(name, str(path)), config, registry.layers())], replace=True)
+
+    def counts(self, count: str) -> dict[str, int]:
+        """Reads a count per adapter from vLLM's Prometheus registry, as of `forget_counts`."""
+        new = self._all_counts() - self._counted
+        return {adapter: number for (name, adapter), number in new.items() if name == count}
+
+    def forget_counts(self) -> None:
+        self._counted = self._all_counts()
+
+    def _all_counts(self) -> Counter[tuple[str, str]]:
+        prefix = "vllm:prefix_adapter_"
+        return Counter(
+            {
+                (metric.name.removeprefix(prefix), metric.labels["adapter"]): int(metric.value)
+                for metric in self.llm.get_metrics()
+                if metric.name.startswith(prefix)
+            }
+        )
+
+    def generate(
+        self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10, **params: Any
+    ) -> list[Any]:
+        """Runs one batch, greedily, and returns vLLM's outputs."""
+        from vllm import SamplingParams
+
+        from vllm_plugin import PrefixAdapterRequest
+
+        sampling = SamplingParams(
+            **{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False, **params}
+        )
+        return self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            sampling,
+            lora_request=[None if name is None else PrefixAdapterRequest(name) for name in names],
+            use_tqdm=False,
+        )
+
+    def check(self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10) -> None:
+        """Runs one batch and compares every token with transformers'."""
+        outputs = self.generate(names, prompts, max_tokens)
+        for name, prompt, output in zip(names, prompts, outputs, strict=True):
+            prefix = None if name is None else self.prefixes[name]
+            assert list(output.outputs[0].token_ids) == self.reference.greedy(prompt, prefix, max_tokens), name
+            assert output.prompt_token_ids == prompt
+
+    def check_prompt_logprobs(self, outputs: list[Any], names: list[str | None]) -> None:
+        """Compares every log-probability of prompts with transformers', and says nothing of virtual tokens."""
+        for name, output in zip(names, outputs, strict=True):
+            prompt = output.prompt_token_ids
+            logits = self.reference.logits(prompt, None if name is None else self.prefixes[name])
+            first, *rows = output.prompt_logprobs
+            assert not first
+            assert len(rows) == len(prompt) - 1
+            for token, row, expected in zip(prompt[1:], rows, logits.log_softmax(-1), strict=False):
+                assert {id: entry.logprob for id, entry in row.items()} == pytest.approx(
+                    {id: float(expected[id]) for id in row}, abs=1e-3
+                ), name
+                assert token in row
+                best = {id for id, entry in row.items() if entry.rank == 1}
+                assert best <= {int(expected.argmax())}
+
+    def block_ids(self) -> dict[str, list[int]]:
+        """Returns the physical blocks of each running request, of the first KV cache group."""
+        manager = self.scheduler.kv_cache_manager
+        return {request.request_id: manager.get_block_ids(request.request_id)[0] for request in self.scheduler.running}
+
+
+def start(model: Path, **settings: Any) -> Any:
+    """Starts an `LLM` in this process, where it has all requests of a batch before its first step.
+
+    So what it schedules, and what it preempts, depends on no machine's speed.
+    """
+    from vllm import LLM, envs
+
+    with pytest.MonkeyPatch.context() as environment:
+        # Read when an engine starts: no compiler, a small cache, and the engine in this process.
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        environment.setenv("VLLM_CPU_CI_ENV", "1")
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        environment.setenv("VLLM_NO_USAGE_STATS", "1")
+        # vLLM reads what a model class can do in a process of its own, for the sake of CUDA; here it is imported anyway.
+        environment.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect())
+        llm = LLM(
+            **{
+                "model": str(model),
+                "skip_tokenizer_init": True,
+                "enforce_eager": True,
+                "block_size": support.BLOCK_SIZE,
+                "max_model_len": 512,
+                "dtype": "float32",
+                "disable_log_stats": False,
+                **settings,
+            }
+        )
+    # An engine that runs keeps what it read, for its whole process; tests change it.
+    envs.disable_envs_cache()
+    return llm
+
+
+def make_engine(
+    folder: Path,
+    config: Any,
+    lengths: tuple[int, ...] = LENGTHS,
+    kv_transfer_config: Any = None,
+    *,
+    more: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> Engine:
+    """Starts an offline engine with one adapter per length, named `p<length>`, and `more` that are there already."""
+    from vllm_plugin import prefix_adapters
+
+    if not (folder / "model").exists():
+        support.write_model(folder / "model", config)
+    prefixes = {f"p{length}": support.random_prefix(config, length, seed=length) for length in lengths}
+    paths = {name: str(support.write_adapter(folder / name, config, kv)) for name, kv in prefixes.items()}
+    llm = start(folder / "model", **prefix_adapters({**paths, **(more or {})}, kv_transfer_config), **overrides)
+    return Engine(llm, folder / "model", config, prefixes)
+
+
+class Pool:
+    """Keeps one engine at a time: vLLM has one KV connector per process."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._engine: Engine | None = None
+        self._kind: Any = None
+
+    def start(self, config: Any, *args: Any, **settings: Any) -> Engine:
+        """Stops the engine at hand and starts another."""
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+        self.close()
+        try:
+            self._engine = make_engine(self._folders.mktemp("engine"), config, *args, **settings)
+        except BaseException:
+            # One that did not start is still in the way of the next.
+            ensure_kv_transfer_shutdown()
+            raise
+        return self._engine
+
+    def shared(self, kind: Callable[[], Any], **settings: Any) -> Engine:
+        """Returns the engine at hand if it was started for this kind of config and these settings, else starts one."""
+        if self._engine is None or self._kind != (kind, settings):
+            self.start(kind(), **settings)
+            self._kind = (kind, settings)
+        assert self._engine is not None
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.llm.llm_engine.engine_core.shutdown()
+        self._engine = self._kind = None
+
+
+@contextmanager
+def file_gone(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Moves an adapter's folder away, and has the worker forget what it keeps, as after an eviction."""
+    from vllm_plugin.worker.prefix_manager import Shelf
+
+    for shelf in ("_on_device", "_on_host"):
+        monkeypatch.setattr(engine.writer._bank, shelf, Shelf(0))
+    folder = Path(support.specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)[name].path)
+    folder.rename(folder.with_name("gone"))
+    try:
+        yield
+    finally:
+        folder.with_name("gone").rename(folder)

@@ -1,0 +1,81 @@
+"""What the plugin takes for granted of vLLM, as each supported release has it, read from its syntax trees.
+
+    PYTHONPATH=tests python -m helpers.serving.releases WHEEL_OR_FOLDER ...
+
+writes `releases.json` for the releases given, each a wheel or a folder with `vllm/` in it, which need not run here, and says
+what each changed. Do so when the plugin needs something else of vLLM, or when there is a new release.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from helpers.release_sources import Release, imported, record
+
+RECORDED = Path(__file__).with_name("releases.json")
+PLUGIN = Path(__file__).parents[3] / "vllm_plugin"
+# What is called on objects that vLLM hands to the plugin.
+CALLED = {
+    "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
+    "vllm.lora.peft_helper:PEFTHelper.validate_legal",
+    "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
+    "vllm.v1.request:Request.update_block_hashes",
+    "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
+    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.reset_cache",
+    "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector.sub_connectors",
+    "vllm.config.kv_transfer:KVTransferConfig.get_from_extra_config",
+    "vllm.v1.metrics.stats:PrefillStats.finalize",
+    "vllm.v1.metrics.stats:PrefillStats.set",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.is_base_model",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.__init__",
+}
+
+
+def overridden() -> set[str]:
+    """Lists the methods of vLLM's connectors that ours overrides, as `module:Class.method`."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    from vllm_plugin.connector import PrefixConnector
+
+    return {
+        f"{base.__name__}:{parent.__name__}.{name}"
+        for parent in (base.KVConnectorBase_V1, base.SupportsHMA)
+        for name in vars(PrefixConnector).keys() & vars(parent).keys()
+        if callable(getattr(PrefixConnector, name))
+    }
+
+
+def seams() -> tuple[Any, ...]:
+    """Returns all of the plugin's wraps."""
+    from vllm_plugin.patches.install import START_SEAMS
+    from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
+    from vllm_plugin.prefix_serve import parser_seam
+
+    return (*START_SEAMS, parser_seam(), *ENGINE_SEAMS, *SERVER_SEAMS)
+
+
+def wrapped() -> set[str]:
+    """Lists the functions of vLLM that the plugin wraps, as `module:qualified.name`."""
+    return {f"{seam.module}:{seam.method}" for seam in seams()}
+
+
+def describe(release: Release) -> dict[str, Any]:
+    """Returns what a release has of what the plugin needs."""
+    return {
+        "signatures": {name: release.signature(name) for name in sorted(wrapped() | overridden() | CALLED)},
+        "names": {name: release.has(name) for name in sorted(imported(PLUGIN, "vllm"))},
+    }
+
+
+def main(places: list[str]) -> None:
+    releases = [Release("vllm", Path(place)) for place in places]
+    record(RECORDED, ((release.version, describe(release)) for release in releases))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,48 @@
+"""Engines in this process, where tests can look into them, one at a time; and a whole server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from helpers.serving import support
+from helpers.serving.engines import Engine, Pool
+from helpers.serving.fixtures import adapter, log, model, options, other, server  # noqa: F401
+from helpers.serving.server import serve, write_models
+
+
+@pytest.fixture(scope="package")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(tmp_path_factory)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def engine_factory(pool: Pool) -> Callable[..., Engine]:
+    """Starts an engine of a kind of its own, as `engines.make_engine` does."""
+    return pool.start
+
+
+@pytest.fixture
+def llama(pool: Pool) -> Engine:
+    """A Llama engine with an empty prefix cache and fresh counters."""
+    engine = pool.shared(support.llama_config)
+    assert engine.llm.reset_prefix_cache()
+    engine.forget_counts()
+    return engine
+
+
+@pytest.fixture(scope="package")
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="package")
+def client(server_folder: Path) -> Iterator[openai.OpenAI]:
+    # A prefix of 200 tokens does not fit into that much, and is read from its file for each request.
+    with serve(server_folder, "--prefix-adapter-device-memory", "0.00018") as client:
+        yield client

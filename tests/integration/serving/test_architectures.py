@@ -1,0 +1,93 @@
+"""What vLLM runs of the architectures that can be trained: served exactly, or refused at the start with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers.serving.architectures import Served, forget_engine
+from helpers.serving.engines import Pool
+from vllm_plugin.errors import PrefixServeError
+
+# vLLM has no other head for these.
+_TIED = {"tie_word_embeddings": True}
+
+# By name, fields of the config of their own.
+EXACT: dict[str, dict] = {
+    # With layers that share K/V, and heads of two sizes.
+    "gemma4": {"num_experts": None},
+    # With sinks, windows in every other layer, and experts.
+    "gpt_oss": {},
+    # With learned positions.
+    "gpt2": {},
+}
+# With nothing of their own.
+PLAIN = [
+    *("llama", "apertus", "arcee", "bitnet", "ctrl", "ernie4_5", "gemma", "glm", "glm4", "gpt_bigcode"),
+    *("gpt_neox", "gptj", "granite", "helium", "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3"),
+    *("nanochat", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3"),
+    *("seed_oss", "smollm3", "stablelm", "starcoder2", "flex_olmo", "glm4_moe", "granitemoe"),
+    *("granitemoeshared", "hunyuan_v1_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "solar_open"),
+    *("cwm", "exaone4", "exaone_moe", "gemma3", "mellum", "ministral", "mistral", "olmo3", "phi3:sliding"),
+    *("starcoder2:sliding", "vaultgemma", "gemma4_unified"),
+]
+SOAK: dict[str, dict] = {
+    **{name: {} for name in PLAIN},
+    "cohere": _TIED,
+    "gemma2": _TIED,
+    "gemma3n": _TIED,
+    "bloom": {**_TIED, "head_dim": ...},
+    "falcon:multi-query": {"head_dim": ..., "ffn_hidden_size": 512},
+}
+_RECURRENT = r"do not support models with Mamba or linear-attention layers"
+_MLA = {"head_dim": ...}
+_OTHER_FORM = r"vLLM's cache has .*whose K/V vLLM keeps in another form"
+# By name, what the error says and fields of the config of their own.
+REFUSED: dict[str, tuple[str, dict]] = {
+    "llama4": (r"plain attention layers only.* of type ChunkedLocalAttentionSpec", {}),
+    "deepseek_v2": (r"do not support multi-head latent attention \(MLA\)", _MLA),
+    "deepseek_v3": (r"do not support multi-head latent attention \(MLA\)", _MLA),
+    "falcon": (_OTHER_FORM, {"head_dim": ..., "ffn_hidden_size": 512}),
+    "minicpm3": (_OTHER_FORM, {"head_dim": ...}),
+    "glm4_moe_lite": (r"do not support multi-head latent attention \(MLA\)", _MLA),
+    **{
+        name: (_RECURRENT, {})
+        for name in ("falcon_h1", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_next", "zamba2")
+    },
+}
+
+
+@pytest.fixture
+def serve(pool: Pool, tmp_path: Path):
+    """Starts an engine of its own; the one that other tests share goes."""
+    pool.close()
+    forget_engine()
+    served: list[Served] = []
+
+    def start(*args, **settings) -> Served:
+        served.append(Served(args[0], tmp_path, *args[1:], **settings))
+        return served[0]
+
+    yield start
+    for one in served:
+        one.close()
+    forget_engine()
+
+
+@pytest.mark.parametrize("name", [*EXACT, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAK)])
+def test_says_what_peft_says_cold_and_warm(name: str, serve: Callable[..., Served]):
+    served = serve(name, {**EXACT, **SOAK}[name])
+    assert len({tuple(logprobs) for _, logprobs in served.expected}) == len(served.requests)
+    served.check()
+    served.check()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "llama4" else pytest.mark.soak) for name in REFUSED]
+)
+def test_is_refused_at_the_start(name: str, serve: Callable[..., Served]):
+    why, config = REFUSED[name]
+    with pytest.raises(PrefixServeError, match=why):
+        serve(name, config)

@@ -1,0 +1,38 @@
+"""Many clients of the server at once while adapters change: the short form of `benchmarks/load.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from load import check_answers, quiet_answers
+from traffic import BASE, Traffic
+
+from helpers.serving import support
+from helpers.serving.server import CONFIG, PREFIXES
+
+
+@pytest.mark.timeout(1800)
+def test_every_answer_is_right_while_adapters_come_and_go(client: Any, server_folder: Path) -> None:
+    prefixes = {**PREFIXES, **{f"p{length}": support.random_prefix(CONFIG, length, seed=length) for length in (33, 64)}}
+    paths = {name: str(server_folder / name) for name in prefixes}
+    added = prefixes.keys() - PREFIXES.keys()
+    for name in added:
+        support.write_adapter(Path(paths[name]), CONFIG, prefixes[name])
+        client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": paths[name]}, cast_to=str)
+    base_url = str(client.base_url)
+    expected = asyncio.run(quiet_answers(base_url, [*prefixes, BASE]))
+    assert check_answers(expected, prefixes, server_folder / "model") == []
+    # So many, on a slow machine as on a fast one.
+    traffic = Traffic(base_url, expected, paths)
+    outcome = asyncio.run(traffic.run(num_clients=16, seconds=math.inf, max_requests=300))
+    for name in added:
+        client.post("/unload_prefix_adapter", body={"prefix_name": name}, cast_to=str)
+    assert outcome.wrong == []
+    assert outcome.is_right
+    assert sum(outcome.answers.values()) == 300
+    assert all(outcome.answers[how] for how in ("whole", "streamed", "begun", "hung up")), outcome.answers
+    assert all(outcome.changes[change] for change in ("replace", "unload", "load")), outcome.changes

@@ -1,0 +1,200 @@
+"""What a request may ask for, and those that cannot be answered correctly: refused in one sentence, the engine goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from helpers.serving.engines import Engine
+from helpers.serving.support import prompt_ids, specs_in
+from vllm_plugin import PrefixAdapterRequest
+from vllm_plugin.front_end import requests
+
+
+def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any) -> Any:
+    from vllm import SamplingParams
+
+    return engine.llm.generate(
+        prompt,
+        SamplingParams(**{"max_tokens": 2, "detokenize": False, **params}),
+        lora_request=None if name is None else PrefixAdapterRequest(name),
+        use_tqdm=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["p1", "p7", "p32", "p33", "p130"])
+def test_prompt_logprobs_are_those_of_real_tokens(llama: Engine, name: str) -> None:
+    names = [name, None, name, None, name, name]
+    prompts = [prompt_ids(count, seed=count) for count in (1, 40, 2, 31, 70, 70)]
+    for _ in range(2):
+        # The second time over blocks that others may read, and this request may not.
+        outputs = llama.generate(names, prompts, max_tokens=3, prompt_logprobs=2, logprobs=1)
+        llama.check_prompt_logprobs(outputs, names)
+        assert [output.num_cached_tokens for output in outputs] == [0] * 6
+        for output, prompt, who in zip(outputs, prompts, names, strict=True):
+            prefix = None if who is None else llama.prefixes[who]
+            assert output.outputs[0].token_ids == llama.reference.greedy(prompt, prefix, 3)
+    llama.check(names, prompts)
+
+
+def test_prompt_logprobs_come_in_every_form(llama: Engine) -> None:
+    names = ["p33", None]
+    prompts = [prompt_ids(20)] * 2
+    whole = llama.generate(names, prompts, max_tokens=1, prompt_logprobs=0)
+    llama.check_prompt_logprobs(whole, names)
+    assert all(len(row) == 1 for output in whole for row in output.prompt_logprobs[1:])
+    flat = llama.generate(names, prompts, max_tokens=1, prompt_logprobs=3, flat_logprobs=True)
+    assert [len(output.prompt_logprobs) for output in flat] == [20, 20]
+    llama.check_prompt_logprobs(flat, names)
+
+
+def test_who_wants_prompt_logprobs_reads_no_cache_whatever_it_says(llama: Engine) -> None:
+    prompt = prompt_ids(80)
+    for _ in range(2):
+        outputs = llama.generate(["p33"], [prompt], prompt_logprobs=1, skip_reading_prefix_cache=False)
+        llama.check_prompt_logprobs(outputs, ["p33"])
+
+
+def test_a_request_may_leave_the_cache_alone(llama: Engine) -> None:
+    prompt = prompt_ids(80)
+    for _ in range(2):
+        (output,) = llama.generate(["p33"], [prompt], skip_reading_prefix_cache=True)
+        assert output.num_cached_tokens == 0
+        assert output.outputs[0].token_ids == llama.reference.greedy(prompt, llama.prefixes["p33"], 10)
+    assert llama.counts("loads") == {"p33": 2}
+    # What it computed others may read.
+    assert llama.generate(["p33"], [prompt])[0].num_cached_tokens == 63
+
+
+@pytest.mark.parametrize(("name", "p"), [("p33", 33), (None, 0)])
+def test_offline_beams_reach_the_end_of_the_context(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch, name: str | None, p: int
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    # The engine has no tokenizer.
+    tokenizer = SimpleNamespace(eos_token_id=2, decode=lambda tokens, **_: "")
+    monkeypatch.setattr(llama.llm.renderer, "get_tokenizer", lambda: tokenizer)
+    prompt = prompt_ids(512 - p - 4)
+
+    def search(max_tokens: int) -> Any:
+        params = BeamSearchParams(beam_width=2, max_tokens=max_tokens, ignore_eos=True)
+        adapter = None if name is None else PrefixAdapterRequest(name)
+        return llama.llm.beam_search([{"prompt_token_ids": prompt}], params, lora_request=adapter)
+
+    (output,) = search(4)
+    expected = llama.reference.beams(prompt, name and llama.prefixes[name], 2, 4)
+    assert [beam.tokens[len(prompt) :] for beam in output.sequences] == expected
+    # vLLM cuts nothing off here, with a prefix or without.
+    with pytest.raises(VLLMValidationError, match="tokens"):
+        search(5)
+    assert not llama.llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "params", "message"),
+    [
+        ("nobody", {}, {}, "'nobody' does not exist; this engine has: p1, p7"),
+        ("p130", {"prompt_token_ids": prompt_ids(382)}, {}, "shorten the prompt to at most 381 tokens"),
+        ("p33", {}, {"min_tokens": 475, "max_tokens": 500}, "`min_tokens` must be <= 474"),
+        ("p33", {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),
+        (None, {"cache_salt": "prefix-adapter:p7"}, {}, "`cache_salt` may not start with 'prefix-adapter:'"),
+        (None, {}, {"extra_args": {"kv_transfer_params": 5}}, "`kv_transfer_params` must be an object, got 5"),
+        (None, {}, {"extra_args": {"kv_transfer_params": {"prefix_adapters": "p7"}}}, "may not hold 'prefix_adapters'"),
+        (
+            "p33",
+            {},
+            {"extra_args": {"kv_transfer_params": {"prefix_adapters": "p7"}}},
+            "may not hold 'prefix_adapters'",
+        ),
+    ],
+)
+def test_refused(llama: Engine, name: str | None, prompt: dict[str, Any], params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
+        ask(llama, {"prompt_token_ids": prompt_ids(5), **prompt}, name, **params)
+    assert message in str(caught.value)
+    llama.check(["p33", None], [prompt_ids(5)] * 2, max_tokens=2)
+
+
+def test_a_prefix_that_is_named_as_a_lora_is_refused(llama: Engine) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+
+    folder = specs_in(llama.llm.llm_engine.vllm_config.kv_transfer_config)["p7"].path
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
+            llama.llm.generate({"prompt_token_ids": [5]}, lora_request=LoRARequest("mine", 1, folder), use_tqdm=False)
+        assert "holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({'mine': path}))`" in str(
+            caught.value
+        )
+    # Any other LoRA is vLLM's business.
+    with pytest.raises(VLLMValidationError, match="LoRA is not enabled"):
+        llama.llm.generate({"prompt_token_ids": [5]}, lora_request=LoRARequest("mine", 1, "/lora"), use_tqdm=False)
+    llama.check(["p7", None], [prompt_ids(5)] * 2, max_tokens=2)
+
+
+def test_the_base_model_keeps_what_adapters_refuse(llama: Engine) -> None:
+    (output,) = ask(llama, {"prompt_token_ids": prompt_ids(5), "cache_salt": "mine"}, None, prompt_logprobs=0)
+    assert len(output.prompt_logprobs) == 5
+    ask(llama, {"prompt_token_ids": prompt_ids(511)}, None)
+
+
+def test_one_refused_prompt_refuses_the_batch_and_frees_it(llama: Engine) -> None:
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        llama.generate(["p33", "p130"], [prompt_ids(5), prompt_ids(400)])
+    assert not llama.llm.llm_engine.has_unfinished_requests()
+
+
+def test_streaming_input_is_refused(llama: Engine) -> None:
+    from vllm import SamplingParams
+
+    engine = llama.llm.llm_engine
+    with pytest.raises(ValueError, match="Streaming input is not supported"):
+        engine.input_processor.process_inputs(
+            "id",
+            {"type": "token", "prompt_token_ids": [5]},
+            SamplingParams(max_tokens=1),
+            supported_tasks=engine.get_supported_tasks(),
+            lora_request=PrefixAdapterRequest("p7"),
+            resumable=True,
+        )
+
+
+def checks() -> list[tuple[Callable[[], requests.Prompt], Callable[[], Any], str]]:
+    from vllm import PoolingParams, SamplingParams
+
+    def prompt(**fields: Any) -> Callable[[], requests.Prompt]:
+        plain = {"num_tokens": 5, "cache_salt": None, "has_embeds": False, "has_media": False}
+        return lambda: requests.Prompt(**{**plain, **fields})
+
+    return [
+        (prompt(), PoolingParams, "pooling requests cannot use the prefix adapter 'p7'"),
+        (prompt(has_embeds=True), SamplingParams, "`prompt_embeds` are not supported"),
+        (prompt(num_tokens=None), SamplingParams, "`prompt_embeds` are not supported"),
+        (prompt(has_media=True), SamplingParams, "Images, audio and video are not supported"),
+        (prompt(num_tokens=0), SamplingParams, "The prompt is empty"),
+        (
+            prompt(),
+            lambda: SamplingParams(prompt_logprob_token_ids=[[5, 6]] * 4, max_tokens=1),
+            "`prompt_logprob_token_ids` is not supported",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("prompt", "params", "message"), checks())
+def test_checks(llama: Engine, prompt: Any, params: Any, message: str) -> None:
+    spec = specs_in(llama.llm.llm_engine.vllm_config.kv_transfer_config)["p7"]
+    with pytest.raises(ValueError, match=message):
+        requests.check(spec, prompt(), params(), 512)
+
+
+def test_prefixes_are_unknown_to_an_engine_without_them(llama: Engine) -> None:
+    class Config:
+        kv_transfer_config = None
+
+    with pytest.raises(ValueError, match="this engine has: none"):
+        requests.adapter_named(PrefixAdapterRequest("p7"), Config())

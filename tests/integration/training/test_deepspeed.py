@@ -1,0 +1,30 @@
+"""Under DeepSpeed's ZeRO, prefixes train, save and resume."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helpers.scripts import run_script
+
+CASES = ["mlp-3-early", "mlp-3-late", "flat-3-early", "flat-3-late", "part-3-late", "part-2-early"]
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    run_script("deepspeed_zero", folder, *CASES)
+    return {case: json.loads((folder / case / "losses.json").read_text()) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_and_loading_are_exact(case, losses):
+    end, resumed, loaded = (losses[case][what] for what in ("end", "resumed", "loaded"))
+    assert resumed == pytest.approx(end, abs=1e-5)
+    assert loaded == pytest.approx(end, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["mlp", "flat"])
+def test_models_that_are_born_partitioned_train_as_others(adapter, losses):
+    assert losses[f"{adapter}-3-late"]["end"] == pytest.approx(losses[f"{adapter}-3-early"]["end"], abs=1e-5)

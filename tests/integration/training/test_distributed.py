@@ -1,0 +1,35 @@
+"""Two processes, by DDP or sharded, train and save the same adapter as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from helpers.prefixed import with_prefix
+from helpers.scripts import torchrun
+from helpers.tiny import random_ids, tiny_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder that two processes left."""
+    folder = tmp_path_factory.mktemp("distributed")
+    torchrun("distributed", folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "fsdp2-lean"])
+def test_two_processes_train_the_adapter_of_one(strategy, trained):
+    settings = sorted(trained.iterdir())
+    assert len(settings) == 6
+    for setting in settings:
+        alone, together = (load_file(setting / which / "adapter_model.safetensors") for which in ("alone", strategy))
+        assert alone.keys() == together.keys()
+        for key in alone:
+            torch.testing.assert_close(together[key], alone[key], atol=1e-4, rtol=1e-3, msg=f"{setting.name} {key}")
+    fresh = with_prefix(tiny_model("llama"), init_std=0.02)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), trained / "flat" / strategy)
+    ids = random_ids(1, 5)
+    assert not torch.allclose(loaded(input_ids=ids).logits, fresh(input_ids=ids).logits, atol=1e-3)

@@ -1,0 +1,132 @@
+"""A rate of learning at which a prefix learns very little is told, once, and no other."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+from transformers import Adafactor, AutoTokenizer, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from trl import SFTConfig, SFTTrainer
+
+from helpers.prefixed import with_prefix
+from helpers.tiny import random_ids, tiny_model
+from peft_prefix_ext import PrefixExtConfig
+
+IDS = random_ids(2, 9)
+ROWS = [{"input_ids": row, "labels": row} for row in IDS]
+QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 3, "save_strategy": "no"}
+
+
+@pytest.fixture(autouse=True)
+def _free():
+    """Other tests leave models behind that never trained."""
+    gc.collect()
+
+
+def told(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(each.message) for each in caught if "The learning rate of the prefix" in str(each.message)]
+
+
+def step(model, optimizer, scheduler=None, times=2):
+    for _ in range(times):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+LOW = "The learning rate of the prefix is {}, at which it learns very little: a prefix {} an MLP wants about {}."
+
+
+@pytest.mark.parametrize(
+    ("reparam", "rate", "expected"),
+    [
+        ("mlp", 5e-5, [LOW.format("5e-05", "with", "2e-3")]),
+        ("none", 2e-4, [LOW.format("0.0002", "without", "2e-2")]),
+        ("mlp", 2e-4, []),
+        ("mlp", 2e-3, []),
+        ("none", 2e-2, []),
+    ],
+)
+def test_a_low_rate_is_told_once(reparam, rate, expected):
+    model = with_prefix(tiny_model("llama"), reparam=reparam)
+    optimizer = torch.optim.AdamW(trained(model), lr=rate)
+    assert told(lambda: step(model, optimizer)) == expected
+
+
+@pytest.mark.parametrize(("arguments", "count"), [({}, 1), ({"learning_rate": 2e-3}, 0), ({"warmup_steps": 2}, 1)])
+def test_what_the_trainer_takes_by_default(arguments, count, tmp_path):
+    model = with_prefix(tiny_model("llama"), reparam="mlp")
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **QUIET, **arguments), train_dataset=ROWS)
+    assert len(told(trainer.train)) == count
+
+
+@pytest.mark.parametrize(("arguments", "count"), [({}, 1), ({"learning_rate": 2e-3, "warmup_steps": 2}, 0)])
+def test_what_trl_takes_by_default(arguments, count, word_tokenizer, tmp_path):
+    trainer = SFTTrainer(
+        tiny_model("llama"),
+        SFTConfig(str(tmp_path), bf16=False, **QUIET, **arguments),
+        train_dataset=Dataset.from_list([{"text": "w5 w6 w7"}] * 4),
+        processing_class=AutoTokenizer.from_pretrained(word_tokenizer, eos_token="w2"),
+        peft_config=PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    )
+    assert len(told(trainer.train)) == count
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: get_linear_schedule_with_warmup(optimizer, 2, 4),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=9),
+    ],
+    ids=["warm-up", "one cycle"],
+)
+def test_a_warm_up_is_no_low_rate(schedule):
+    model = with_prefix(tiny_model("llama"), reparam="mlp")
+    optimizer = torch.optim.Adam(trained(model), lr=2e-3)
+    scheduler = schedule(optimizer)
+    assert optimizer.param_groups[0]["lr"] < 1e-4
+    assert told(lambda: step(model, optimizer, scheduler)) == []
+
+
+def test_a_saved_prefix_that_trains_on(tmp_path):
+    with_prefix(tiny_model("llama"), reparam="mlp").save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert trained(frozen) == []
+    model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, is_trainable=True)
+    assert len(told(lambda: step(model, torch.optim.AdamW(trained(model), lr=2e-5)))) == 1
+
+
+def test_other_models_and_optimizers_are_let_alone():
+    model = with_prefix(tiny_model("llama"), reparam="mlp")
+    other = torch.nn.Linear(2, 2)
+    other(torch.ones(2)).sum().backward()
+    assert told(torch.optim.AdamW(other.parameters(), lr=1e-6).step) == []
+    assert told(lambda: step(model, torch.optim.SGD(trained(model), lr=1e-6))) == []
+    model = with_prefix(tiny_model("llama"), reparam="mlp")
+    assert told(lambda: step(model, Adafactor(trained(model)))) == []
+
+
+def test_the_hook_goes_once_it_has_looked_and_keeps_no_model():
+    before = len(_global_optimizer_pre_hooks)
+    model = with_prefix(tiny_model("llama"))
+    reference = weakref.ref(model.get_base_model())
+    step(model, torch.optim.AdamW(trained(model), lr=0.1), times=1)
+    assert len(_global_optimizer_pre_hooks) <= before
+    del model
+    gc.collect()
+    assert reference() is None

@@ -1,0 +1,1 @@
+from helpers.serving.fixtures import adapter, log, model, options, other, server  # noqa: F401

@@ -1,0 +1,166 @@
+"""What an operator writes on the command line, and how it reaches every process of a server."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+from helpers.serving import support
+from vllm_plugin import prefix_adapters, prefix_serve
+from vllm_plugin.adapters import spec
+from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.front_end import cli_args, engine_config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("one", "one=", "=path", "a b=path", "-x=path", "../x=path", "x" * 257 + "=path"),
+        *('{"name": "a"', '{"name": "a"}', '{"name": "a", "path": 7}', '{"name": "a", "path": "/x", "rank": "8"}'),
+        *('{"name": "a b", "path": "/x"}', '{"name": "a", "path": ""}', '{"name": null, "path": "/x"}'),
+    ],
+)
+def test_malformed_options(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"\A[^\n]*\Z"):
+        cli_args.parse_adapter(text)
+
+
+def parsed(*options: str) -> argparse.Namespace:
+    """Reads options as `vllm serve` does, which has ideas of its own about JSON."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    cli_args.add_argument(parser)
+    cli_args.add_argument(parser)
+    return parser.parse_args([*options])
+
+
+def test_options_add_up_and_names_are_unique() -> None:
+    in_json = '{"name": "d", "path": "/w", "base_model_name": "base"}'
+    options = parsed("--prefix-adapter", "a=/x", "b=org/repo", "--prefix-adapter", "c=/y=z", in_json).prefix_adapter
+    assert options == [("a", "/x", None), ("b", "org/repo", None), ("c", "/y=z", None), ("d", "/w", "base")]
+    cli_args.check_unique(options)
+    with pytest.raises(PrefixServeError, match="'a' is given twice"):
+        cli_args.check_unique([*options, cli_args.AdapterOption("a", "/z")])
+    with pytest.raises(PrefixServeError, match="at least one"):
+        prefix_adapters()
+
+
+@pytest.mark.parametrize("gib", ["-1", "all", "inf", "nan"])
+def test_malformed_memory(gib: str) -> None:
+    message = f"expected a number of GiB >= 0, got '{gib}'"
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        cli_args.parse_gib(gib)
+    with pytest.raises(PrefixServeError, match=f"`prefix_adapter_device_memory`: {message}"):
+        prefix_adapters(a="/x", prefix_adapter_device_memory=gib)
+
+
+def test_memory_offline() -> None:
+    for gib in (0, 0.25, 2):
+        merged = prefix_adapters({"a": "/x"}, prefix_adapter_device_memory=gib)["kv_transfer_config"]
+        assert merged.get_from_extra_config("prefix_device_memory", None) == gib * 2**30
+        assert [each["name"] for each in merged.kv_connector_extra_config["prefix_adapters"]] == ["a"]
+
+
+def test_a_server_says_at_once_what_its_options_lack() -> None:
+    for option in (["--prefix-adapter-warmup"], ["--prefix-adapter-device-memory", "2"]):
+        with pytest.raises(PrefixServeError, match=f"{option[0]} needs"):
+            engine_config.configure(None, parsed(*option))
+    options = parsed("--prefix-adapter", "a=/x")
+    options.lora_modules = [LoRAModulePath("a", "/y")]
+    with pytest.raises(PrefixServeError, match="'a' is already the name of a model"):
+        engine_config.configure(None, options)
+
+
+@pytest.mark.parametrize("served", [[], ["--prefix-adapter", "one=/x"]])
+def test_a_prefix_among_lora_modules_is_told_where_it_goes(model: Path, adapter: Path, served: list[str]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = parsed(*served)
+    vars(options).update(vars(EngineArgs(model=str(model))))
+    options.lora_modules = [LoRAModulePath("fine", "/lora"), LoRAModulePath("tone", str(adapter))]
+    with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
+        EngineArgs.from_cli_args(options)
+    assert f"holds a prefix, not a LoRA; give it as --prefix-adapter tone={adapter}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "serve"], "for `bench` type `vllm bench`."),
+        (["collect-env"], "for `collect-env` type `vllm collect-env`."),
+        (["serve", "model"], "`prefix-serve` is `vllm serve` already; leave out `serve`."),
+    ],
+)
+def test_what_is_no_model_is_said_at_once(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"\Aprefix-serve: error: [^\n]*\Z") as caught:
+        prefix_serve.main(arguments)
+    assert message in str(caught.value)
+    # Unless it is the folder of one.
+    (tmp_path / arguments[0]).mkdir()
+    assert prefix_serve._mistake(arguments) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (
+            "from vllm_plugin.prefix_serve import main; main(['model'])",
+            "prefix-serve: error: vLLM is not installed; install",
+        ),
+        ("from vllm_plugin import prefix_adapters", "ImportError: vLLM is not installed; install"),
+        ("from vllm_plugin import PrefixAdapterRequest", "ImportError: vLLM is not installed; install"),
+    ],
+)
+def test_without_vllm(code: str, error: str) -> None:
+    hide = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+# vLLM, and what comes with it alone.
+hidden = ("vllm", "msgspec", "fastapi", "prometheus_client")
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in hidden else find(name, *rest)
+"""
+    done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(error)
+
+
+def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    more = ["--prefix-adapter-warmup", "--prefix-adapter-device-memory", "0.25"]
+    options = parsed("--prefix-adapter", f"one={adapter}", *more)
+    vars(options).update(vars(EngineArgs(model=str(model), skip_tokenizer_init=True, max_model_len=256)))
+    first = EngineArgs.from_cli_args(options).create_engine_config()
+    # The folder is read once, by the first process.
+    (adapter / "adapter_config.json").unlink()
+    copy = pickle.loads(pickle.dumps(options))
+    second = EngineArgs.from_cli_args(copy).create_engine_config()
+    settings = [spec.settings_in(each.kv_transfer_config) for each in (first, second)]
+    assert settings[0] == settings[1]
+    assert settings[0] == {
+        "prefix_registry": options.prefix_registry,
+        "prefix_adapter_warmup": True,
+        "prefix_device_memory": 2**28,
+    }
+    registry_in(first.kv_transfer_config).remove("one")
+    assert support.specs_in(second.kv_transfer_config) == {}
+
+
+def test_options_attach_the_plugin_in_spawned_servers() -> None:
+    code = (
+        "import pickle, sys; folder = pickle.loads(bytes.fromhex(sys.argv[1])); from vllm_plugin import compat; "
+        "print(folder, type(folder).__name__, compat._installed)"
+    )
+    command = [sys.executable, "-c", code, pickle.dumps(cli_args.SharedFolder("/x")).hex()]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "/x SharedFolder True\n"

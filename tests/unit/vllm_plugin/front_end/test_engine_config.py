@@ -1,0 +1,211 @@
+"""What keeps an engine from starting: one clear sentence, before it takes any memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, WhisperConfig
+from vllm.utils import cpu_resource_utils
+from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+from helpers.serving import support
+from vllm_plugin import prefix_adapters
+from vllm_plugin.adapters import loading
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.front_end.cpu_cores import VARIABLE
+
+CONFIG = support.llama_config()
+
+
+def engine_config(model: Path, sources: Any, **settings: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    if isinstance(sources, (str, Path)):
+        sources = {"one": str(sources)}
+    if isinstance(sources, dict):
+        settings |= prefix_adapters(sources, settings.pop("kv_transfer_config", None))
+    return EngineArgs(
+        **{"model": str(model), "skip_tokenizer_init": True, "max_model_len": 256, "dtype": "float32", **settings}
+    ).create_engine_config()
+
+
+def refused(model: Path, sources: Any, message: str, **settings: Any) -> None:
+    with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
+        engine_config(model, sources, **settings)
+    assert message in str(caught.value)
+
+
+def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
+    spec = support.specs_in(engine_config(model, adapter).kv_transfer_config)["one"]
+    assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
+
+
+def test_no_prefix_caching_is_worth_one_warning(model: Path, adapter: Path, log: pytest.LogCaptureFixture) -> None:
+    for setting in (True, False):
+        engine_config(model, adapter, enable_prefix_caching=setting)
+    assert [record.getMessage() for record in log.records if "caching" in record.getMessage()] == [
+        "Prefix caching is off: every request gets a copy of its prefix of its own; leave it on to share one."
+    ]
+
+
+def test_a_base_model_of_another_name_is_worth_a_warning(
+    model: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    for name in ("org/model", "org/other"):
+        prefix = support.random_prefix(CONFIG, 4)
+        engine_config(model, support.write_adapter(tmp_path / name, CONFIG, prefix, base_model_name_or_path=name))
+    assert [record.getMessage() for record in log.records if "trained on" in record.getMessage()] == [
+        f"Prefix adapter 'one' was trained on org/other and is served on {model}: the architecture fits, but only the same "
+        "weights give the same answers."
+    ]
+
+
+def test_missing_and_corrupt_adapters(model: Path, adapter: Path) -> None:
+    refused(model, "/nowhere/at/all", "neither a folder nor a Hub repository")
+    refused(model, "nobody/nothing", "the Hub has no such repository")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    refused(model, adapter, "cannot be read as safetensors")
+    weights.unlink()
+    refused(model, adapter, "No adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(model, adapter, "is of type 'LORA', not a prefix")
+
+
+def test_an_adapter_of_an_encoder_decoder_model(model: Path, adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["prefix_layers"][1]["attention"] = "cross"
+    path.write_text(json.dumps(config))
+    refused(model, adapter, "is of an encoder-decoder model, which vLLM does not serve")
+
+
+def test_an_adapter_that_stands_on_another_one(model: Path, adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    below = {"name": "tone", "peft_type": "LORA", "digest": "ab" * 32, "base_model_name_or_path": None}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_adapters": [below]}))
+    refused(
+        model, adapter, "trained on the base model with LORA adapter 'tone' (sha256 abababababababab), and the server"
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "rope_parameters.rope_theta is 500.0"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3 in the adapter and 2 in the model"),
+        ({"head_dim": 16}, "head_dim is 16 in the adapter and 32 in the model"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4 in the adapter and 2 in the model"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_base_model(model: Path, tmp_path: Path, other: dict[str, Any], message: str, recorded: bool) -> None:
+    trained_on = LlamaConfig(**{**CONFIG.to_dict(), **other})
+    fields = {} if recorded else {"base_fingerprint": {}}
+    adapter = support.write_adapter(tmp_path, trained_on, support.random_prefix(trained_on, 4), **fields)
+    if recorded:
+        refused(model, adapter, message)
+    elif "rope_parameters" not in other:
+        # Without a fingerprint, the shapes still tell.
+        refused(model, adapter, "was trained on another base model")
+
+
+def test_an_adapter_whose_numbers_the_model_cannot_hold(model: Path, tmp_path: Path) -> None:
+    prefix = support.random_prefix(CONFIG, 4)
+    prefix[1][1][0, 0, 0] = 1e5
+    adapter = support.write_adapter(tmp_path, CONFIG, prefix)
+    engine_config(model, adapter)
+    refused(model, adapter, "holds values too large for float16", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 5}, "has 4 virtual tokens, which leaves no room in a context of 5"),
+        ({"served_model_name": ["base", "one"]}, "'one' is already the name of a model"),
+        ({"runner": "pooling"}, "do not support pooling models"),
+        (
+            {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
+            "do not support speculative decoding other than by n-grams",
+        ),
+        ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "do not support context parallelism"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size replaces the KV connector"),
+        (
+            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+            "cannot run beside the KV connector 'LMCacheConnectorV1'",
+        ),
+    ],
+)
+def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, Any], message: str) -> None:
+    if draft := settings.get("speculative_config"):
+        settings = {"speculative_config": {**draft, "model": str(model)}}
+    refused(model, adapter, message, **settings)
+
+
+def test_what_the_engine_says_of_routing_is_refused(model: Path, adapter: Path) -> None:
+    config = engine_config(model, adapter)
+    # An option of model runner V2, which no CPU has.
+    config.aux_output_config.enable_return_routed_experts = True
+    with pytest.raises(PrefixServeError, match="do not support --enable-return-routed-experts"):
+        loading.check_engine(config)
+
+
+def test_whisper_is_refused(adapter: Path, tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
+    whisper = WhisperConfig(**sizes, decoder_attention_heads=1, architectures=["WhisperForConditionalGeneration"])
+    whisper.save_pretrained(tmp_path / "whisper")
+    refused(
+        tmp_path / "whisper", adapter, "do not support encoder-decoder models nor multimodal models", max_model_len=128
+    )
+
+
+def test_mamba_is_refused(adapter: Path, tmp_path: Path) -> None:
+    mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+    AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
+    refused(tmp_path / "mamba", adapter, "do not support models with Mamba or linear-attention layers")
+
+
+def test_another_connector_is_kept_behind_ours(model: Path, adapter: Path) -> None:
+    theirs = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20},
+    }
+    merged = engine_config(model, adapter, kv_transfer_config=theirs).kv_transfer_config
+    children = merged.kv_connector_extra_config["connectors"]
+    assert [child["kv_connector"] for child in children] == ["PrefixConnector", "OffloadingConnector"]
+    assert merged.kv_load_failure_policy == "fail"
+    assert support.specs_in(merged)["one"].num_virtual_tokens == 4
+
+
+def test_settings_of_several_connectors_are_kept(model: Path, adapter: Path) -> None:
+    extra = {"connectors": [], "mine": 1}
+    theirs = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    merged = engine_config(model, adapter, kv_transfer_config=theirs).kv_transfer_config
+    assert merged.kv_connector_extra_config["mine"] == 1
+    assert support.specs_in(merged).keys() == {"one"}
+
+
+@pytest.mark.parametrize("num_cores", [2, 3, 8])
+def test_a_cpu_computes_with_no_fewer_cores_than_without_prefixes(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int
+) -> None:
+    monkeypatch.setattr(cpu_resource_utils, "get_allowed_cpu_list", lambda: cores)
+    monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: [0])
+    monkeypatch.setattr("vllm_plugin.front_end.cpu_cores._num_cores", lambda: num_cores)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    cores = [cpu_resource_utils.LogicalCPUInfo(core, core, 0) for core in range(num_cores)]
+
+    def num_computing(sources: Any) -> int:
+        monkeypatch.delenv(VARIABLE, raising=False)
+        (computing,) = OMPProcessManager(engine_config(model, sources)).cpu_lists
+        return len(computing)
+
+    assert num_computing(adapter) >= num_computing(None) >= num_cores - 1
+    monkeypatch.setenv(VARIABLE, "1")
+    engine_config(model, adapter)
+    assert os.environ[VARIABLE] == "1"

