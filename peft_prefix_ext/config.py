@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from peft_prefix_ext.arguments import check_at_least, check_integers, check_one_of
 from peft_prefix_ext.checkpoint.format import ATTENTIONS, CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.peft_type import PREFIX_EXT
-from peft_prefix_ext.sources import ADAPTER_PARTS, AUTO, INITS, PRIVATE, check_sources, init_of_source
+from peft_prefix_ext.sources import ADAPTER_PARTS, AUTO, INITS, UNSAVED_FIELDS, check_sources, init_of_source
 
 REPARAMS = ("none", "mlp")
 
@@ -245,7 +245,7 @@ class PrefixExtConfig(PeftConfig):
 
     def forget_sources(self) -> None:
         """Lets go of the data that the prefix started from."""
-        for name in PRIVATE:
+        for name in UNSAVED_FIELDS:
             setattr(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ INITS: dict[str, str | None] = {
 }
 AUTO = "auto"
 # What does not go where an adapter is shared.
-PRIVATE = ("init_exemplars", "init_kv")
+UNSAVED_FIELDS = ("init_exemplars", "init_kv")
 ADAPTER_PARTS = ("all", "keys")
 
 

@@ -25,14 +25,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm_plugin.adapters.loading import check_shapes
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.spec import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
-from vllm_plugin.adapters.startup_log import report, report_cache
+from vllm_plugin.adapters.startup_log import log_cache, report
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
 from vllm_plugin.patches.install import require
 from vllm_plugin.scheduler.scheduler import PrefixLoad, PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
-from vllm_plugin.worker.prefix_manager import PrefixBank
+from vllm_plugin.worker.prefix_manager import PrefixManager
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -70,7 +70,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
         layers = cache_layers(kv_cache_config)
         _check_in(vllm_config, layers, tp_rank)
-        bank = PrefixBank(
+        manager = PrefixManager(
             stacks_of(layers),
             tp_rank=tp_rank,
             tp_size=tp_size,
@@ -78,13 +78,13 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             device=device,
             device_memory=self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY),
         )
-        self.writer = PrefixWriter(bank, vllm_config.compilation_config.static_forward_context)
+        self.writer = PrefixWriter(manager, vllm_config.compilation_config.static_forward_context)
 
     # Scheduler side
 
     def on_new_request(self, request: Request) -> None:
         assert self.scheduler is not None
-        self.scheduler.admit(request)
+        self.scheduler.add_placeholders(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
@@ -110,16 +110,16 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self.scheduler is not None
-        self.scheduler.siblings.update()
+        self.scheduler.other_connectors.update()
         # vLLM does so for requests that still run: one that was aborted or preempted meanwhile has left blocks behind, too.
         if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
             self._kv_cache_manager.evict_blocks(
-                self.scheduler.given_blocks.together_with(connector_output.invalid_block_ids)
+                self.scheduler.recent_blocks.expand_to_requests(connector_output.invalid_block_ids)
             )
 
     def reset_cache(self) -> bool | None:
         assert self.scheduler is not None
-        self.scheduler.siblings.were_reset()
+        self.scheduler.other_connectors.were_reset()
         return True
 
     # Worker side
@@ -204,7 +204,7 @@ def _check_in(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: in
         registry.add_layers(shapes, block_size)
         # Of the first pipeline stage: one worker speaks for all.
         if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
-            report_cache(block_size)
+            log_cache(block_size)
             report(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 

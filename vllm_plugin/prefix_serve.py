@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_plugin.errors import NO_VLLM, PrefixServeError
 
 if TYPE_CHECKING:
-    from vllm_plugin.patches.install import Seam
+    from vllm_plugin.patches.install import MethodPatch
 
 # What a user of `vllm` may type first.
 VLLM_COMMANDS = ("serve", "bench", "chat", "complete", "launch", "run-batch", "collect-env")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     register()
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    seam = parser_seam()
+    seam = parser_patch()
     attach(seam, importlib.import_module(seam.module))
     sys.argv = ["prefix-serve", "serve", *arguments]
     try:
@@ -65,11 +65,11 @@ def _name_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return parser
 
 
-def parser_seam() -> Seam:
+def parser_patch() -> MethodPatch:
     """Returns the wrap of what makes vLLM's parser."""
-    from vllm_plugin.patches.install import Seam
+    from vllm_plugin.patches.install import MethodPatch
 
-    return Seam("vllm.entrypoints.cli.serve", "ServeSubcommand.subparser_init", ("subparsers",), _name_parser)
+    return MethodPatch("vllm.entrypoints.cli.serve", "ServeSubcommand.subparser_init", ("subparsers",), _name_parser)
 
 
 def _answer_for_vllm() -> None:

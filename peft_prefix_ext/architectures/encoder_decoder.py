@@ -18,12 +18,12 @@ from transformers import Cache, EncoderDecoderCache
 
 from peft_prefix_ext.checkpoint.format import CROSS, DECODER, ENCODER, LayerKV
 from peft_prefix_ext.injection.cache_view import PrefixCacheView, prepend
-from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
-from peft_prefix_ext.injection.forward_context import Step
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
+from peft_prefix_ext.injection.forward_context import PrefixForwardContext
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 
-class StackRuntime(PrefixRuntime):
+class PrefixStackHook(PrefixDecoderHook):
     """The runtime of an encoder or a decoder: moves positions that the stack embeds by itself."""
 
     def __init__(self, stack: Any, around: Sequence[nn.Module] = ()) -> None:
@@ -40,14 +40,14 @@ class StackRuntime(PrefixRuntime):
         kwargs = {**dict(zip(self._arguments_of_embedding, args, strict=False)), **kwargs}
         given = _length_argument(embedding) if kwargs.get("position_ids") is None else "position_ids"
         assert given is not None
-        kwargs[given] = kwargs.get(given, 0) + step.rows.num_virtual_tokens
+        kwargs[given] = kwargs.get(given, 0) + step.batch.num_virtual_tokens
         return (), kwargs
 
 
 class DecoderPrefix(PrefixExtLayer):
     """The prefix of a self-attention in the decoder."""
 
-    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+    def _put_prefix(self, attention: Any, step: PrefixForwardContext, named: dict[str, Any]) -> None:
         cache = named.get(self._cache_argument)
         if isinstance(cache, EncoderDecoderCache):
             cache = named[self._cache_argument] = cache.self_attention_cache
@@ -61,17 +61,17 @@ class DecoderPrefix(PrefixExtLayer):
 class EncoderPrefix(DecoderPrefix):
     """The prefix of a self-attention in the encoder, where every token sees every other and nothing is cached."""
 
-    def _mask(self, step: Step, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+    def _mask(self, step: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         return None if mask is None else super()._mask(step, mask, kv_length)
 
 
 class CrossPrefix(PrefixExtLayer):
     """The prefix of a cross-attention, where there are no positions."""
 
-    def _mask(self, step: Step, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+    def _mask(self, step: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         return None if mask is None else super()._mask(step, mask, kv_length)
 
-    def _kv_length(self, step: Step, cache: Cache | None) -> int:
+    def _kv_length(self, step: PrefixForwardContext, cache: Cache | None) -> int:
         return 0  # only a mask that the model leaves out would have to be made
 
     def _view(self, cache: Any, prefix: LayerKV) -> CrossCacheView:
@@ -119,13 +119,13 @@ class _WrittenLayer:
         return prepend(self.prefix.value, self.written.values)
 
 
-def relative_bias(attention: Any, step: Step, past: int | torch.Tensor, kv_length: int) -> torch.Tensor:
+def relative_bias(attention: Any, step: PrefixForwardContext, past: int | torch.Tensor, kv_length: int) -> torch.Tensor:
     """Returns T5's bias over prefix and real tokens, `[b or 1, num_heads, q, p + kv_length]`.
 
     Real tokens are told their distances by the model itself, between columns. Those to the prefix are taken between
     positions: padding must not push it away.
     """
-    p, (_, q) = step.rows.num_virtual_tokens, step.positions.shape
+    p, (_, q) = step.batch.num_virtual_tokens, step.positions.shape
     own = attention.compute_bias(q, kv_length, past_seen_tokens=past)
     # Seen from the last position of all, the column of distance d is the d-th from the right.
     reach = p + kv_length

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from peft_prefix_ext.architectures.alibi import counts_columns, extend_bias, has_inverted_mask
-from peft_prefix_ext.base_model.layers import RecordedLayer
-from peft_prefix_ext.injection.forward_context import Step
+from peft_prefix_ext.base_model.layers import ProbedLayer
+from peft_prefix_ext.injection.forward_context import PrefixForwardContext
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 
-def layer_class(attention: nn.Module, recorded: RecordedLayer) -> type[PrefixExtLayer]:
+def layer_class(attention: nn.Module, recorded: ProbedLayer) -> type[PrefixExtLayer]:
     """Returns the class of the prefix of a decoder's attention module."""
     if recorded.is_chunked:
         return ChunkedPrefix
@@ -25,7 +25,7 @@ def layer_class(attention: nn.Module, recorded: RecordedLayer) -> type[PrefixExt
 class BiasedPrefix(PrefixExtLayer):
     """The prefix where a bias by key may tell distances (Bloom, Falcon)."""
 
-    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+    def _put_prefix(self, attention: Any, step: PrefixForwardContext, named: dict[str, Any]) -> None:
         super()._put_prefix(attention, step, named)
         bias = named.get("alibi")
         if bias is not None:
@@ -36,7 +36,7 @@ class BiasedPrefix(PrefixExtLayer):
 class ColumnPrefix(PrefixExtLayer):
     """The prefix where distances are those between columns (MPT, GPT-Neo): it stands behind a row's left padding."""
 
-    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+    def _put_prefix(self, attention: Any, step: PrefixForwardContext, named: dict[str, Any]) -> None:
         super()._put_prefix(attention, step, named)
         mask, order = named["attention_mask"], step.order()
         if order is not None:
@@ -45,7 +45,7 @@ class ColumnPrefix(PrefixExtLayer):
             mask = mask.gather(-1, order[:, None, None].expand_as(mask))
         named["attention_mask"] = ~mask if has_inverted_mask(attention) else mask
 
-    def _mask(self, step: Step, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+    def _mask(self, step: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         inverted = mask is not None and mask.dtype == torch.bool  # only MPT's
         return super()._mask(step, ~mask if inverted and mask is not None else mask, kv_length)
 
@@ -53,7 +53,7 @@ class ColumnPrefix(PrefixExtLayer):
 class ChunkedPrefix(PrefixExtLayer):
     """The prefix where queries see their own chunk of positions (Llama 4)."""
 
-    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+    def _put_prefix(self, attention: Any, step: PrefixForwardContext, named: dict[str, Any]) -> None:
         cache = named.get(self._cache_argument)
         super()._put_prefix(attention, step, named)
         past, sizes = 0, (step.positions.shape[-1], 0)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_prefix_ext.base_model.layers import RecordedLayer
-from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
+from peft_prefix_ext.base_model.layers import ProbedLayer
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 
@@ -24,7 +24,7 @@ class SharedKVLayer:
         runtime: What all layers of the model share.
     """
 
-    def __init__(self, attention: nn.Module, owner: RecordedLayer, runtime: PrefixRuntime) -> None:
+    def __init__(self, attention: nn.Module, owner: ProbedLayer, runtime: PrefixDecoderHook) -> None:
         self.sliding_window = owner.sliding_window
         self.runtime = runtime
         self._handle = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
@@ -34,7 +34,7 @@ class SharedKVLayer:
         self._handle.remove()
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        step = self.runtime.step_of(kwargs.get("position_ids"))
+        step = self.runtime.context_of(kwargs.get("position_ids"))
         if step is None:
             return None
         num_new, num_queries = step.positions.shape[-1], (args[0] if args else kwargs["hidden_states"]).shape[1]
@@ -45,7 +45,7 @@ class SharedKVLayer:
         return args, {**kwargs, "attention_mask": step.mask(kwargs["attention_mask"], num_new, self.sliding_window)}
 
 
-def find_shared(model: nn.Module, layers: dict[str, RecordedLayer]) -> list[tuple[nn.Module, RecordedLayer]]:
+def find_shared(model: nn.Module, layers: dict[str, ProbedLayer]) -> list[tuple[nn.Module, ProbedLayer]]:
     """Returns the attention modules of `model` that share K/V, each with the last of `layers` of its type.
 
     The layers are by module name, in order of their index.

@@ -69,8 +69,8 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.is_inference() or not torch.is_grad_enabled():
         return mask
     state = dtype, mask._version  # which tells whether somebody wrote into it
-    remembered, found = getattr(mask, _ADDITIVE, (None, mask))
-    if remembered != state:
+    known_state, found = getattr(mask, _ADDITIVE, (None, mask))
+    if known_state != state:
         found = mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
         setattr(mask, _ADDITIVE, (state, found))
     return found

@@ -28,7 +28,7 @@ from peft_prefix_ext.checkpoint.format import ATTENTIONS, CROSS, DECODER, ENCODE
 
 
 @dataclass(frozen=True)
-class RecordedLayer:
+class ProbedLayer:
     """One attention layer as it wrote into the cache.
 
     Args:
@@ -91,7 +91,7 @@ class _RecordingCache(DynamicCache):
         return super().update_recurrent_state(*args, **kwargs)
 
 
-def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
+def probe_layers(model: PreTrainedModel) -> list[ProbedLayer]:
     """Returns the layers of `model`, in order of their index, with the K/V of one token.
 
     Raises:
@@ -123,7 +123,7 @@ def probe_layers(model: PreTrainedModel) -> list[RecordedLayer]:
     return short
 
 
-def _same_first_token(some: list[RecordedLayer], others: list[RecordedLayer], tolerance: float) -> bool:
+def _same_first_token(some: list[ProbedLayer], others: list[ProbedLayer], tolerance: float) -> bool:
     """Whether the first token's K/V are the same, but for rounding (experts are given other tokens at a time)."""
     for one, other in zip(some, others, strict=True):
         for a, b in zip(one.kv, other.kv, strict=True):
@@ -133,7 +133,7 @@ def _same_first_token(some: list[RecordedLayer], others: list[RecordedLayer], to
 
 
 @torch.no_grad()
-def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -> list[RecordedLayer]:
+def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -> list[ProbedLayer]:
     """Runs the frozen `model` on `token_ids` at positions 0.. and returns its layers, in order of their index.
 
     The encoder and the decoder of an encoder-decoder model both read them; the layers of the decoder come first, then its
@@ -178,14 +178,14 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
     if not caches[DECODER].recorded:
         raise ValueError(f"{describe(model)} has no attention layer with a KV cache to give a prefix to.")
     layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
-    layers: list[RecordedLayer] = []
+    layers: list[ProbedLayer] = []
     for attention, cache in caches.items():
         before = len(layers)
         for index, (module, kv) in sorted(cache.recorded.items()):
             sliding_window = getattr(cache.layers[index], "sliding_window", None)
             is_chunked = attention == DECODER and layer_types[index : index + 1] == ["chunked_attention"]
             layers.append(
-                RecordedLayer(module, before + index, kv, sliding_window, attention, is_chunked, cache.has_states)
+                ProbedLayer(module, before + index, kv, sliding_window, attention, is_chunked, cache.has_states)
             )
     return with_all_heads(model, layers)
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from peft_prefix_ext.checkpoint.format import LayerKV
 
 if TYPE_CHECKING:
-    from peft_prefix_ext.base_model.layers import RecordedLayer
+    from peft_prefix_ext.base_model.layers import ProbedLayer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def mesh_of(model: nn.Module) -> DeviceMesh | None:
     return mesh if mesh.ndim == 1 else mesh["tp"]
 
 
-def with_all_heads(model: nn.Module, layers: list[RecordedLayer]) -> list[RecordedLayer]:
+def with_all_heads(model: nn.Module, layers: list[ProbedLayer]) -> list[ProbedLayer]:
     """Returns `layers` with the K/V of all processes' heads."""
     mesh = mesh_of(model)
     return (
@@ -75,7 +75,7 @@ def with_all_heads(model: nn.Module, layers: list[RecordedLayer]) -> list[Record
     )
 
 
-def _with_all_heads(attention: nn.Module, layer: RecordedLayer, mesh: DeviceMesh) -> RecordedLayer:
+def _with_all_heads(attention: nn.Module, layer: ProbedLayer, mesh: DeviceMesh) -> ProbedLayer:
     if not any(
         isinstance(weight, DTensor) and not weight.placements[-1].is_replicate() for weight in attention.parameters()
     ):

@@ -17,7 +17,7 @@ from peft_prefix_ext.config import PrefixExtConfig
 _LAYER = re.compile(r"base_model\.model\.(?P<module>.+)\.prefix_ext\.(?P<name>prefix_ext_(init_)?(key|value))")
 
 
-def check_saved_for(config: PrefixExtConfig, model: PreTrainedModel, layers: list[dict[str, Any]] | None) -> None:
+def check_saved_adapter(config: PrefixExtConfig, model: PreTrainedModel, layers: list[dict[str, Any]] | None) -> None:
     """Checks that the adapter of `config`, if it is a saved one, was trained on a model like this.
 
     Args:
@@ -44,7 +44,7 @@ def check_saved_for(config: PrefixExtConfig, model: PreTrainedModel, layers: lis
         )
 
 
-def warn_of_another_name(config: PrefixExtConfig, model: PreTrainedModel) -> None:
+def warn_of_other_base_name(config: PrefixExtConfig, model: PreTrainedModel) -> None:
     """Warns if the adapter of `config`, if it is a saved one, was trained on a model of another name.
 
     The same architecture has a base and an instruct model, and others that were trained on from them.
@@ -63,7 +63,7 @@ def _without_names(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "module"} for row in layers]
 
 
-def with_live_names(config: PrefixExtConfig, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_to_model_modules(config: PrefixExtConfig, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns a checkpoint with its layers called as in the model at hand, which may be built around other heads.
 
     Args:

@@ -80,13 +80,13 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
 def _record(model: PreTrainedModel, position: int, seed: int = 0) -> dict[int, LayerKV]:
     """Returns `[num_kv_heads, NUM_TOKENS, head_dim]` by layer, of random tokens that each stand alone at `position`."""
     from peft_prefix_ext.base_model.layers import record_layers
-    from peft_prefix_ext.injection.decoder_hook import base_alone
+    from peft_prefix_ext.injection.decoder_hook import without_prefixes
 
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.randint(vocabulary, (NUM_TOKENS,), generator=generator).tolist()
     at_position = torch.full((1, 1), position, device=model.device)
-    with base_alone(model):
+    with without_prefixes(model):
         runs = [record_layers(model, [token], position_ids=at_position) for token in tokens]
     return {
         layers[0].index: LayerKV(

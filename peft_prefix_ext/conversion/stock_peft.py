@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from peft_prefix_ext.base_model.layers import RecordedLayer
+    from peft_prefix_ext.base_model.layers import ProbedLayer
 
 # What an adapter keeps, whatever its type.
 KEPT = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
@@ -143,16 +143,16 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
         ValueError: If the prefix was not made for this base model.
     """
     from peft_prefix_ext.base_model.layers import probe_layers
-    from peft_prefix_ext.injection.decoder_hook import base_alone
+    from peft_prefix_ext.injection.decoder_hook import without_prefixes
 
-    with base_alone(base_model):
+    with without_prefixes(base_model):
         recorded = probe_layers(base_model)
     recorded = [layer for layer in recorded if layer.attention in prefix.attentions.values()]
     check_layers(prefix, base_model, recorded)
     return {layer.index: layer.module for layer in recorded}, fingerprint(base_model.config)
 
 
-def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded: list[RecordedLayer]) -> None:
+def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded: list[ProbedLayer]) -> None:
     """Raises `ValueError` if the prefix was not made for this base model, whose layers are `recorded`."""
     prefix.check_base(fingerprint(base_model.config))
     expected = {layer.index: layer.shapes(prefix.num_virtual_tokens) for layer in recorded}

@@ -26,7 +26,7 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
     # Not at the top: PEFT is told of our type when it is imported, unless by a module of ours that is half imported itself.
     from peft import PeftModel
 
-    from peft_prefix_ext.tuner.other_adapters import adapters_below
+    from peft_prefix_ext.tuner.other_adapters import active_base_adapters
 
     prefix = read_source(source)
     p, num_layers = prefix.num_virtual_tokens, len(prefix.layers)
@@ -34,7 +34,7 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
 
     check_fits(prefix, base_model)
     recorded = "architecture and shapes are" if prefix.base_fingerprint else "shapes are (it records no architecture)"
-    present = adapters_below(base_model)
+    present = active_base_adapters(base_model)
     if not are_alike(prefix.base_adapters, present):
         raise ValueError(
             f"The prefix in {prefix.path} was trained on {model_with(prefix.base_adapters)}, and this is "

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.base_model.layers import RecordedLayer, record_layers
+from peft_prefix_ext.base_model.layers import ProbedLayer, record_layers
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.initialization.adapters import adapter_kv
@@ -32,7 +32,7 @@ PREFILLED = {
 }
 
 
-def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> Initial:
+def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> Initial:
     """Returns where the prefix of `config` starts, for `layers` of `model`.
 
     NaN where its weights are yet to be loaded.
@@ -62,6 +62,6 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Rec
     return Initial(initial, f"{p} virtual token{'s' if p > 1 else ''}: {source}")
 
 
-def _new(config: PrefixExtConfig, layer: RecordedLayer, value: float = 0.0) -> LayerKV:
+def _new(config: PrefixExtConfig, layer: ProbedLayer, value: float = 0.0) -> LayerKV:
     shapes = layer.shapes(config.num_virtual_tokens)
     return LayerKV(*(state.new_full(shape, value) for state, shape in zip(layer.kv, shapes, strict=True)))

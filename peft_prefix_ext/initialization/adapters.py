@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.base_model.layers import RecordedLayer
+from peft_prefix_ext.base_model.layers import ProbedLayer
 from peft_prefix_ext.checkpoint.format import LayerKV, PrefixCheckpoint, read_prefix
 from peft_prefix_ext.checkpoint.hub import resolve
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.conversion.stock_peft import check_layers
 
 
-def adapter_kv(
-    config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]
-) -> tuple[list[LayerKV], str]:
+def adapter_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> tuple[list[LayerKV], str]:
     """Returns the K/V of `init_adapter`, their mean where there are several, and a phrase that says so.
 
     Of a longer prefix the first tokens are taken: their positions are the same. With `init_adapter_part="keys"` the
@@ -52,9 +50,7 @@ def adapter_kv(
     return initial, f"{what} {names}{cut}{keys if config.init_adapter_part == 'keys' else ''}"
 
 
-def _read(
-    source: str, config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]
-) -> PrefixCheckpoint:
+def _read(source: str, config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> PrefixCheckpoint:
     prefix = read_prefix(resolve(source))
     check_layers(prefix, model, layers)
     if prefix.num_virtual_tokens < config.num_virtual_tokens:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import Cache, EncoderDecoderCache
 
-from peft_prefix_ext.base_model.layers import RecordedLayer
+from peft_prefix_ext.base_model.layers import ProbedLayer
 from peft_prefix_ext.checkpoint.format import CROSS, DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 
 
-def given_kv(config: PrefixExtConfig, layers: list[RecordedLayer]) -> list[LayerKV]:
+def given_kv(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerKV]:
     """Returns the K/V of `init_kv`, `[num_kv_heads, num_virtual_tokens, head_dim]` each, for each of `layers`.
 
     Raises:
@@ -40,7 +40,7 @@ def given_kv(config: PrefixExtConfig, layers: list[RecordedLayer]) -> list[Layer
     return initial
 
 
-def _by_index(given: Any, layers: list[RecordedLayer]) -> dict[int, tuple[Any, Any]]:
+def _by_index(given: Any, layers: list[ProbedLayer]) -> dict[int, tuple[Any, Any]]:
     if isinstance(given, EncoderDecoderCache):
         caches = {DECODER: given.self_attention_cache, CROSS: given.cross_attention_cache}
         first: dict[str, int] = {}  # what the layers of each kind of attention count from

@@ -15,7 +15,7 @@ BASE = "__base__"
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchAdapters:
     """The prefixes of one batch.
 
     A row with a prefix shorter than the longest one has columns behind it that it never sees. It counts its positions
@@ -24,7 +24,7 @@ class Rows:
     Args:
         adapters: The adapters in use, each once.
         num_virtual_tokens: p, of the longest of them.
-        choice: Which of `adapters` each row sees, `[b]`, `len(adapters)` for none; `None` where all see the one.
+        adapter_indices: Which of `adapters` each row sees, `[b]`, `len(adapters)` for none; `None` where all see the one.
         lengths: How many virtual tokens each row sees, `[b, 1]`; `None` as above.
         copies: How many rows in a row a batch may have for each of these, as in a beam search.
         by_row: The same as numbers, which need not be fetched from a device; empty where all see the one.
@@ -33,14 +33,14 @@ class Rows:
 
     adapters: tuple[str, ...]
     num_virtual_tokens: int
-    choice: torch.Tensor | None = None
+    adapter_indices: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     copies: int = 1
     by_row: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
 
     @classmethod
-    def mixed(cls, names: Sequence[str], known: Mapping[str, int], device: torch.device, copies: int) -> Rows:
+    def mixed(cls, names: Sequence[str], known: Mapping[str, int], device: torch.device, copies: int) -> BatchAdapters:
         """Gives row i the prefix `names[i]`, none where that is `"__base__"`.
 
         Args:
@@ -50,12 +50,12 @@ class Rows:
             copies: See the class.
         """
         adapters = tuple(sorted(set(names) - {BASE}))
-        choice = [len(adapters) if name == BASE else adapters.index(name) for name in names]
+        adapter_indices = [len(adapters) if name == BASE else adapters.index(name) for name in names]
         lengths = [0 if name == BASE else known[name] for name in names]
         return cls(
             adapters,
             max((known[name] for name in adapters), default=0),
-            torch.tensor(choice, device=device),
+            torch.tensor(adapter_indices, device=device),
             torch.tensor(lengths, device=device)[:, None],
             copies,
             tuple(lengths),
@@ -67,23 +67,23 @@ class Rows:
         """By how much real tokens stand behind position 0: one number, or `[b, 1]`."""
         return self.num_virtual_tokens if self.lengths is None else self.lengths
 
-    def of_batch(self, size: int) -> Rows:
+    def of_batch(self, size: int) -> BatchAdapters:
         """Returns the rows of a batch of `size`.
 
         Raises:
             ValueError: If there are not as many.
         """
-        if self.choice is None or self.lengths is None or size == len(self.choice):
+        if self.adapter_indices is None or self.lengths is None or size == len(self.adapter_indices):
             return self
-        if size != len(self.choice) * self.copies:
+        if size != len(self.adapter_indices) * self.copies:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(self.choice)} and {size} respectively."
+                f"{len(self.adapter_indices)} and {size} respectively."
             )
-        choice, lengths = (rows.repeat_interleave(self.copies, dim=0) for rows in (self.choice, self.lengths))
+        adapter_indices, lengths = (rows.repeat_interleave(self.copies, dim=0) for rows in (self.adapter_indices, self.lengths))
         by_row = tuple(length for length in self.by_row for _ in range(self.copies))
         names = tuple(name for name in self.names for _ in range(self.copies))
-        return replace(self, choice=choice, lengths=lengths, copies=1, by_row=by_row, names=names)
+        return replace(self, adapter_indices=adapter_indices, lengths=lengths, copies=1, by_row=by_row, names=names)
 
     def offsets(self, size: int) -> tuple[int, ...]:
         """Returns how many virtual tokens each row of a batch of `size` sees."""
@@ -94,7 +94,7 @@ class Rows:
 
         Where all rows see the same adapter, its K/V stay as they are.
         """
-        if self.choice is None:
+        if self.adapter_indices is None:
             return states[0]
         padded = [
             [functional.pad(state, (0, 0, 0, self.num_virtual_tokens - state.shape[1])) for state in kind]
@@ -104,6 +104,6 @@ class Rows:
 
     def pick(self, stacked: LayerKV) -> LayerKV:
         """Returns what each row sees of `stack(...)`, `[b or none, num_kv_heads, p, head_dim]` each."""
-        if self.choice is None:
+        if self.adapter_indices is None:
             return stacked
-        return LayerKV(*(state[self.choice.to(state.device)] for state in stacked))
+        return LayerKV(*(state[self.adapter_indices.to(state.device)] for state in stacked))

@@ -13,7 +13,7 @@ _MEMO = "_prefix_ext_memo"
 _OFFSETS = "_prefix_ext_offsets"
 
 
-def remembered(cache: Any, slot: Hashable, state: Any, is_decoding: bool, compute: Callable[[], Any]) -> Any:
+def memoize_for_decoding(cache: Any, slot: Hashable, state: Any, is_decoding: bool, compute: Callable[[], Any]) -> Any:
     """Returns `compute()`, or what it returned when the loop that owns `cache` last asked with the same `state`.
 
     Only a decoding step is answered from memory: a prefill finds weights that changed in ways `state` cannot see.
@@ -36,7 +36,7 @@ def remembered(cache: Any, slot: Hashable, state: Any, is_decoding: bool, comput
     return memo[slot][1]
 
 
-def check_offsets(cache: Any, offsets: tuple[int, ...]) -> None:
+def check_cache_offset(cache: Any, offsets: tuple[int, ...]) -> None:
     """Notes how many virtual tokens the tokens of a cache stand behind.
 
     Args:

@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from peft_prefix_ext.attention.flash import KNOWN, attention_of, flash_or_refuse, refuse_paged_cache
 from peft_prefix_ext.base_model.cache_argument import cache_in
 from peft_prefix_ext.checkpoint.format import LayerKV
-from peft_prefix_ext.injection.batch import BASE, Rows
+from peft_prefix_ext.injection.batch import BASE, BatchAdapters
 from peft_prefix_ext.injection.caller_positions import OuterCalls
-from peft_prefix_ext.injection.decode_memo import check_offsets, remembered
+from peft_prefix_ext.injection.decode_memo import check_cache_offset, memoize_for_decoding
 from peft_prefix_ext.injection.dropout import PrefixDropout
-from peft_prefix_ext.injection.forward_context import STEP, Step
+from peft_prefix_ext.injection.forward_context import CONTEXT, PrefixForwardContext
 from peft_prefix_ext.injection.gradient_checkpointing import (
     CheckpointReplay,
     require_gradient,
@@ -36,7 +36,7 @@ from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 _TELLING = threading.Lock()
 
 
-class PrefixRuntime(PrefixTunerLayer):
+class PrefixDecoderHook(PrefixTunerLayer):
     """A child of the decoder that shifts its positions by p and evaluates the reparameterization once per forward pass.
 
     The decoder is the innermost module that is given positions and the cache: hooked there, calls to the task model and
@@ -81,12 +81,12 @@ class PrefixRuntime(PrefixTunerLayer):
             layer.detach()
 
     @property
-    def step(self) -> Step | None:
+    def step(self) -> PrefixForwardContext | None:
         """The forward pass that this thread runs, or ran last."""
         return self._of_thread.step
 
     @property
-    def current_rows(self) -> Rows | None:
+    def current_batch(self) -> BatchAdapters | None:
         """The prefixes that the next forward pass of this thread uses, if any."""
         if self._of_thread.is_bypassed or self.disable_adapters or not self.active_adapters:
             return None
@@ -94,18 +94,18 @@ class PrefixRuntime(PrefixTunerLayer):
             return self._of_thread.mixed
         # An encoder need not have a prefix, and there may be adapters of other types beside it.
         name = next((name for name in self.active_adapters if name in self.num_virtual_tokens), None)
-        return None if name is None else Rows((name,), self.num_virtual_tokens[name])
+        return None if name is None else BatchAdapters((name,), self.num_virtual_tokens[name])
 
     @contextmanager
-    def mixed(self, rows: Rows) -> Iterator[None]:
+    def mixed(self, batch: BatchAdapters) -> Iterator[None]:
         """Gives the rows of this thread's batches these prefixes, whatever adapter is active."""
-        self._of_thread.mixed = rows
+        self._of_thread.mixed = batch
         try:
             yield
         finally:
             self._of_thread.mixed = None
 
-    def tell_rows(self, wrapper: AuxiliaryTrainingWrapper) -> None:
+    def give_rows_to(self, wrapper: AuxiliaryTrainingWrapper) -> None:
         """Sees to it that a module that is saved with adapters, such as a head, is told which one each row has."""
         with _TELLING:
             if wrapper not in self._told:
@@ -115,10 +115,10 @@ class PrefixRuntime(PrefixTunerLayer):
     def _before_wrapper(
         self, wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict] | None:
-        rows = self.current_rows
-        if rows is None or not rows.names:
+        batch = self.current_batch
+        if batch is None or not batch.names:
             return None
-        names = rows.of_batch(len(args[0])).names
+        names = batch.of_batch(len(args[0])).names
         own = [name if name in wrapper._adapters else BASE for name in names]
         return args, {**kwargs, "adapter_names": own}
 
@@ -147,21 +147,21 @@ class PrefixRuntime(PrefixTunerLayer):
         self.layer_names.pop(adapter_name, None)
         self._started.discard(adapter_name)
 
-    def step_of(self, position_ids: torch.Tensor | None) -> Step | None:
+    def context_of(self, position_ids: torch.Tensor | None) -> PrefixForwardContext | None:
         """Returns the forward pass that an attention layer with these positions belongs to; `None` for one without prefix.
 
         A checkpointed layer runs again in the backward pass, when other forward passes may have come in between: the
         positions, which it is given again, tell. Where a model does not hand them down there may be only one.
         """
-        rows = self.current_rows
-        if rows is None or not rows.adapters:
+        batch = self.current_batch
+        if batch is None or not batch.adapters:
             return None
-        step: Step | None = getattr(position_ids, STEP, None)
+        step: PrefixForwardContext | None = getattr(position_ids, CONTEXT, None)
         if step is not None:
             return step
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and (replay := self._replay) is not None:
-            return replay.step_again()
+            return replay.replayed_context()
         step = self.step
         if step is None or not step.running:
             raise RuntimeError(
@@ -175,26 +175,26 @@ class PrefixRuntime(PrefixTunerLayer):
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if new is None or self._of_thread.is_bypassed:
             return None  # the decoder has its own words for a call without input
-        cache, rows = cache_in(kwargs), self.current_rows
-        rows = rows and rows.of_batch(len(new))
-        if rows is not None:
+        cache, batch = cache_in(kwargs), self.current_batch
+        batch = batch and batch.of_batch(len(new))
+        if batch is not None:
             refuse_paged_cache(kwargs.get("cache"))
             self._check_attention(decoder)
-        self._of_thread.offsets = rows.offsets(len(new)) if rows is not None else (0,) * len(new)
-        check_offsets(cache, self._of_thread.offsets)
-        if rows is None or not rows.adapters:
+        self._of_thread.offsets = batch.offsets(len(new)) if batch is not None else (0,) * len(new)
+        check_cache_offset(cache, self._of_thread.offsets)
+        if batch is None or not batch.adapters:
             return None
         positions = kwargs.get("position_ids")
         if positions is None or (gave_positions is False and positions.dim() == 2):
             positions = default_positions(new, cache, kwargs.get("attention_mask"))
-        positions = positions + rows.shift
+        positions = positions + batch.shift
         if "position_ids" in self._parameters_of_forward:
             kwargs["position_ids"] = positions
         # Multimodal rotary embeddings have a leading axis; its first entry counts the text.
         text_positions = positions[0] if positions.dim() == 3 else positions.view_as(positions)
-        check_room(text_positions, self._num_positions, rows.num_virtual_tokens)
+        check_room(text_positions, self._num_positions, batch.num_virtual_tokens)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            for name in set(rows.adapters) - self._started:
+            for name in set(batch.adapters) - self._started:
                 start_as_first_process(decoder, name)
                 self._started.add(name)
         is_reentrant = torch.is_grad_enabled() and uses_reentrant_checkpointing(decoder)
@@ -203,15 +203,17 @@ class PrefixRuntime(PrefixTunerLayer):
                 "Reentrant gradient checkpointing loses the gradient of K/V that layers share; use "
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
-        rate = self.prefix_dropout[rows.adapters[0]] if self.training else 0.0
+        rate = self.prefix_dropout[batch.adapters[0]] if self.training else 0.0
         dropout = PrefixDropout.draw(rate) if rate else None
-        states = {name: self._state_of(name) for name in rows.adapters}
+        states = {name: self._state_of(name) for name in batch.adapters}
         is_flash = flash_or_refuse(decoder.config, kwargs, text_positions)
-        step = Step(rows, text_positions, states, kwargs.get("attention_mask"), is_flash=is_flash, dropout=dropout)
-        for name in rows.adapters:
+        step = PrefixForwardContext(
+            batch, text_positions, states, kwargs.get("attention_mask"), is_flash=is_flash, dropout=dropout
+        )
+        for name in batch.adapters:
             step.residuals[name], step.projected = self._residuals(step, name, is_reentrant, cache)
         self._of_thread.step = step
-        setattr(positions, STEP, step)
+        setattr(positions, CONTEXT, step)
         if torch.is_grad_enabled() and uses_checkpointing(decoder):
             self._replay = CheckpointReplay.of(step, self._replay)
         if is_reentrant:
@@ -243,7 +245,7 @@ class PrefixRuntime(PrefixTunerLayer):
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, Mapping) and not self._of_thread.is_bypassed:
-            check_offsets(cache_in(output), self._of_thread.offsets)  # of a cache that was made on the way
+            check_cache_offset(cache_in(output), self._of_thread.offsets)  # of a cache that was made on the way
         step = self.step
         if step is not None:
             step.running = False
@@ -262,7 +264,7 @@ class PrefixRuntime(PrefixTunerLayer):
         return torch.is_autocast_enabled(parameters[0].device.type), [parameter._version for parameter in parameters]
 
     def _residuals(
-        self, step: Step, adapter: str, is_reentrant: bool, cache: Any
+        self, step: PrefixForwardContext, adapter: str, is_reentrant: bool, cache: Any
     ) -> tuple[dict[str, LayerKV], tuple[torch.Tensor, torch.Tensor] | None]:
         if adapter not in self.prefix_ext_reparam:
             return {}, None
@@ -274,7 +276,7 @@ class PrefixRuntime(PrefixTunerLayer):
         if mlp.training or torch.compiler.is_compiling():
             return self._by_layer(adapter, mlp()), None
         with torch.no_grad():
-            states = remembered(
+            states = memoize_for_decoding(
                 cache, adapter, step.states[adapter], step.is_decoding, lambda: self._by_layer(adapter, mlp())
             )
         return states, None
@@ -293,15 +295,15 @@ class PrefixRuntime(PrefixTunerLayer):
         return dict(zip(self.layer_names[adapter], states, strict=True))
 
 
-def runtimes_of(model: nn.Module) -> list[PrefixRuntime]:
+def decoder_hooks_of(model: nn.Module) -> list[PrefixDecoderHook]:
     """Returns the runtimes in a model: one, or those of an encoder-decoder model's stacks."""
-    return [module for module in model.modules() if isinstance(module, PrefixRuntime)]
+    return [module for module in model.modules() if isinstance(module, PrefixDecoderHook)]
 
 
 @contextmanager
-def base_alone(model: nn.Module) -> Iterator[None]:
+def without_prefixes(model: nn.Module) -> Iterator[None]:
     """Runs `model` without the prefixes that it may have already."""
     with ExitStack() as stack:
-        for runtime in runtimes_of(model):
+        for runtime in decoder_hooks_of(model):
             stack.enter_context(runtime.bypassed())
         yield

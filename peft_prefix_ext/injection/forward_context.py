@@ -14,20 +14,20 @@ from peft_prefix_ext.attention.flash import flash_mask
 from peft_prefix_ext.attention.flex import prepend_prefix_blocks
 from peft_prefix_ext.attention.masks import prepend_prefix
 from peft_prefix_ext.checkpoint.format import LayerKV
-from peft_prefix_ext.injection.batch import Rows
+from peft_prefix_ext.injection.batch import BatchAdapters
 from peft_prefix_ext.injection.dropout import PrefixDropout
 from peft_prefix_ext.injection.position_ids import seen_columns, text_columns
 
-# The attribute of a forward pass' positions that holds its `Step`.
-STEP = "_prefix_ext_step"
+# The attribute of a forward pass' positions that holds its `PrefixForwardContext`.
+CONTEXT = "_prefix_ext_step"
 
 
 @dataclass
-class Step:
+class PrefixForwardContext:
     """One forward pass of the decoder with a prefix.
 
     Args:
-        rows: The prefixes of the batch.
+        batch: The prefixes of the batch.
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
         states: What the reparameterization of each adapter depends on, see `memo.py`.
         given_mask: The mask that the decoder was given.
@@ -39,7 +39,7 @@ class Step:
         running: Whether the forward pass is under way.
     """
 
-    rows: Rows
+    batch: BatchAdapters
     positions: torch.Tensor
     states: dict[str, Any]
     given_mask: Any = None
@@ -63,8 +63,8 @@ class Step:
 
     def is_prefix_seen(self, batch_size: int) -> torch.Tensor:
         """Which virtual tokens each row sees, `[b, p]`."""
-        columns = torch.arange(self.rows.num_virtual_tokens, device=self.positions.device).expand(batch_size, -1)
-        return columns >= 0 if self.rows.lengths is None else columns < self.rows.lengths
+        columns = torch.arange(self.batch.num_virtual_tokens, device=self.positions.device).expand(batch_size, -1)
+        return columns >= 0 if self.batch.lengths is None else columns < self.batch.lengths
 
     def seen(self, batch_size: int, kv_length: int) -> torch.Tensor:
         """Which columns of prefix and real tokens are tokens that a row has, `[b, p + k]`."""
@@ -75,7 +75,7 @@ class Step:
     def order(self) -> torch.Tensor | None:
         """In which order columns must stand where distances are those between columns, `[b, p + k]`, if not as they are."""
         padding = self.padding
-        if padding is None or (self.rows.lengths is None and bool(padding[:, 0].all())):
+        if padding is None or (self.batch.lengths is None and bool(padding[:, 0].all())):
             return None
         return columns_behind_padding(self.is_prefix_seen(len(padding)), padding)
 
@@ -85,15 +85,15 @@ class Step:
             if given is mask and window == sliding_window:
                 return extended
         if self.is_flash:
-            rows = self.rows.lengths if mask is None else mask
+            rows = self.batch.lengths if mask is None else mask
             extended = flash_mask(mask, None if rows is None else self.is_prefix_seen(len(rows)), kv_length)
         elif isinstance(mask, BlockMask):
             extended = prepend_prefix_blocks(
-                mask, self.rows.num_virtual_tokens, self.positions, sliding_window, self.rows.lengths
+                mask, self.batch.num_virtual_tokens, self.positions, sliding_window, self.batch.lengths
             )
         else:
             extended = prepend_prefix(
-                mask, self.rows.num_virtual_tokens, self.positions, kv_length, sliding_window, self.rows.lengths
+                mask, self.batch.num_virtual_tokens, self.positions, kv_length, sliding_window, self.batch.lengths
             )
         self._masks.append((mask, sliding_window, extended))
         return extended
@@ -116,9 +116,9 @@ class Step:
         """Returns `chunked_mask(...)` in the manner of the layer's own `mask`, computed once for all such layers."""
         if self._chunked is None:
             padding = self.padding if self.given_mask is None else self._padding_of_given(past)
-            if self.rows.lengths is not None:
+            if self.batch.lengths is not None:
                 raise ValueError("Prefixes of several lengths in one batch do not go with chunked attention.")
-            p = self.rows.num_virtual_tokens
+            p = self.batch.num_virtual_tokens
             self._chunked = chunked_mask(p, self.positions, padding, past, kv_length, kv_offset, chunk_size)
         if mask is None or mask.dtype == torch.bool:
             return self._chunked

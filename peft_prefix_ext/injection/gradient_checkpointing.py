@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_prefix_ext.injection.forward_context import Step
+from peft_prefix_ext.injection.forward_context import PrefixForwardContext
 
 
 @dataclass
@@ -27,16 +27,16 @@ class CheckpointReplay:
         was_repeated: Whether it has been.
     """
 
-    step: Step
+    step: PrefixForwardContext
     is_ambiguous: bool = False
     was_repeated: bool = False
 
     @classmethod
-    def of(cls, step: Step, before: CheckpointReplay | None) -> CheckpointReplay:
+    def of(cls, step: PrefixForwardContext, before: CheckpointReplay | None) -> CheckpointReplay:
         """Returns the replay of `step`, which follows the one of `before`."""
         return cls(step, is_ambiguous=before is not None and not before.was_repeated)
 
-    def step_again(self) -> Step:
+    def replayed_context(self) -> PrefixForwardContext:
         """Returns the forward pass that a layer repeats.
 
         Raises:
@@ -65,7 +65,7 @@ def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
     return False
 
 
-def require_gradient(embeddings: torch.Tensor, step: Step) -> torch.Tensor:
+def require_gradient(embeddings: torch.Tensor, step: PrefixForwardContext) -> torch.Tensor:
     """Returns embeddings that require a gradient: reentrant checkpointing drops that of everything behind others."""
     if step.projected is not None:
         return gather_gradient(embeddings, *step.projected)

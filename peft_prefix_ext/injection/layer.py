@@ -11,15 +11,15 @@ from transformers import Cache
 
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import RecordedLayer
+from peft_prefix_ext.base_model.layers import ProbedLayer
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.cache_view import PrefixCacheView
-from peft_prefix_ext.injection.decode_memo import remembered
-from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
+from peft_prefix_ext.injection.decode_memo import memoize_for_decoding
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.dropout import PrefixDropout
-from peft_prefix_ext.injection.forward_context import Step
-from peft_prefix_ext.injection.prefix_tensors import PrefixStates
+from peft_prefix_ext.injection.forward_context import PrefixForwardContext
+from peft_prefix_ext.injection.prefix_tensors import PrefixTensors
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 MASK_ARGUMENTS = ("attention_mask", "mask")
@@ -39,12 +39,12 @@ class PrefixExtLayer(PrefixTunerLayer):
     adapter_layer_names = ("prefix_ext_key", "prefix_ext_value")
     other_param_names = ("prefix_ext_frozen_key", "prefix_ext_frozen_value")
 
-    def __init__(self, attention: nn.Module, recorded: RecordedLayer, runtime: PrefixRuntime) -> None:
+    def __init__(self, attention: nn.Module, recorded: ProbedLayer, runtime: PrefixDecoderHook) -> None:
         super().__init__(recorded.kv.key.device)
-        self.prefix_ext_key = PrefixStates(attention)
-        self.prefix_ext_value = PrefixStates(attention)
-        self.prefix_ext_frozen_key = PrefixStates(attention)
-        self.prefix_ext_frozen_value = PrefixStates(attention)
+        self.prefix_ext_key = PrefixTensors(attention)
+        self.prefix_ext_value = PrefixTensors(attention)
+        self.prefix_ext_frozen_key = PrefixTensors(attention)
+        self.prefix_ext_frozen_value = PrefixTensors(attention)
         self.module_name = recorded.module
         self.index = recorded.index
         self.attention = recorded.attention
@@ -56,7 +56,7 @@ class PrefixExtLayer(PrefixTunerLayer):
         self._handle = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
     @property
-    def runtime(self) -> PrefixRuntime:
+    def runtime(self) -> PrefixDecoderHook:
         return self._runtime[0]
 
     def update_layer(self, adapter_name: str, initial: LayerKV, config: PrefixExtConfig, has_reparam: bool) -> None:
@@ -70,7 +70,7 @@ class PrefixExtLayer(PrefixTunerLayer):
             start = state[:, num_frozen:].clone()
             if has_reparam and trains and not config.reparam_residual:
                 start.zero_()
-            states: PrefixStates = getattr(self, f"prefix_ext_{kind}")
+            states: PrefixTensors = getattr(self, f"prefix_ext_{kind}")
             if has_reparam or not trains:
                 states.keep(adapter_name, start)
             else:
@@ -124,33 +124,35 @@ class PrefixExtLayer(PrefixTunerLayer):
             name for name in self.awaiting_weights if f"{prefix}prefix_ext_key.{name}" in state_dict
         }
 
-    def start_as(self, adapter_name: str, twin: str) -> None:
-        super().start_as(adapter_name, twin)
-        if twin not in self.awaiting_weights:
+    def copy_adapter_from(self, adapter_name: str, source_adapter: str) -> None:
+        super().copy_adapter_from(adapter_name, source_adapter)
+        if source_adapter not in self.awaiting_weights:
             self.awaiting_weights.discard(adapter_name)
 
     def forget(self, adapter_name: str) -> None:
         super().forget(adapter_name)
         self.awaiting_weights.discard(adapter_name)
 
-    def _prefix_of(self, step: Step, cache: Any) -> LayerKV:
+    def _prefix_of(self, step: PrefixForwardContext, cache: Any) -> LayerKV:
         """Returns the K/V that a batch sees, `[b or none, num_kv_heads, p, head_dim]` each."""
-        rows = step.rows
+        batch = step.batch
 
         def stack() -> LayerKV:
-            return rows.stack(
+            return batch.stack(
                 [
                     self.materialize(name, step.residuals[name].get(self.module_name), step.dropout)
-                    for name in rows.adapters
+                    for name in batch.adapters
                 ]
             )
 
-        if rows.choice is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return rows.pick(stack())
+        if batch.adapter_indices is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return batch.pick(stack())
         versions = [
-            getattr(self, f"prefix_ext_{kind}")[name]._version for name in rows.adapters for kind in LayerKV._fields
+            getattr(self, f"prefix_ext_{kind}")[name]._version for name in batch.adapters for kind in LayerKV._fields
         ]
-        return rows.pick(remembered(cache, self.module_name, (step.states, versions), step.is_decoding, stack))
+        return batch.pick(
+            memoize_for_decoding(cache, self.module_name, (step.states, versions), step.is_decoding, stack)
+        )
 
     def detach(self) -> None:
         """Takes the hook off the attention module."""
@@ -158,21 +160,21 @@ class PrefixExtLayer(PrefixTunerLayer):
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        step = self.runtime.step_of(named.get("position_ids"))
+        step = self.runtime.context_of(named.get("position_ids"))
         # A cross-attention need not have a prefix.
-        if step is None or step.rows.adapters[0] not in self.prefix_ext_key:
+        if step is None or step.batch.adapters[0] not in self.prefix_ext_key:
             return None
         self._put_prefix(attention, step, named)
         return (), named
 
-    def _put_prefix(self, attention: Any, step: Step, named: dict[str, Any]) -> None:
+    def _put_prefix(self, attention: Any, step: PrefixForwardContext, named: dict[str, Any]) -> None:
         """Puts the prefix into the arguments of the attention module, `named`."""
         cache = named.get(self._cache_argument)
         kv_length = self._kv_length(step, cache)
         named[self._cache_argument] = self._view(cache, self._prefix_of(step, cache))
         named[self._mask_argument] = self._mask(step, named.get(self._mask_argument), kv_length)
 
-    def _kv_length(self, step: Step, cache: Cache | None) -> int:
+    def _kv_length(self, step: PrefixForwardContext, cache: Cache | None) -> int:
         """Returns the number of real tokens that the attention sees, cached and new."""
         num_new = step.positions.shape[-1]
         return num_new if cache is None else int(cache.get_mask_sizes(num_new, self.index)[0])
@@ -180,7 +182,7 @@ class PrefixExtLayer(PrefixTunerLayer):
     def _view(self, cache: Cache | None, prefix: LayerKV) -> Any:
         return PrefixCacheView(cache, prefix)
 
-    def _mask(self, step: Step, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+    def _mask(self, step: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         return step.mask(mask, kv_length, self.sliding_window)
 
 

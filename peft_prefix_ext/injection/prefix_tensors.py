@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 
-class PrefixStates(nn.ParameterDict):
+class PrefixTensors(nn.ParameterDict):
     """Tensors by adapter: parameters where they train, and persistent buffers where they stay as they are.
 
     A checkpoint of trainable parameters alone, as DeepSpeed and Lightning write, keeps the buffers of a model, too: without

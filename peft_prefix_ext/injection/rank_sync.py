@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from peft_prefix_ext.base_model.tensor_parallel import copy_from_first
-from peft_prefix_ext.injection.prefix_tensors import PrefixStates
+from peft_prefix_ext.injection.prefix_tensors import PrefixTensors
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def start_as_first_process(decoder: nn.Module, adapter_name: str) -> None:
     kept = [
         states[adapter_name]
         for states in decoder.modules()
-        if isinstance(states, PrefixStates) and adapter_name in states._buffers
+        if isinstance(states, PrefixTensors) and adapter_name in states._buffers
     ]
     for group in dict.fromkeys(_groups(decoder)):
         copy_from_first(group, *(state for state in kept if not state.is_meta))

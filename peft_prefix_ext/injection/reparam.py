@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from peft_prefix_ext.base_model.layers import RecordedLayer
+from peft_prefix_ext.base_model.layers import ProbedLayer
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 
@@ -115,7 +115,7 @@ def new_trunk(config: PrefixExtConfig) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
-def new_reparam(config: PrefixExtConfig, layers: list[RecordedLayer], initial: list[LayerKV]) -> PrefixMLP | None:
+def new_reparam(config: PrefixExtConfig, layers: list[ProbedLayer], initial: list[LayerKV]) -> PrefixMLP | None:
     """Returns the reparameterization of an adapter that starts at `initial`, the K/V of `layers`; `None` without one."""
     if config.reparam == "none" or config.inference_mode or not any(config.trains(layer.index) for layer in layers):
         return None

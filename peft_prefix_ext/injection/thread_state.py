@@ -6,8 +6,8 @@ import threading
 
 from torch.utils.hooks import RemovableHandle
 
-from peft_prefix_ext.injection.batch import Rows
-from peft_prefix_ext.injection.forward_context import Step
+from peft_prefix_ext.injection.batch import BatchAdapters
+from peft_prefix_ext.injection.forward_context import PrefixForwardContext
 
 
 class ThreadState(threading.local):
@@ -21,8 +21,8 @@ class ThreadState(threading.local):
         embeddings_handle: The hook that a forward pass under reentrant gradient checkpointing needs.
     """
 
-    step: Step | None = None
-    mixed: Rows | None = None
+    step: PrefixForwardContext | None = None
+    mixed: BatchAdapters | None = None
     is_bypassed = False
     offsets: tuple[int, ...] = ()
     embeddings_handle: RemovableHandle | None = None

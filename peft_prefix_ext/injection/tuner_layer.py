@@ -42,15 +42,15 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names.pop(adapter_name, None)
 
     @torch.no_grad()
-    def start_as(self, adapter_name: str, twin: str) -> None:
+    def copy_adapter_from(self, adapter_name: str, source_adapter: str) -> None:
         """Gives an adapter the weights of another one of the same config."""
         for name in self.adapter_layer_names + self.other_param_names:
             states = getattr(self, name)
             if isinstance(states, nn.ModuleDict):
-                if twin in states:
-                    states[adapter_name].load_state_dict(states[twin].state_dict())
-            elif twin in states:
-                states[adapter_name].copy_(states[twin])
+                if source_adapter in states:
+                    states[adapter_name].load_state_dict(states[source_adapter].state_dict())
+            elif source_adapter in states:
+                states[adapter_name].copy_(states[source_adapter])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for name in self.adapter_layer_names + self.other_param_names:

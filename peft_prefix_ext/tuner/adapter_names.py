@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from peft_prefix_ext.architectures.alibi import counts_columns
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.injection.batch import BASE, Rows
-from peft_prefix_ext.injection.decoder_hook import runtimes_of
+from peft_prefix_ext.injection.batch import BASE, BatchAdapters
+from peft_prefix_ext.injection.decoder_hook import decoder_hooks_of
 
 
 @contextmanager
-def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Iterator[None]:
+def use_adapter_names(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Iterator[None]:
     """Gives row i of every batch the adapter `names[i]`, none where that is `"__base__"`, until the context ends.
 
     Args:
@@ -40,14 +40,14 @@ def mixed_batch(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Ite
         )
     if any(counts_columns(module) for module in model.modules()):
         raise ValueError(f"`adapter_names` is not supported for {describe(model)}; use `set_adapter` for the batch.")
-    (runtime,) = runtimes_of(model)
+    (runtime,) = decoder_hooks_of(model)
     if unknown := set(names) - runtime.num_virtual_tokens.keys() - {BASE}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             _check_wrapper(name, module, names)
-            runtime.tell_rows(module)
-    with runtime.mixed(Rows.mixed(names, runtime.num_virtual_tokens, model.device, _rows_per_input(call))):
+            runtime.give_rows_to(module)
+    with runtime.mixed(BatchAdapters.mixed(names, runtime.num_virtual_tokens, model.device, _rows_per_input(call))):
         yield
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 # With an MLP, and without: what Adam moves too little at, and what to take.
@@ -61,7 +61,7 @@ class _Watch:
 def _trained(model: nn.Module) -> dict[int, bool]:
     """Returns the trainable parameters of the prefixes of `model` by identity, and whether they are those of an MLP."""
     return {
-        id(parameter): isinstance(module, PrefixRuntime)
+        id(parameter): isinstance(module, PrefixDecoderHook)
         for module in model.modules()
         if isinstance(module, PrefixTunerLayer)
         for parameter in module.parameters()

@@ -12,26 +12,26 @@ from peft import PeftModel, PeftType
 from peft.utils import register_peft_method
 from torch import nn
 
-from peft_prefix_ext.architectures.encoder_decoder import LAYERS, StackRuntime
+from peft_prefix_ext.architectures.encoder_decoder import LAYERS, PrefixStackHook
 from peft_prefix_ext.architectures.select import layer_class
 from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
 from peft_prefix_ext.attention.flash import attention_of
 from peft_prefix_ext.attention.grouped_query import use_groups
-from peft_prefix_ext.checkpoint.compatibility import with_live_names
+from peft_prefix_ext.checkpoint.compatibility import rename_to_model_modules
 from peft_prefix_ext.checkpoint.format import is_of_prefix
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.caller_positions import modules_around
-from peft_prefix_ext.injection.decoder_hook import PrefixRuntime, runtimes_of
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook, decoder_hooks_of
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.peft_type import PREFIX_EXT
-from peft_prefix_ext.tuner.adapter_names import mixed_batch
-from peft_prefix_ext.tuner.injection_plan import Plan, make_plan
+from peft_prefix_ext.tuner.adapter_names import use_adapter_names
+from peft_prefix_ext.tuner.injection_plan import InjectionPlan, make_injection_plan
 from peft_prefix_ext.tuner.learning_rate import watch_learning_rate
-from peft_prefix_ext.tuner.other_adapters import adapters_below
+from peft_prefix_ext.tuner.other_adapters import active_base_adapters
 from peft_prefix_ext.tuner.peft_model import wrap_peft_model
 from peft_prefix_ext.tuner.requirements import HEADS
-from peft_prefix_ext.tuner.self_test import rehearse_decoder
+from peft_prefix_ext.tuner.self_test import check_decoder_matches_text
 from peft_prefix_ext.tuner.state_dict import WRAPPED, State, from_checkpoint, refuse_parts, to_checkpoint
 from peft_prefix_ext.tuner.tested_versions import warn_of_untested_versions
 from peft_prefix_ext.tuner.trained_modules import complete_tied_head, settle_trained_tokens, unwrap
@@ -69,7 +69,7 @@ class PrefixExtModel(UnmergeableTuner):
     prefix: str = "prefix_ext_"
     tuner_layer_cls = PrefixTunerLayer
 
-    _plan: Plan  # while an adapter is being injected
+    _plan: InjectionPlan  # while an adapter is being injected
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         warn_of_untested_versions()
@@ -116,7 +116,7 @@ class PrefixExtModel(UnmergeableTuner):
                 # copies the parameters itself, but not what is frozen: a config alone does not say where it started.
                 for module in model.modules():
                     if isinstance(module, PrefixTunerLayer):
-                        module.start_as(adapter_name, twins[0])
+                        module.copy_adapter_from(adapter_name, twins[0])
             complete_tied_head(self.model)
             if not given.inference_mode:
                 watch_learning_rate(model)
@@ -141,7 +141,7 @@ class PrefixExtModel(UnmergeableTuner):
         return [name for name, config in self.peft_config.items() if config is peft_config][-1]
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        self._plan = make_plan(peft_config, model)
+        self._plan = make_injection_plan(peft_config, model)
         settle_trained_tokens(peft_config, model)
         if not peft_config.is_saved:
             logger.info("Adapter %r starts as %s", self._name_of(peft_config), peft_config.init_report)
@@ -164,10 +164,10 @@ class PrefixExtModel(UnmergeableTuner):
         parameter_name: str | None = None,
     ) -> None:
         recorded = self._plan.layers[current_key]
-        runtime = self._shared_by(adapter_name, peft_config, self._plan.stacks[recorded.attention])
+        runtime = self._get_or_create_hook(adapter_name, peft_config, self._plan.stacks[recorded.attention])
         layer = getattr(target, "prefix_ext", None)
         if layer is None:
-            in_stacks = isinstance(runtime, StackRuntime)
+            in_stacks = isinstance(runtime, PrefixStackHook)
             kind = LAYERS[recorded.attention] if in_stacks else layer_class(target, recorded)
             layer = target.prefix_ext = kind(target, recorded, runtime)
         has_reparam = adapter_name in runtime.prefix_ext_reparam
@@ -175,18 +175,18 @@ class PrefixExtModel(UnmergeableTuner):
         if peft_config.is_saved:
             layer.awaiting_weights.add(adapter_name)
 
-    def _shared_by(self, adapter_name: str, config: PrefixExtConfig, stack: str) -> PrefixRuntime:
+    def _get_or_create_hook(self, adapter_name: str, config: PrefixExtConfig, stack: str) -> PrefixDecoderHook:
         """Returns the runtime of a stack, with the adapter in it."""
         module: Any = self.model.get_submodule(stack)
         runtime = getattr(module, "prefix_ext", None)
         if runtime is None:
             # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
-            runtime_class = StackRuntime if self.model.config.is_encoder_decoder else PrefixRuntime
-            is_first = not runtimes_of(self.model)
+            runtime_class = PrefixStackHook if self.model.config.is_encoder_decoder else PrefixDecoderHook
+            is_first = not decoder_hooks_of(self.model)
             runtime = module.prefix_ext = runtime_class(module, modules_around(module, self.model))
             runtime.tested_attention.add(attention_of(module.config))  # by the plan
             if not self.model.config.is_encoder_decoder:
-                runtime.test_attention = rehearse_decoder
+                runtime.test_attention = check_decoder_matches_text
             runtime.device = next(iter(self._plan.layers.values())).kv.key.device  # weights may be offloaded
             if is_first:
                 runtime.add_handle(self.model.register_load_state_dict_pre_hook(refuse_parts))
@@ -259,7 +259,7 @@ class PrefixExtModel(UnmergeableTuner):
         if names is None:
             yield
         else:
-            with mixed_batch(self.model, names, kwargs):
+            with use_adapter_names(self.model, names, kwargs):
                 yield
 
     @classmethod
@@ -273,7 +273,7 @@ class PrefixExtModel(UnmergeableTuner):
     ) -> State:
         if state_dict:  # not in a process that saves nothing
             # The config is saved right after this: with what is below the prefix now, which may have been trained with it.
-            config._recorded["base_adapters"] = [adapter._asdict() for adapter in adapters_below(model)]
+            config._recorded["base_adapters"] = [adapter._asdict() for adapter in active_base_adapters(model)]
         saved = to_checkpoint(model, config, adapter_name, state_dict)
         # transformers, which wraps no model in another, adds the prefix itself.
         return saved if isinstance(model, PeftModel) else {name.removeprefix(WRAPPED): saved[name] for name in saved}
@@ -292,7 +292,7 @@ class PrefixExtModel(UnmergeableTuner):
             WRAPPED + name if is_of_prefix(WRAPPED + name) and not is_of_prefix(name) else name: tensor
             for name, tensor in state_dict.items()
         }
-        return from_checkpoint(model, config, adapter_name, with_live_names(config, saved))
+        return from_checkpoint(model, config, adapter_name, rename_to_model_modules(config, saved))
 
 
 register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)

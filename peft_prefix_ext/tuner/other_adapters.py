@@ -19,7 +19,7 @@ from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 
-def adapters_below(model: Any) -> list[BaseAdapter]:
+def active_base_adapters(model: Any) -> list[BaseAdapter]:
     """Returns the adapters at work in a base model, or in what PEFT wrapped around one, besides its prefixes."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
@@ -65,7 +65,7 @@ def warn_of_other_adapters(config: PrefixExtConfig, model: nn.Module) -> None:
     """
     if config.base_adapters is None:  # saved by an earlier release
         return
-    recorded, present = read_base_adapters(config.base_adapters), adapters_below(model)
+    recorded, present = read_base_adapters(config.base_adapters), active_base_adapters(model)
     if not are_alike(recorded, present):
         remedy = "load what is missing too, unless it is merged into the weights" if recorded else "take them off"
         warnings.warn(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.architectures.shared_kv import at_work_in
 from peft_prefix_ext.base_model.offloaded import left_where_it_is
 from peft_prefix_ext.checkpoint.atomic_save import CONFIG_NAME, config_of, replacing
-from peft_prefix_ext.checkpoint.compatibility import check_saved_for
+from peft_prefix_ext.checkpoint.compatibility import check_saved_adapter
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.tuner.model_card import CARD_NAME, write_card
@@ -103,7 +103,7 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
         except (OSError, ValueError):
             saved = None  # weights alone
         if isinstance(saved, PrefixExtConfig):
-            check_saved_for(saved, model.get_base_model(), layers=None)
+            check_saved_adapter(saved, model.get_base_model(), layers=None)
             if saved.base_adapters != live.base_adapters:  # else it was said when this one was put on
                 warn_of_other_adapters(saved, model)
     try:

@@ -15,7 +15,7 @@ from peft_prefix_ext.architectures.alibi import has_bias
 from peft_prefix_ext.architectures.encoder_decoder import tells_positions
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import RecordedLayer
+from peft_prefix_ext.base_model.layers import ProbedLayer
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.config import PrefixExtConfig
@@ -28,7 +28,7 @@ HEADS: dict[Any, tuple[str, ...]] = {
 }
 
 
-def stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str) -> str:
+def find_decoder(model: PreTrainedModel, layers: list[ProbedLayer], attention: str) -> str:
     """Returns the name of the innermost module around all layers of a kind that is given tokens, positions and the cache.
 
     The encoder of an encoder-decoder model has no cache, and its stacks count positions by themselves.
@@ -55,7 +55,7 @@ def stack_of(model: PreTrainedModel, layers: list[RecordedLayer], attention: str
     )
 
 
-def check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> None:
+def check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> None:
     for attention, field in ((ENCODER, "encoder_prefix"), (CROSS, "cross_prefix")):
         if attention in config.attentions and not any(layer.attention == attention for layer in layers):
             raise ValueError(
@@ -113,13 +113,13 @@ def check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
         )
 
 
-def check_layers_to_train(config: PrefixExtConfig, layers: list[RecordedLayer]) -> None:
+def check_layers_to_train(config: PrefixExtConfig, layers: list[ProbedLayer]) -> None:
     indices = sorted({layer.index for layer in layers})
     if unknown := sorted(set(config.layers_to_train or ()) - set(indices)):
         raise ValueError(f"`layers_to_train` must be among the layers with a prefix, {indices}, got {unknown}.")
 
 
-def record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[RecordedLayer]) -> dict[str, Any]:
+def record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> dict[str, Any]:
     rows = []
     for layer in layers:
         key, value = layer.shapes(config.num_virtual_tokens)

@@ -20,12 +20,12 @@ from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
 from peft_prefix_ext.attention.flash import attention_of
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import RecordedLayer, evaluating, record_layers, refuse_unsupported
+from peft_prefix_ext.base_model.layers import ProbedLayer, evaluating, record_layers, refuse_unsupported
 from peft_prefix_ext.base_model.offloaded import device_of
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.caller_positions import modules_around
-from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 NUM_TEXT, NUM_NEW, NUM_PADDING = 4, 4, 3
@@ -33,7 +33,7 @@ _NAME = "rehearsal"
 
 
 @torch.no_grad()
-def rehearse(model: PreTrainedModel, decoder: nn.Module) -> None:
+def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> None:
     """Runs the frozen `model`, whose inner `decoder` takes the cache, on a few tokens after a text and after its prefix.
 
     Raises:
@@ -85,14 +85,14 @@ def rehearse(model: PreTrainedModel, decoder: nn.Module) -> None:
         )
 
 
-def rehearse_decoder(decoder: PreTrainedModel) -> None:
+def check_decoder_matches_text(decoder: PreTrainedModel) -> None:
     """Does so with the decoder alone, which was told to run another attention function since.
 
     Raises:
-        ValueError: As `rehearse`, or for what a short text does not show.
+        ValueError: As `check_prefix_matches_text`, or for what a short text does not show.
     """
     refuse_unsupported(decoder)
-    rehearse(decoder, decoder)
+    check_prefix_matches_text(decoder, decoder)
 
 
 def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> float:
@@ -102,14 +102,14 @@ def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> flo
 
 
 @contextmanager
-def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[RecordedLayer]) -> Iterator[None]:
+def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[ProbedLayer]) -> Iterator[None]:
     """Lets hooks alone give `model` the prefix that was recorded: no module becomes a part of it."""
     config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
-    runtime = PrefixRuntime(decoder, modules_around(decoder, model))
+    runtime = PrefixDecoderHook(decoder, modules_around(decoder, model))
     runtime.num_virtual_tokens[_NAME] = NUM_TEXT
     runtime.prefix_dropout[_NAME] = 0.0
     runtime.tested_attention.add(attention_of(model.config))  # by this very test
-    hooked: list[PrefixRuntime | PrefixExtLayer] = [runtime]
+    hooked: list[PrefixDecoderHook | PrefixExtLayer] = [runtime]
     for recorded in layers:
         attention = model.get_submodule(recorded.module)
         layer = layer_class(attention, recorded)(attention, recorded, runtime)

@@ -17,7 +17,7 @@ from torch import nn
 from peft_prefix_ext.base_model.zero3 import is_partitioned
 from peft_prefix_ext.checkpoint.format import ENCODER, LayerKV, is_of_prefix, layer_key
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.injection.decoder_hook import PrefixRuntime
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.layer import PrefixExtLayer, assemble
 from peft_prefix_ext.injection.reparam import PrefixMLP
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
@@ -34,7 +34,7 @@ class LiveStack(NamedTuple):
     """
 
     runtime_name: str
-    runtime: PrefixRuntime
+    runtime: PrefixDecoderHook
     layers: dict[str, PrefixExtLayer]
     reparam: str
 
@@ -44,7 +44,7 @@ def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
     modules = {_without_wrappers(name): module for name, module in model.named_modules()}
     stacks = []
     for runtime_name, runtime in modules.items():
-        if isinstance(runtime, PrefixRuntime) and adapter_name in runtime.num_virtual_tokens:
+        if isinstance(runtime, PrefixDecoderHook) and adapter_name in runtime.num_virtual_tokens:
             layers = {
                 name: layer
                 for name, layer in modules.items()

@@ -28,7 +28,7 @@ _FIRST_ID = 1 << 30
 _digests: dict[int, str] = {}
 
 
-def lora_below(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> dict[str, str]:
+def find_base_lora(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> dict[str, str]:
     """Returns the fields of a `PrefixSpec` that say on which LoRA the prefix `name` was trained; {} if on the base alone.
 
     Raises:

@@ -22,7 +22,7 @@ from peft_prefix_ext.checkpoint.format import (
 )
 from peft_prefix_ext.checkpoint.hub import resolve
 from vllm_plugin.adapters.adapter_kinds import holds_lora
-from vllm_plugin.adapters.base_lora import confuses_slots, lora_below
+from vllm_plugin.adapters.base_lora import confuses_slots, find_base_lora
 from vllm_plugin.adapters.registry import Adapter, Shapes
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
@@ -99,7 +99,7 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None
         path=str(checkpoint.path.resolve()),
         num_virtual_tokens=checkpoint.num_virtual_tokens,
         digest=digest_of(checkpoint),
-        **lora_below(name, checkpoint, vllm_config),
+        **find_base_lora(name, checkpoint, vllm_config),
     )
     return Adapter(spec, option.base_model_name, shapes)
 

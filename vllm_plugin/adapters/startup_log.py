@@ -13,7 +13,7 @@ logger = logging.getLogger("vllm.prefix_adapters")
 MAX_LINES = 20
 
 
-def report_cache(block_size: int) -> None:
+def log_cache(block_size: int) -> None:
     """Logs what a prefix has to be a multiple of to fill whole blocks: vLLM's platforms and backends differ in that.
 
     Args:

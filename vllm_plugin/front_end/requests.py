@@ -52,7 +52,7 @@ class Prompt(NamedTuple):
         )
 
 
-def concerns(lora_request: Any, vllm_config: Any) -> bool:
+def is_relevant(lora_request: Any, vllm_config: Any) -> bool:
     """Says whether a request needs any of this: an engine without prefixes serves it as vLLM does."""
     return isinstance(lora_request, PrefixAdapterRequest) or settings_in(vllm_config.kv_transfer_config) is not None
 
@@ -121,7 +121,7 @@ def has_prefix(request: Any) -> bool:
     return extra_args is not None and ADAPTERS in (extra_args.get("kv_transfer_params") or ())
 
 
-def route(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
+def attach_prefix(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     """Marks a checked `EngineCoreRequest` for its prefix and keeps its output inside the context.
 
     `max_tokens` is cut to what fits, as vLLM does for the base model, whose own cut does not know of virtual tokens.

@@ -34,7 +34,7 @@ _installed = False
 
 
 @dataclass(frozen=True, slots=True)
-class Seam:
+class MethodPatch:
     """One wrapped method.
 
     Args:
@@ -66,7 +66,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    for seam in START_SEAMS:
+    for seam in START_PATCHES:
         wrapt.register_post_import_hook(functools.partial(attach, seam), seam.module)
 
 
@@ -82,7 +82,7 @@ def require(*, server: bool) -> None:
     import vllm
     from vllm import envs
 
-    from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
+    from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
 
     install()
     # On a development build the shapes alone decide, too.
@@ -90,7 +90,7 @@ def require(*, server: bool) -> None:
     version = MIN_VERSION if shapes_decide else tuple(int(part) for part in vllm.__version__.split(".")[:2])
     if not MIN_VERSION <= version < END_VERSION:
         _problems["version"] = "this release was written for 0.32 and 0.33"
-    for seam in (*START_SEAMS, *ENGINE_SEAMS, *(SERVER_SEAMS if server else ())):
+    for seam in (*START_PATCHES, *ENGINE_PATCHES, *(SERVER_PATCHES if server else ())):
         try:
             attach(seam, importlib.import_module(seam.module))
         except ImportError as error:
@@ -113,7 +113,7 @@ def _register_connector() -> None:
     KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
 
 
-def attach(seam: Seam, module: ModuleType) -> None:
+def attach(seam: MethodPatch, module: ModuleType) -> None:
     """Puts on a wrap, once; one that does not fit is left out and remembered."""
     if seam.method in _attached:
         return
@@ -173,12 +173,12 @@ async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any
 
 
 _ARGS = "vllm.engine.arg_utils"
-START_SEAMS = (
-    Seam(_ARGS, "EngineArgs.add_cli_args", ("parser",), _add_cli_args),
-    Seam(_ARGS, "EngineArgs.from_cli_args", ("args",), _from_cli_args),
-    Seam(_ARGS, "EngineArgs.create_engine_config", (), _create_engine_config),
-    Seam("vllm.v1.engine.input_processor", "InputProcessor._validate_lora", ("lora_request",), _validate_lora),
-    Seam(
+START_PATCHES = (
+    MethodPatch(_ARGS, "EngineArgs.add_cli_args", ("parser",), _add_cli_args),
+    MethodPatch(_ARGS, "EngineArgs.from_cli_args", ("args",), _from_cli_args),
+    MethodPatch(_ARGS, "EngineArgs.create_engine_config", (), _create_engine_config),
+    MethodPatch("vllm.v1.engine.input_processor", "InputProcessor._validate_lora", ("lora_request",), _validate_lora),
+    MethodPatch(
         "vllm.entrypoints.openai.models.serving",
         "OpenAIServingModels.load_lora_adapter",
         ("request",),

@@ -8,17 +8,17 @@ from vllm_plugin.adapters import base_lora, runtime_loading
 from vllm_plugin.adapters.spec import CONNECTOR
 from vllm_plugin.front_end import logits_processors, prompt_logprobs, requests
 from vllm_plugin.patches.arguments import all_arguments, argument
-from vllm_plugin.patches.install import Seam
-from vllm_plugin.patches.server import SERVER_SEAMS
+from vllm_plugin.patches.install import MethodPatch
+from vllm_plugin.patches.server import SERVER_PATCHES
 from vllm_plugin.scheduler.load_failures import handle_invalid_blocks
 
-__all__ = ["ENGINE_SEAMS", "SERVER_SEAMS"]
+__all__ = ["ENGINE_PATCHES", "SERVER_PATCHES"]
 
 
 def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     config = instance.vllm_config
     named = argument(wrapped, args, kwargs, "lora_request")
-    if not requests.concerns(named, config):
+    if not requests.is_relevant(named, config):
         return wrapped(*args, **kwargs)
     params, max_model_len = argument(wrapped, args, kwargs, "params"), config.model_config.max_model_len
     if isinstance(named, requests.CheckedRequest):
@@ -33,7 +33,7 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         # A raw prompt, which the call itself has rendered.
         requests.check(spec, requests.Prompt.of_request(request), params, max_model_len)
     if spec is not None:
-        requests.route(request, spec, max_model_len)
+        requests.attach_prefix(request, spec, max_model_len)
     return request
 
 
@@ -80,51 +80,51 @@ def _update_prompt_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any)
     return wrapped(prompt_logprobs.real_rows(instance, kwargs["prompt_logprobs_tensors"] if kwargs else args[0]))
 
 
-ENGINE_SEAMS = (
-    Seam(
+ENGINE_PATCHES = (
+    MethodPatch(
         "vllm.v1.engine.input_processor",
         "InputProcessor.process_inputs",
         ("prompt", "params", "lora_request"),
         _process_inputs,
     ),
-    Seam(
+    MethodPatch(
         "vllm.entrypoints.common.offline",
         "OfflineInferenceMixin._lora_request_to_seq",
         ("lora_request",),
         _lora_request_to_seq,
     ),
-    Seam(
+    MethodPatch(
         "vllm.v1.engine.logprobs",
         "LogprobsProcessor.from_new_request",
         ("tokenizer", "request"),
         _new_logprobs,
     ),
-    Seam(
+    MethodPatch(
         "vllm.v1.engine.logprobs",
         "LogprobsProcessor._update_prompt_logprobs",
         ("prompt_logprobs_tensors",),
         _update_prompt_logprobs,
     ),
     # There is no hook before vLLM hashes a new request, which costs as much again as the rest of its way to the scheduler.
-    Seam(
+    MethodPatch(
         "vllm.v1.request",
         "Request.from_engine_core_request",
         ("request", "block_hasher"),
         _new_request,
     ),
-    Seam(
+    MethodPatch(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.__init__",
         ("vllm_config",),
         _new_scheduler,
     ),
-    Seam(
+    MethodPatch(
         "vllm.v1.core.sched.scheduler",
         "Scheduler._handle_invalid_blocks",
         ("invalid_block_ids",),
         handle_invalid_blocks,
     ),
-    Seam(
+    MethodPatch(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch._register_add_request",
         ("request",),

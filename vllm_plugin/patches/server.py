@@ -10,14 +10,14 @@ from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec, settings_in
 from vllm_plugin.front_end import requests
 from vllm_plugin.patches.arguments import all_arguments, argument
-from vllm_plugin.patches.install import Seam
+from vllm_plugin.patches.install import MethodPatch
 
 
 def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Checks before the stream starts: once a response streams, its status can no longer be 400."""
     config = instance.vllm_config
     named = argument(wrapped, args, kwargs, "lora_request")
-    if not requests.concerns(named, config):
+    if not requests.is_relevant(named, config):
         return wrapped(*args, **kwargs)
     params = argument(wrapped, args, kwargs, "sampling_params")
     spec, checked = requests.check_call(named, argument(wrapped, args, kwargs, "prompt"), params, config)
@@ -52,7 +52,7 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
         instance.prefix_models = prefixes
 
 
-class _Room(int):
+class TrustedPromptLimit(int):
     """How many tokens of a prompt fit behind a prefix; a client can send a number, and none of these."""
 
 
@@ -66,7 +66,7 @@ async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> A
     spec = _spec_of(instance.models, request.model)
     if spec is not None:
         # One is left for the output, as vLLM does.
-        room = _Room(instance.model_config.max_model_len - spec.num_virtual_tokens - 1)
+        room = TrustedPromptLimit(instance.model_config.max_model_len - spec.num_virtual_tokens - 1)
         if getattr(request, "truncate_prompt_tokens", None) == -1:
             request.truncate_prompt_tokens = room
         elif hasattr(request, "truncation"):
@@ -79,7 +79,7 @@ def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> An
     """The same for `/v1/responses`, where clients have no number to set."""
     params = wrapped(*args, **kwargs)
     room = getattr(instance, "prefix_room", None)
-    if isinstance(room, _Room) and params.truncate_prompt_tokens == -1:
+    if isinstance(room, TrustedPromptLimit) and params.truncate_prompt_tokens == -1:
         return dataclasses.replace(params, truncate_prompt_tokens=room)
     return params
 
@@ -126,33 +126,33 @@ def _attach_lora_router(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> 
 
 
 _MODELS, _SERVING = "vllm.entrypoints.openai.models.serving", "vllm.entrypoints.serve.engine.serving"
-SERVER_SEAMS = (
-    Seam(
+SERVER_PATCHES = (
+    MethodPatch(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.generate",
         ("prompt", "sampling_params", "lora_request"),
         _generate,
     ),
-    Seam(
+    MethodPatch(
         "vllm.entrypoints.generate.beam_search.online",
         "BeamSearchOnlineMixin.beam_search",
         ("prompt", "params", "lora_request"),
         _beam_search,
     ),
-    Seam(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
-    Seam(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
-    Seam(_SERVING, "BaseServing._check_model", ("request",), _check_model),
+    MethodPatch(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
+    MethodPatch(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
+    MethodPatch(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     # LoRA requests and prefixes are told apart by name here, and not by an entry of ours in vLLM's own table: that one is
     # searched from end to end for each chat request to the base model, and no other API server process sees it.
-    Seam(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported),
-    Seam(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters),
-    Seam(
+    MethodPatch(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported),
+    MethodPatch(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters),
+    MethodPatch(
         "vllm.entrypoints.openai.responses.protocol",
         "ResponsesRequest.build_tok_params",
         ("model_config",),
         _build_tok_params,
     ),
-    Seam("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", ("sockets",), _startup),
+    MethodPatch("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", ("sockets",), _startup),
     # vLLM's hook for endpoints loads plugins that the operator lists in VLLM_PLUGINS, and then no others but those.
-    Seam("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router),
+    MethodPatch("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router),
 )

@@ -24,7 +24,7 @@ BlockIds = tuple[list[int], ...]
 _GIVEN = "prefix_block_ids"
 
 
-class GivenBlocks:
+class RecentBlocks:
     """The blocks that requests with a prefix had in the last steps."""
 
     def __init__(self) -> None:
@@ -45,13 +45,13 @@ class GivenBlocks:
             self._steps.popleft().clear()
         self._steps.append([])
 
-    def together_with(self, block_ids: set[int]) -> set[int]:
+    def expand_to_requests(self, block_ids: set[int]) -> set[int]:
         """Returns these blocks and all that a request had together with one of them."""
         had = (_flat(blocks) for step in self._steps for blocks in step)
         return block_ids.union(*(blocks for blocks in had if not blocks.isdisjoint(block_ids)))
 
 
-def given_to(request: Request) -> BlockIds:
+def recent_blocks_of(request: Request) -> BlockIds:
     """Returns the blocks that a request was last noted with, as long as that is not forgotten."""
     step, block_ids = getattr(request, _GIVEN, (None, ()))
     return block_ids if step else ()
@@ -63,11 +63,11 @@ def handle_invalid_blocks(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
         return wrapped(*args, **kwargs)
     invalid = kwargs["invalid_block_ids"] if "invalid_block_ids" in kwargs else args[0]
     # Under vLLM's `MultiConnector` ours is the first.
-    ours, *siblings = getattr(instance.connector, "sub_connectors", [instance.connector])
-    ours.scheduler.siblings.load_failed(siblings)
+    ours, *other_connectors = getattr(instance.connector, "sub_connectors", [instance.connector])
+    ours.scheduler.other_connectors.load_failed(other_connectors)
     manager = instance.kv_cache_manager
     blocks = {
-        request.request_id: _flat((*manager.get_block_ids(request.request_id), *given_to(request)))
+        request.request_id: _flat((*manager.get_block_ids(request.request_id), *recent_blocks_of(request)))
         for request in instance.running
     }
     # Whatever the group: all of them take their blocks from one pool, so an id names one block.

@@ -12,7 +12,7 @@ from typing import Any
 logger = logging.getLogger("vllm.prefix_adapters")
 
 
-class Siblings:
+class OtherConnectors:
     """Empties the caches of other connectors after a load failed.
 
     Twice: at once, which also drops what they are about to keep, and when they have been told of the requests that

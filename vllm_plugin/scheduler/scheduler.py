@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.adapters.spec import ADAPTERS, PrefixSpec, unpack
 from vllm_plugin.metrics import PrefixStats
-from vllm_plugin.scheduler.load_failures import BlockIds, GivenBlocks
-from vllm_plugin.scheduler.other_connectors import Siblings
+from vllm_plugin.scheduler.load_failures import BlockIds, RecentBlocks
+from vllm_plugin.scheduler.other_connectors import OtherConnectors
 from vllm_plugin.scheduler.prefill_stats import RealPrefillStats
 
 if TYPE_CHECKING:
@@ -51,19 +51,19 @@ class PrefixScheduler:
 
     def __init__(self, block_size: int) -> None:
         self.stats = PrefixStats()
-        self.given_blocks = GivenBlocks()
-        self.siblings = Siblings()
+        self.recent_blocks = RecentBlocks()
+        self.other_connectors = OtherConnectors()
         self._block_size = block_size
         # The least recently used first.
         self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
         self._specs: dict[str, PrefixSpec] = {}
-        self._promised: dict[str, int] = {}
+        self._num_loadable: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
         # Of this step, those that are said to need no load after all.
         self._found: list[tuple[Request, PrefixSpec]] = []
-        self._private: list[Request] = []
+        self._skips_prefix_cache: list[Request] = []
 
-    def admit(self, request: Request) -> None:
+    def add_placeholders(self, request: Request) -> None:
         """Puts the placeholders in front of a new request's prompt and salts its block hashes."""
         # To release what a connector may hold for a request that the front end refused, vLLM sends it here, aborted and
         # with the client's own parameters. It never runs.
@@ -99,9 +99,9 @@ class PrefixScheduler:
             # vLLM has not looked into its cache for this request, and would not take what we load either. For the rest
             # of this step it may: after a preemption vLLM looks, or does not, again.
             request.skip_reading_prefix_cache = False
-            self._private.append(request)
+            self._skips_prefix_cache.append(request)
         missing = max(0, spec.num_virtual_tokens - num_computed)
-        self._promised[request.request_id] = missing
+        self._num_loadable[request.request_id] = missing
         return missing
 
     def allocated(self, request: Request, get_block_ids: Callable[[], BlockIds], num_external: int) -> None:
@@ -114,12 +114,12 @@ class PrefixScheduler:
         spec = self._specs.get(request.request_id)
         if spec is None:
             return
-        promised = self._promised.pop(request.request_id, None)
+        promised = self._num_loadable.pop(request.request_id, None)
         if promised is None:
             # An asynchronous load by another connector makes this the second call.
             return
         block_ids = get_block_ids()
-        self.given_blocks.add(request, block_ids)
+        self.recent_blocks.add(request, block_ids)
         p = spec.num_virtual_tokens
         self.stats.add("block_hits", spec.name, (p - promised) // self._block_size)
         if promised == 0:
@@ -147,11 +147,11 @@ class PrefixScheduler:
                     f"prefix {spec.name!r}."
                 )
         self._found.clear()
-        for request in self._private:
+        for request in self._skips_prefix_cache:
             request.skip_reading_prefix_cache = True
-        self._private.clear()
-        self.given_blocks.next_step()
-        self.siblings.next_step()
+        self._skips_prefix_cache.clear()
+        self.recent_blocks.next_step()
+        self.other_connectors.next_step()
         loads, self._loads = self._loads, []
         return loads
 
@@ -162,8 +162,8 @@ class PrefixScheduler:
             block_ids: What it had, per KV cache group.
         """
         if self._specs.pop(request.request_id, None) is not None:
-            self.given_blocks.add(request, block_ids)
-        self._promised.pop(request.request_id, None)
+            self.recent_blocks.add(request, block_ids)
+        self._num_loadable.pop(request.request_id, None)
 
     def _prefix_hashes(self, request: Request, p: int) -> tuple[Any, ...]:
         """Returns the hashes of the blocks that a prefix fills, computed by vLLM once.

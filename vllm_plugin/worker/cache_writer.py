@@ -17,7 +17,7 @@ from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.metrics import RESIDENT, PrefixStats
 from vllm_plugin.scheduler.scheduler import PrefixLoad
 from vllm_plugin.worker.cache_layers import CacheLayer, LayerStack
-from vllm_plugin.worker.prefix_manager import PrefixBank, PrefixKV
+from vllm_plugin.worker.prefix_manager import PrefixKV, PrefixManager
 
 logger = logging.getLogger("vllm.prefix_adapters")
 
@@ -31,30 +31,32 @@ class PrefixWriter:
     """Writes prefixes into the paged cache of one worker.
 
     Args:
-        bank: Where the prefixes come from.
+        manager: Where the prefixes come from.
         modules: vLLM's attention modules by layer name.
 
     Raises:
         PrefixServeError: If the cache of a layer cannot be written.
     """
 
-    def __init__(self, bank: PrefixBank, modules: dict[str, Any]) -> None:
-        self._bank, self._device = bank, bank.device
-        self._stacks = [(stack, [_checked_module(layer, modules) for layer in stack.layers]) for stack in bank.stacks]
+    def __init__(self, manager: PrefixManager, modules: dict[str, Any]) -> None:
+        self._manager, self._device = manager, manager.device
+        self._stacks = [
+            (stack, [_checked_module(layer, modules) for layer in stack.layers]) for stack in manager.stacks
+        ]
         self._unwritten: set[int] = set()
-        self.stats = PrefixStats({RESIDENT: bank.num_resident})
+        self.stats = PrefixStats({RESIDENT: manager.num_resident})
 
     def write(self, loads: Sequence[PrefixLoad]) -> None:
         """Copies the prefixes of one step's loads, with one cache update per layer."""
-        num_resident = self._bank.num_resident
+        num_resident = self._manager.num_resident
         ready: list[tuple[PrefixLoad, PrefixKV]] = []
-        for load, prefix in zip(loads, self._bank.gather([load.spec for load in loads]), strict=True):
+        for load, prefix in zip(loads, self._manager.gather([load.spec for load in loads]), strict=True):
             if prefix is None:
                 self._give_up(load)
             else:
                 ready.append((load, prefix))
-        if self._bank.num_resident != num_resident:
-            self.stats.data[RESIDENT] = self._bank.num_resident
+        if self._manager.num_resident != num_resident:
+            self.stats.data[RESIDENT] = self._manager.num_resident
         try:
             for index, (stack, modules) in enumerate(self._stacks):
                 self._write_stack(index, stack, modules, ready)

@@ -43,7 +43,7 @@ class PrefixKV:
         return PrefixKV(*(tuple(tensor.to(device) for tensor in kind) for kind in (self.keys_LPHD, self.values_LPHD)))
 
 
-class Shelf:
+class LRUPool:
     """Prefixes by digest, the least recently used first, in a bounded number of bytes.
 
     Args:
@@ -83,7 +83,7 @@ class Shelf:
         self.used += prefix.nbytes
 
 
-class PrefixBank:
+class PrefixManager:
     """Opens prefixes and keeps them, on the device as long as they fit, else on the host.
 
     Args:
@@ -108,9 +108,9 @@ class PrefixBank:
         self.stacks, self.device = stacks, device
         self._tp_rank, self._tp_size = tp_rank, tp_size
         self._dtype = dtype
-        self._on_device = Shelf(device_memory)
+        self._on_device = LRUPool(device_memory)
         # On a CPU the device is the host.
-        self._on_host = Shelf(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
+        self._on_host = LRUPool(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
 
     @property
     def num_resident(self) -> int:

@@ -216,10 +216,10 @@ class Pool:
 @contextmanager
 def file_gone(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Moves an adapter's folder away, and has the worker forget what it keeps, as after an eviction."""
-    from vllm_plugin.worker.prefix_manager import Shelf
+    from vllm_plugin.worker.prefix_manager import LRUPool
 
     for shelf in ("_on_device", "_on_host"):
-        monkeypatch.setattr(engine.writer._bank, shelf, Shelf(0))
+        monkeypatch.setattr(engine.writer._manager, shelf, LRUPool(0))
     folder = Path(support.specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)[name].path)
     folder.rename(folder.with_name("gone"))
     try:

@@ -52,11 +52,11 @@ def overridden() -> set[str]:
 
 def seams() -> tuple[Any, ...]:
     """Returns all of the plugin's wraps."""
-    from vllm_plugin.patches.install import START_SEAMS
-    from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
-    from vllm_plugin.prefix_serve import parser_seam
+    from vllm_plugin.patches.install import START_PATCHES
+    from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
+    from vllm_plugin.prefix_serve import parser_patch
 
-    return (*START_SEAMS, parser_seam(), *ENGINE_SEAMS, *SERVER_SEAMS)
+    return (*START_PATCHES, parser_patch(), *ENGINE_PATCHES, *SERVER_PATCHES)
 
 
 def wrapped() -> set[str]:

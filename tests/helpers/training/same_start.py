@@ -22,7 +22,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from helpers.prefixed import with_prefix
 from helpers.tiny import random_ids, tiny_model
-from peft_prefix_ext.injection.prefix_tensors import PrefixStates
+from peft_prefix_ext.injection.prefix_tensors import PrefixTensors
 
 SETTINGS: dict[str, dict] = {
     "mlp": {"reparam": "mlp"},
@@ -49,7 +49,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
     kept = {
         f"{name.replace('_fsdp_wrapped_module.', '')}.{key}": state.contiguous()
         for name, states in model.named_modules()
-        if isinstance(states, PrefixStates)
+        if isinstance(states, PrefixTensors)
         for key, state in states._buffers.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)

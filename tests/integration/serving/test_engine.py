@@ -127,7 +127,7 @@ def test_an_aborted_request_leaves_nothing_behind(llama: Engine) -> None:
         llm_engine.abort_request([request_id], internal=True)
         while llm_engine.has_unfinished_requests():
             llm_engine.step()
-    assert llama.bookkeeping._promised == {}
+    assert llama.bookkeeping._num_loadable == {}
     llama.check(["p33", None], [prompt_ids(10), prompt_ids(10)])
 
 

@@ -1,7 +1,7 @@
 """No adapter is answered with another's blocks: many random requests, each compared with its own reference.
 
 What happens is drawn from one seeded generator, step by step of an engine in this process, so that a run that fails can
-be had again. The cache holds few requests, and the bank few prefixes.
+be had again. The cache holds few requests, and the manager few prefixes.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ def engine(pool: Pool, request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine = pool.shared(kind, num_gpu_blocks_override=NUM_BLOCKS[kind], **SMALL)
     # Of 238 virtual tokens, 120 fit: keys and values of 32 numbers of 4 bytes.
     config = engine.config
-    engine.writer._bank._on_device.capacity = 120 * config.num_hidden_layers * config.num_key_value_heads * 2 * 32 * 4
+    engine.writer._manager._on_device.capacity = (
+        120 * config.num_hidden_layers * config.num_key_value_heads * 2 * 32 * 4
+    )
     yield engine
     pool.close()
 
@@ -236,4 +238,4 @@ def test_every_answer_is_its_own(
     )
     assert sum(engine.counts("block_hits").values()) > num_requests // 20
     # Of two contents per name.
-    assert 0 < engine.writer._bank.num_resident < 2 * len(LENGTHS)
+    assert 0 < engine.writer._manager.num_resident < 2 * len(LENGTHS)

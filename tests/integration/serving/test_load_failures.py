@@ -10,7 +10,7 @@ import pytest
 from helpers.serving import support
 from helpers.serving.engines import Engine, Pool, file_gone
 from helpers.serving.support import prompt_ids
-from vllm_plugin.scheduler.load_failures import STEPS_IN_FLIGHT, GivenBlocks, given_to
+from vllm_plugin.scheduler.load_failures import STEPS_IN_FLIGHT, RecentBlocks, recent_blocks_of
 
 
 def fails_without_its_file(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,39 +81,39 @@ def request() -> Any:
 
 
 def test_all_that_was_given_together_with_a_bad_block_goes() -> None:
-    given = GivenBlocks()
+    given = RecentBlocks()
     given.add(request(), ([1, 2, 3], [8, 9]))
     given.add(request(), ([1, 4], [0, 7]))
     given.add(request(), ([5, 6], [0, 10]))
-    assert given.together_with({2}) == {1, 2, 3, 8, 9}
+    assert given.expand_to_requests({2}) == {1, 2, 3, 8, 9}
     # Both of the first two have it; the null block is no block in common.
-    assert given.together_with({1}) == {1, 2, 3, 4, 8, 9, 0, 7}
-    assert given.together_with({99}) == {99}
+    assert given.expand_to_requests({1}) == {1, 2, 3, 4, 8, 9, 0, 7}
+    assert given.expand_to_requests({99}) == {99}
 
 
 def test_a_request_counts_with_what_it_had_at_any_time() -> None:
-    given, preempted = GivenBlocks(), request()
+    given, preempted = RecentBlocks(), request()
     given.add(preempted, ([1, 2],))
     given.next_step()
     # Elsewhere after a preemption; when it ends, its first block has left a window.
     given.add(preempted, ([3, 4],))
     given.add(preempted, ([0, 4, 5],))
-    assert given.together_with({1}) == {1, 2}
-    assert given.together_with({4}) == {0, 3, 4, 5}
+    assert given.expand_to_requests({1}) == {1, 2}
+    assert given.expand_to_requests({4}) == {0, 3, 4, 5}
 
 
 def test_what_was_given_long_ago_is_forgotten() -> None:
-    given, long, short = GivenBlocks(), request(), request()
+    given, long, short = RecentBlocks(), request(), request()
     given.add(long, ([1, 2],))
     given.add(short, ([3],))
     for _ in range(STEPS_IN_FLIGHT - 1):
         given.next_step()
     given.add(short, ([3, 4],))
-    assert given.together_with({1}) == {1, 2}
-    assert given_to(long) == ([1, 2],)
+    assert given.expand_to_requests({1}) == {1, 2}
+    assert recent_blocks_of(long) == ([1, 2],)
     given.next_step()
-    assert given.together_with({1}) == {1}
+    assert given.expand_to_requests({1}) == {1}
     # Its blocks may be another request's by now.
-    assert given_to(long) == ()
-    assert given_to(short) == ([3, 4],)
+    assert recent_blocks_of(long) == ()
+    assert recent_blocks_of(short) == ([3, 4],)
     assert len(given) == 1

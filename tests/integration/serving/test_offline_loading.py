@@ -16,7 +16,7 @@ from helpers.serving.support import prompt_ids
 from vllm_plugin import PrefixAdapterRequest
 from vllm_plugin.adapters import runtime_loading
 from vllm_plugin.adapters.registry import registry_in
-from vllm_plugin.worker.prefix_manager import Shelf
+from vllm_plugin.worker.prefix_manager import LRUPool
 
 PROMPT = prompt_ids(20)
 
@@ -166,7 +166,7 @@ def test_a_request_that_failed_says_what_helps(
     with monkeypatch.context() as patch:
         # As if other prefixes had taken its place in memory.
         for shelf in ("_on_device", "_on_host"):
-            patch.setattr(engine.writer._bank, shelf, Shelf(0))
+            patch.setattr(engine.writer._manager, shelf, LRUPool(0))
         assert engine.llm.reset_prefix_cache()
         assert ask(engine, PrefixAdapterRequest("task")) == [[]]
         assert "offline by a request with `load_inplace=True`. Its requests fail." in log.text

@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from helpers.serving import offloading, support
 from helpers.serving.engines import Engine, Pool, file_gone
 from helpers.serving.support import prompt_ids
-from vllm_plugin.scheduler.other_connectors import Siblings
+from vllm_plugin.scheduler.other_connectors import OtherConnectors
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +63,20 @@ def test_nothing_computed_behind_a_prefix_that_was_not_there_is_offloaded(
 
 
 def test_other_connectors_are_reset_twice_and_never_twice_before_a_step() -> None:
-    siblings, answers = Siblings(), [None, False, True]
+    other_connectors, answers = OtherConnectors(), [None, False, True]
     connector = SimpleNamespace(reset_cache=lambda: answers.pop(0))
-    siblings.next_step()
-    siblings.load_failed([connector])
-    siblings.update()
+    other_connectors.next_step()
+    other_connectors.load_failed([connector])
+    other_connectors.update()
     assert answers == [False, True]
-    siblings.next_step()
-    siblings.were_reset()
-    siblings.update()
+    other_connectors.next_step()
+    other_connectors.were_reset()
+    other_connectors.update()
     assert answers == [False, True]
     # One that cannot is asked again, and then no more.
     for left in ([True], [], []):
-        siblings.next_step()
-        siblings.update()
+        other_connectors.next_step()
+        other_connectors.update()
         assert answers == left
 
 

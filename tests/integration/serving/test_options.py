@@ -201,7 +201,7 @@ def test_an_engine_that_cannot_load_lora_says_so(
     config.lora_config = copy.copy(config.lora_config)
     spoil(config)
     with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
-        base_lora.lora_below("first", read_prefix(folder / "first" / "prefix"), config)
+        base_lora.find_base_lora("first", read_prefix(folder / "first" / "prefix"), config)
     assert message in str(caught.value)
 
 
@@ -227,7 +227,7 @@ def test_lora_that_is_not_there_is_refused(
         fields["base_adapters"][0].update(change)
     path.write_text(json.dumps(fields))
     with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
-        base_lora.lora_below("first", read_prefix(path.parent), engine.llm.llm_engine.vllm_config)
+        base_lora.find_base_lora("first", read_prefix(path.parent), engine.llm.llm_engine.vllm_config)
     assert message in str(caught.value)
 
 

@@ -90,14 +90,14 @@ def test_unload_gives_the_base_model_back(model):
 
 def test_a_deep_copy_is_independent(model):
     before = logits(model)
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin), before)
+    clone = copy.deepcopy(model)
+    assert torch.equal(logits(clone), before)
     with torch.no_grad():
-        for name, parameter in twin.named_parameters():
+        for name, parameter in clone.named_parameters():
             if "prefix_ext_" in name:
                 parameter.add_(1.0)
     assert torch.equal(logits(model), before)
-    assert not torch.equal(logits(twin), before)
+    assert not torch.equal(logits(clone), before)
 
 
 def test_what_is_not_supported_says_so(model):
@@ -172,8 +172,8 @@ def test_get_peft_model_twice_starts_anew(llama, second):
 def test_copies_after_training(llama):
     model = with_prefix(llama, reparam="mlp").train()
     model(input_ids=random_ids(2, 6), labels=random_ids(2, 6)).loss.backward()
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    assert torch.equal(logits(twin.eval()), logits(model.eval()))
+    clone = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(logits(clone.eval()), logits(model.eval()))
 
 
 def test_injection_leaves_the_modes_of_modules_alone(llama):

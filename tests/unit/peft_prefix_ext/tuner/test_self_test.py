@@ -9,7 +9,7 @@ import transformers
 from helpers.prefixed import with_prefix
 from helpers.tiny import REFUSED, tiny_model
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.injection.batch import Rows
+from peft_prefix_ext.injection.batch import BatchAdapters
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 from peft_prefix_ext.tuner import self_test
 
@@ -33,8 +33,8 @@ def test_a_model_is_named_with_the_release_that_implements_it(llama):
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("llama", lambda patch: patch.setattr(Rows, "shift", 0)),  # positions that overlap those of the prefix
-        ("llama", lambda patch: patch.setattr(Rows, "shift", 5)),
+        ("llama", lambda patch: patch.setattr(BatchAdapters, "shift", 0)),  # positions that overlap those of the prefix
+        ("llama", lambda patch: patch.setattr(BatchAdapters, "shift", 5)),
         ("llama", lambda patch: patch.setattr(PrefixExtLayer, "_mask", lambda layer, step, mask, k: None)),
         ("bloom", lambda patch: patch.setattr(self_test, "layer_class", lambda *args: PrefixExtLayer)),
         ("gemma4", lambda patch: patch.setattr(self_test, "find_shared", lambda *args: [])),

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_plugin.adapters.registry import Adapter
 from vllm_plugin.adapters.spec import PrefixSpec
-from vllm_plugin.adapters.startup_log import MAX_LINES, report, report_cache
+from vllm_plugin.adapters.startup_log import MAX_LINES, log_cache, report
 
 SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
 
@@ -46,5 +46,5 @@ def test_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_size_of_a_block(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vllm.prefix_adapters"):
-        report_cache(128)
+        log_cache(128)
     assert caplog.messages == ["Blocks of the KV cache hold 128 tokens (--block-size)."]

@@ -20,10 +20,10 @@ import sys
 import wrapt
 from vllm.engine.arg_utils import EngineArgs
 from vllm_plugin import prefix_adapters, register
-from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
+from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
 
 def wrapped():
-    return [seam.method for seam in (*ENGINE_SEAMS, *SERVER_SEAMS) if isinstance(resolve(seam), wrapt.FunctionWrapper)]
+    return [seam.method for seam in (*ENGINE_PATCHES, *SERVER_PATCHES) if isinstance(resolve(seam), wrapt.FunctionWrapper)]
 
 def resolve(seam):
     path, attribute, original = wrapt.resolve_path(seam.module, seam.method)
@@ -33,7 +33,7 @@ register()
 args = {"model": sys.argv[1], "skip_tokenizer_init": True, "max_model_len": 256}
 without = EngineArgs(**args).create_engine_config().kv_transfer_config, wrapped()
 EngineArgs(**args, **prefix_adapters(one=sys.argv[2])).create_engine_config()
-print(without, wrapped() == [seam.method for seam in ENGINE_SEAMS])
+print(without, wrapped() == [seam.method for seam in ENGINE_PATCHES])
 """
     command = [sys.executable, "-c", code, str(model), str(adapter)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -72,7 +72,7 @@ def test_a_changed_method_is_noticed() -> None:
         def add_cli_args(other: Any) -> None: ...
 
     module = types.SimpleNamespace(EngineArgs=EngineArgs)
-    seam, other = install.START_SEAMS[:2]
+    seam, other = install.START_PATCHES[:2]
     assert seam.problem(module) == "EngineArgs.add_cli_args has no parameter parser"
     assert "has no EngineArgs.from_cli_args" in str(other.problem(module))
 

@@ -66,7 +66,7 @@ def test_the_hashes_are_those_that_vllm_would_make(make: Any, p: int) -> None:
         prompt = prompt_ids(80, seed=seed)
         request = make(prompt, SPECS[p], cache_salt=salt, lora_request=adapter)
         before = request.hashed
-        scheduler.admit(request)
+        scheduler.add_placeholders(request)
         plain = make([0] * p, cache_salt=SPECS[p].salt(salt), lora_request=adapter)
         assert request.block_hashes[:full] == plain.block_hashes
         assert len(request.block_hashes) == (p + 80) // BLOCK_SIZE
@@ -90,7 +90,7 @@ def test_no_block_is_hashed_twice(spec: PrefixSpec | None) -> None:
     params = SamplingParams(max_tokens=5, extra_args=transfer)
     message = EngineCoreRequest("request", prompt_ids(80), None, params, None, 0.0, None, None, None)
     request = Request.from_engine_core_request(message, counting)
-    PrefixScheduler(BLOCK_SIZE).admit(request)
+    PrefixScheduler(BLOCK_SIZE).add_placeholders(request)
     assert hashed == request.block_hashes
     assert len(hashed) == (80 + (spec.num_virtual_tokens if spec else 0)) // BLOCK_SIZE
     # Blocks of its own output go on being hashed.
@@ -109,7 +109,7 @@ def test_no_two_of_salt_lora_and_adapter_share_a_block(make: Any) -> None:
     ]
     for spec, salt, adapter in kinds:
         request = make(prompt, spec, cache_salt=salt, lora_request=adapter and lora(adapter))
-        scheduler.admit(request)
+        scheduler.add_placeholders(request)
         assert not seen & set(request.block_hashes)
         seen |= set(request.block_hashes)
 
@@ -119,7 +119,7 @@ def test_a_request_loads_what_is_not_cached(make: Any) -> None:
     expected = {0: (0, 70), 32: (32, 70), 64: (64, 70), 96: None}
     for computed, part in expected.items():
         request = make(prompt_ids(50), SPECS[70])
-        scheduler.admit(request)
+        scheduler.add_placeholders(request)
         missing = scheduler.num_loadable(request, computed)
         assert missing == max(0, 70 - computed)
         # Asked again before there was room for it.
@@ -144,7 +144,7 @@ def test_a_request_loads_what_is_not_cached(make: Any) -> None:
 def test_a_promise_that_vllm_does_not_keep_is_no_silent_error(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     request = make(prompt_ids(50), SPECS[70])
-    scheduler.admit(request)
+    scheduler.add_placeholders(request)
     scheduler.num_loadable(request, 0)
     with pytest.raises(RuntimeError, match="takes 64 tokens of the prefix 'p70' as loaded instead of 70"):
         scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 64)
@@ -155,7 +155,7 @@ def test_what_vllm_says_it_has_by_itself_it_must_have(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     for computed in (80, 70, 69):
         request = make(prompt_ids(50), SPECS[70])
-        scheduler.admit(request)
+        scheduler.add_placeholders(request)
         assert scheduler.num_loadable(request, 64) == 6
         scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 0)
         request.num_computed_tokens = computed
@@ -170,7 +170,7 @@ def test_nothing_is_kept_of_a_request_that_is_gone(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     for step in range(3):
         request = make(prompt_ids(50), SPECS[70])
-        scheduler.admit(request)
+        scheduler.add_placeholders(request)
         if step > 0:
             scheduler.num_loadable(request, 0)
         if step > 1:
@@ -178,7 +178,7 @@ def test_nothing_is_kept_of_a_request_that_is_gone(make: Any) -> None:
         scheduler.finished(request, ())
     scheduler.take_loads()
     assert not scheduler._specs
-    assert not scheduler._promised
+    assert not scheduler._num_loadable
 
 
 def test_requests_to_the_base_model_are_left_alone(make: Any) -> None:
@@ -189,7 +189,7 @@ def test_requests_to_the_base_model_are_left_alone(make: Any) -> None:
         if request.abort_immediately:
             request.kv_transfer_params = {"prefix_adapters": ["x"]}
         before = list(request.block_hashes)
-        scheduler.admit(request)
+        scheduler.add_placeholders(request)
         assert list(request.all_token_ids) == prompt
         assert request.block_hashes == before
         assert scheduler.num_loadable(request, 0) == 0

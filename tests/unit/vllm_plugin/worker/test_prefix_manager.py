@@ -22,7 +22,7 @@ from vllm_plugin.metrics import RESIDENT
 from vllm_plugin.scheduler.scheduler import PrefixLoad
 from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
-from vllm_plugin.worker.prefix_manager import HOST_FACTOR, PrefixBank
+from vllm_plugin.worker.prefix_manager import HOST_FACTOR, PrefixManager
 
 CONFIG = support.llama_config()
 BLOCK_SIZE, NUM_BLOCKS = 4, 12
@@ -50,7 +50,7 @@ def layer(index: int, group: int = 0, value_size: int = 32) -> CacheLayer:
 
 
 class Worker:
-    """A bank and a writer over two layers."""
+    """A manager and a writer over two layers."""
 
     def __init__(
         self,
@@ -62,13 +62,13 @@ class Worker:
         layers = [layer(index, groups[index], value_sizes[index]) for index in (0, 1)]
         self.caches = {each.name: Cache(each) for each in layers}
         stacks = stacks_of(layers)
-        self.bank = PrefixBank(
+        self.manager = PrefixManager(
             stacks, tp_rank=0, tp_size=1, dtype=torch.float32, device=device, device_memory=device_memory
         )
-        self.writer = PrefixWriter(self.bank, self.caches)
+        self.writer = PrefixWriter(self.manager, self.caches)
         self.opened: list[str] = []
-        original = self.bank.open
-        self.bank.open = lambda spec: (self.opened.append(spec.name), original(spec))[1]
+        original = self.manager.open
+        self.manager.open = lambda spec: (self.opened.append(spec.name), original(spec))[1]
 
     def holds(self, prefix: support.Prefix, blocks: list[int], start: int, stop: int) -> bool:
         slots = [blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, stop)]
@@ -121,7 +121,7 @@ def test_values_may_be_narrower_than_keys(tmp_path: Path, value_sizes: tuple[int
     worker.writer.write([load(spec, [3, 1]), load(spec, [3, 6], start=4)])
     assert worker.holds(prefix, [3, 1], 0, 6)
     assert worker.holds(prefix, [3, 6], 4, 6)
-    assert worker.bank._on_device.used == 6 * 4 * 2 * (2 * 32 + sum(value_sizes))
+    assert worker.manager._on_device.used == 6 * 4 * 2 * (2 * 32 + sum(value_sizes))
 
 
 def test_layers_of_a_sliding_window_skip_what_has_left_it(adapters: Any) -> None:
@@ -143,8 +143,8 @@ def test_the_least_recently_used_makes_room(adapters: Any) -> None:
     for name in "abacab":
         worker.writer.write([load(specs[name], [1, 2])])
     assert worker.opened == ["a", "b", "c", "b"]
-    assert worker.bank.num_resident == 2
-    assert worker.bank._on_device.used == 2 * 6 * BYTES_PER_TOKEN
+    assert worker.manager.num_resident == 2
+    assert worker.manager._on_device.used == 2 * 6 * BYTES_PER_TOKEN
 
 
 def test_what_does_not_fit_is_written_all_the_same(adapters: Any) -> None:
@@ -161,15 +161,15 @@ def test_what_does_not_fit_is_written_all_the_same(adapters: Any) -> None:
 
 def test_without_device_memory_prefixes_wait_on_the_host(adapters: Any) -> None:
     spec, kv = adapters("one")
-    # No CPU to the bank, which then has a shelf on the host, too.
+    # No CPU to the manager, which then has a shelf on the host, too.
     worker = Worker(6 * BYTES_PER_TOKEN, torch.device("meta"))
-    worker.bank._on_device.capacity, worker.writer._device = 0, CPU
+    worker.manager._on_device.capacity, worker.writer._device = 0, CPU
     for _ in range(2):
         worker.writer.write([load(spec, [1, 2])])
         assert worker.holds(kv, [1, 2], 0, 6)
     assert worker.opened == ["one"]
-    assert worker.bank.num_resident == 0
-    assert worker.bank._on_host.capacity == HOST_FACTOR * 6 * BYTES_PER_TOKEN
+    assert worker.manager.num_resident == 0
+    assert worker.manager._on_host.capacity == HOST_FACTOR * 6 * BYTES_PER_TOKEN
 
 
 def test_no_memory_on_the_device_is_no_failure(
@@ -185,7 +185,7 @@ def test_no_memory_on_the_device_is_no_failure(
         worker.writer.write([load(spec, [1, 2])])
     assert worker.holds(kv, [1, 2], 0, 6)
     assert "lower --prefix-adapter-device-memory" in caplog.text
-    assert worker.bank._on_device.capacity == 0
+    assert worker.manager._on_device.capacity == 0
 
 
 def test_no_memory_to_write_fails_all_loads_of_the_step(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_the_same_content_is_there_once(adapters: Any, tmp_path: Path) -> None:
     copy = PrefixSpec("copy", "", str(tmp_path / "copy"), 6, spec.digest)
     worker = Worker(1 << 20)
     worker.writer.write([load(spec, [1, 2]), load(copy, [3, 4])])
-    assert worker.bank._on_device.used == 6 * BYTES_PER_TOKEN
+    assert worker.manager._on_device.used == 6 * BYTES_PER_TOKEN
 
 
 def replaced(folder: Path) -> None:
@@ -271,12 +271,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(adapters: Any, monkeypa
     original = prefix_manager.reload
     monkeypatch.setattr(prefix_manager, "reload", lambda spec: (original(spec), overwritten(Path(spec.path)))[0])
     with pytest.raises(PrefixServeError, match="changed while being read"):
-        Worker(1 << 20).bank.open(spec)
+        Worker(1 << 20).manager.open(spec)
 
 
 def test_a_failure_nobody_thought_of_ends_no_engine(adapters: Any, caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(1 << 20)
-    worker.bank.open = lambda spec: 1 / 0
+    worker.manager.open = lambda spec: 1 / 0
     worker.writer.write([load(adapters("one")[0], [1, 2])])
     assert worker.writer.take_unwritten() == {1, 2}
     assert "ZeroDivisionError" in caplog.text
@@ -295,4 +295,4 @@ def test_how_many_are_on_the_device_is_told_when_it_changes(adapters: Any) -> No
 def test_a_cache_that_cannot_be_written_is_refused() -> None:
     modules = {name: SimpleNamespace(impl=object()) for name in Worker(0).caches}
     with pytest.raises(PrefixServeError, match="cannot be written from outside"):
-        PrefixWriter(Worker(0).bank, modules)
+        PrefixWriter(Worker(0).manager, modules)
