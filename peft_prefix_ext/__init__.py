@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft_prefix_ext.conversion.stock_peft import export_to_peft, import_from_peft
     from peft_prefix_ext.tuner.model import PrefixExtModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each name is imported from; the model's module registers with PEFT.
 _EXPORTS = {

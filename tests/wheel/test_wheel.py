@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pkgutil
 import shlex
 import subprocess
@@ -16,14 +15,11 @@ from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 from readme_code import LOCAL, block, run
 
 import peft_prefix_ext
 from helpers.tiny import tiny_model, tiny_tokenizer
 from peft_prefix_ext.tuner import tested_versions
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 ADAPTER = "restaurant"
 # Programs that take the path of any adapter, without a word of this package, by who is asked to load it.
@@ -71,16 +67,6 @@ def ask(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's first code leaves behind, run on a tiny base model."""
-    folder = tmp_path_factory.mktemp("wheel")
-    tiny_model("llama", vocab_size=300, head_dim=32).save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    run(block("python", "get_peft_model"), folder)
-    return folder
-
-
 def test_it_is_the_wheel_and_it_is_alone() -> None:
     assert Path(peft_prefix_ext.__file__).is_relative_to(sys.prefix)
     assert find_spec("vllm") is None
@@ -90,7 +76,7 @@ def test_it_is_the_wheel_and_it_is_alone() -> None:
         "peft",
     }
     files = {str(file) for file in distribution("peft-prefix-ext").files or []}
-    assert {"peft_prefix_ext/py.typed", "vllm_plugin/py.typed", "vllm_plugin/launcher.py"} <= files
+    assert {"peft_prefix_ext/py.typed", "vllm_plugin/py.typed", "vllm_plugin/prefix_serve.py"} <= files
     assert any(file.endswith("LICENSE") for file in files)
 
 
