@@ -1,12 +1,12 @@
-"""Trains two prefixes on one small model, serves both beside it, and checks what the server says.
+"""Trains two prefixes for a small model, serves both beside it, and compares the server with PEFT.
 
     python examples/demo.py                                       # SmolLM2-135M-Instruct and E2E, from packages
     python examples/demo.py --model Qwen/Qwen3-0.6B --steps 300   # any chat model on the hub
-    python examples/demo.py --data my_facts.json                  # other data; e2e.py says in which form
+    python examples/demo.py --data my_facts.json                  # other data, in the format that e2e.py describes
 
-The base model gets the same prompts as the prefixes, the instruction included. The scores are of the server's greedy
-answers about restaurants whose facts were held back from training. Prints what to type to ask them more, one line of
-JSON last, and fails if the server and PEFT disagree.
+The base model gets the same prompts as the prefixes, including the instruction. Scores are computed on the server's
+greedy answers about restaurants that training did not see. Prints the commands that start the server and query it again,
+then the results as one line of JSON. Fails if a token of the server differs from `PeftModel.generate`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from pathlib import Path
 
 from e2e import DESCRIBE, EXTRACT, TASKS, Example, examples, get_e2e, load, split
 from metrics import bleu, slot_f1
+from next_commands import commands
 from parity import count_equal, generate
-from play import commands
 from report import save_losses, table
 from serve import BASE, Answer, Question, Server
 from smollm2 import get_smollm2
 from train import Training, TrainingSettings, train
 
-SHOWN = 3  # rows of each task's table
-PARITY_PROMPTS = 8  # for each of the base and the prefixes
+SHOWN = 3  # rows in the table of each task
+PARITY_PROMPTS = 8  # for the base model and for each prefix
 
 
 def main() -> int:
     args = parse_args()
-    output: Path = args.output.absolute()  # so that what is made here names its model in a way that holds anywhere
+    output: Path = args.output.absolute()  # adapters record the model by this path
     output.mkdir(parents=True, exist_ok=True)
 
     section("Model and data")
     model = args.model or str(get_smollm2(output))
     restaurants = load(args.data or get_e2e(output))
     training_set, held_back = split(restaurants, args.held_back, args.seed)
-    print(f"{model}\n{len(training_set)} meaning representations to train on, {len(held_back)} held back")
+    print(f"{model}\n{len(training_set)} restaurants to train on, {len(held_back)} held back")
 
     trainings = {}
     for task in TASKS:
@@ -59,7 +59,7 @@ def main() -> int:
     with Server(model, adapters, output / "server.log") as server:
         print(f"Ready after {server.ready_seconds:.1f} s: {BASE}, {', '.join(adapters)}")
         answers = server.ask(questions, "all models at once")
-        warm = server.ask([questions[i] for i in checked], "some once more, warm")
+        warm = server.ask([questions[i] for i in checked], "a few again, prefix cached")
     count = len(held_back)
     parts = [answers[i : i + count] for i in range(0, len(answers), count)]
     base = {task.name: part for task, part in zip(TASKS, parts[0::2], strict=True)}
@@ -67,14 +67,14 @@ def main() -> int:
     for task in TASKS:
         print(f"\n{comparison(task.name, tests[task.name], base[task.name], tuned[task.name])}")
 
-    section("Server == PeftModel.generate?")
+    section("Compare with PeftModel.generate")
     expected = generate(model, adapters, [questions[i] for i in checked])
     equal = count_equal(expected, [answers[i] for i in checked], warm)
-    print(f"{equal} of {len(checked)} answers have the same tokens, cold and warm")
+    print(f"{equal} of {len(checked)} answers have the same tokens, with and without a cached prefix")
 
-    section("Ask them more")
+    section("Next")
     start, *asks = commands(model, adapters, {name: questions_of[0] for name, questions_of in tests.items()})
-    print(f"In any folder, start the server\n\n{start}\n\nand in another shell, once it is ready\n")
+    print(f"Start the server, from any folder:\n\n{start}\n\nOnce it is ready, in another shell:\n")
     print("\n\n".join(asks), end="\n\n")
 
     results = {
@@ -96,15 +96,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder of a chat model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", type=Path, help="JSON file of other data, or its folder (default: E2E)")
-    parser.add_argument("--output", type=Path, default=Path(".demo"), help="folder for everything (default: .demo)")
+    parser.add_argument("--output", type=Path, default=Path(".demo"), help="output folder (default: .demo)")
     parser.add_argument("--steps", type=int, default=120, help="training steps of each task (default: 120)")
-    parser.add_argument("--held-back", type=int, default=64, help="meaning representations to score on (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and the training (default: 0)")
+    parser.add_argument(
+        "--held-back", type=int, default=64, help="restaurants to hold back for the scores (default: 64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of training (default: 0)")
     return parser.parse_args()
 
 
 def parity_indices(questions: list[Question]) -> list[int]:
-    """Returns where the first questions to each model are: those whose answers are checked against PEFT's."""
+    """Returns the indices of the first questions to each model, whose answers are compared with PEFT's."""
     chosen: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         chosen.setdefault(question.model, []).append(index)

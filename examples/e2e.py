@@ -1,8 +1,8 @@
 """The E2E restaurants (Novikova et al., 2017) as two tasks: describe (facts -> sentence), extract (sentence -> JSON).
 
-The data is a JSON file `{"examples": [{"input": "name: Cotto, eatType: pub", "target": "Cotto is a pub."}, ...]}`, the
-form it has in the package `bigbench`: an input is a meaning representation, and has one sentence or more. Other data of
-this form works too, whatever its facts are about.
+The data is a JSON file `{"examples": [{"input": "name: Cotto, eatType: pub", "target": "Cotto is a pub."}, ...]}`, as in
+the package `bigbench`. An input is a meaning representation and may appear with several sentences. Other data in this
+format works too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Restaurant:
-    """One meaning representation: its facts, and every sentence that people wrote for them."""
+    """A meaning representation: its facts, and all sentences that people wrote for them."""
 
     facts: Facts
     sentences: tuple[str, ...]
@@ -32,7 +32,7 @@ class Restaurant:
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a task: the chat messages, the answer to learn and, for the scores, the restaurant."""
+    """An example of a task: the chat messages, the expected answer and, for the scores, the restaurant."""
 
     messages: tuple[Message, ...]
     answer: str
@@ -41,12 +41,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task, which is what one prefix is trained for.
+    """A task to train a prefix for.
 
     Args:
         name: Also the name of its adapter.
-        instruction: The system message, with and without a prefix, so that the base model gets the same prompt.
-        init_text: The words whose K/V the prefix starts from.
+        instruction: The system message. The base model gets it too, so that both see the same prompt.
+        init_text: The text that initializes the prefix.
     """
 
     name: str
@@ -70,12 +70,12 @@ TASKS = (DESCRIBE, EXTRACT)
 
 
 def get_e2e(cache: Path) -> Path:
-    """Returns the data's file under `cache`, read out of the package on the first call."""
+    """Returns the path of the data in `cache`; the first call extracts it from the package."""
     path = cache / "e2e.json"
     if not path.exists():
         archive = download(PACKAGE, cache / "downloads")
         print(f"Reading {MEMBER} ...", flush=True)
-        # The archive is large and the file near its start: a stream stops there.
+        # The file is near the start of a large archive, so stream and stop there.
         with tarfile.open(archive, "r|gz") as stream:
             for member in stream:
                 if member.name.endswith(MEMBER) and (file := stream.extractfile(member)):
@@ -85,7 +85,7 @@ def get_e2e(cache: Path) -> Path:
 
 
 def load(path: Path) -> list[Restaurant]:
-    """Returns the restaurants in the file `path`, or in `task.json` in the folder `path`, in order."""
+    """Returns the restaurants in the file `path`, or in `task.json` if `path` is a folder, in their order."""
     file = path / "task.json" if path.is_dir() else path
     sentences: dict[str, list[str]] = {}
     for example in json.loads(file.read_text(encoding="utf-8"))["examples"]:
@@ -94,7 +94,7 @@ def load(path: Path) -> list[Restaurant]:
 
 
 def parse_facts(meaning: str) -> Facts:
-    """Returns the facts in a meaning representation, "name: Cotto, eatType: pub"."""
+    """Returns the facts of a meaning representation such as "name: Cotto, eatType: pub"."""
     facts = {}
     for fact in meaning.split(", "):
         slot, separator, value = fact.partition(": ")
@@ -105,7 +105,7 @@ def parse_facts(meaning: str) -> Facts:
 
 
 def split(restaurants: list[Restaurant], num_held_back: int, seed: int) -> tuple[list[Restaurant], list[Restaurant]]:
-    """Returns the restaurants to train on and those held back, so that no facts of these are seen in training."""
+    """Splits the restaurants into those to train on and those held back; no meaning representation is in both."""
     if not 0 < num_held_back < len(restaurants):
         raise ValueError(f"`num_held_back` must be in 1..{len(restaurants) - 1}, got {num_held_back}.")
     shuffled = random.Random(seed).sample(restaurants, len(restaurants))
@@ -113,7 +113,7 @@ def split(restaurants: list[Restaurant], num_held_back: int, seed: int) -> tuple
 
 
 def examples(task: Task, restaurants: list[Restaurant], first_only: bool = False) -> list[Example]:
-    """Returns the examples of `task`: one per sentence or, if `first_only`, one per restaurant."""
+    """Returns the examples of `task`: one per sentence or, with `first_only`, one per restaurant."""
     return [
         _example(task, restaurant, sentence)
         for restaurant in restaurants

@@ -1,4 +1,4 @@
-"""The demo's two scores: BLEU of sentences (sacrebleu's) and F1 of extracted facts."""
+"""The two scores of the demo: BLEU of sentences (with sacrebleu) and F1 of extracted facts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from e2e import Facts
 def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Returns the corpus BLEU, 0 to 100, of one hypothesis per item against all of the item's references."""
     most = max(len(texts) for texts in references)
-    # sacrebleu wants the i-th references of all items together, and None where an item has fewer.
+    # sacrebleu takes one list per reference index, with None where an item has fewer references.
     columns: list[Any] = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(hypotheses), columns).score)
 
 
 def slot_f1(answers: Sequence[str], expected: Sequence[Facts]) -> float:
-    """Returns the F1, 0 to 1, of all (slot, value) pairs together (micro); an answer that is not JSON has none."""
+    """Returns the micro-averaged F1, 0 to 1, of all (slot, value) pairs; an answer that is not JSON has no pairs."""
     hits = predicted = wanted = 0
     for answer, facts in zip(answers, expected, strict=True):
         found, gold = _pairs(parse_answer(answer)), _pairs(facts)
@@ -30,7 +30,7 @@ def slot_f1(answers: Sequence[str], expected: Sequence[Facts]) -> float:
 
 
 def parse_answer(answer: str) -> Facts:
-    """Returns the first JSON object in `answer`, text around it forgiven, or nothing if there is none."""
+    """Returns the first JSON object in `answer`, ignoring text around it, or an empty dict."""
     start = answer.find("{")
     try:
         value, _ = json.JSONDecoder().raw_decode(answer[max(start, 0) :])

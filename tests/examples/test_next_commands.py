@@ -1,4 +1,4 @@
-"""What the demo says to type: it works in any folder, and asks in the format that each prefix was trained with."""
+"""The commands that the demo prints work in any folder, and query each prefix in the format that it was trained with."""
 
 import json
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from e2e import DESCRIBE, EXTRACT, Restaurant, examples
-from play import PORT, commands
+from next_commands import PORT, commands
 
 CAFE = Restaurant({"name": "Cotto", "near": "Café Sicilia's"}, ('Cotto is near "Café Sicilia\'s".',))
 ASKED = {task.name: examples(task, [CAFE])[0] for task in (DESCRIBE, EXTRACT)}

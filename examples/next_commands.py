@@ -1,4 +1,4 @@
-"""What to type next: the server of the demo once more, and a question to each of its prefixes."""
+"""Commands to continue with after the demo: start its server again, and query each of its prefixes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PORT = 8000
 
 
 def commands(model: str, adapters: Mapping[str, Path], examples: Mapping[str, Example]) -> list[str]:
-    """Returns the shell's commands, which work in any folder: one that starts the server, and one for each adapter.
+    """Returns shell commands that work in any folder: one that starts the server, and one query for each adapter.
 
     Args:
-        model: The base model, a folder or a hub id.
+        model: The base model: a folder or a hub id.
         adapters: The folder of each adapter, by its name.
-        examples: What to ask each of them, in the format that it was trained with.
+        examples: What to ask each adapter, in the format that it was trained with.
     """
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     folders = {name: folder.absolute() for name, folder in adapters.items()}
