@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from readme_code import block, run
-from tiny import tiny_model, tiny_tokenizer
+
+from helpers.tiny import tiny_model, tiny_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.distributions import ROOT, archive, call, install
 
 ADAPTER = "restaurant"

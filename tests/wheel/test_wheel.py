@@ -18,7 +18,6 @@ from pathlib import Path
 from readme_code import LOCAL, block, run
 
 import peft_prefix_ext
-from helpers.tiny import tiny_model, tiny_tokenizer
 from peft_prefix_ext.tuner import tested_versions
 
 ADAPTER = "restaurant"
