@@ -2,15 +2,15 @@
 
 import json
 
-import methods
 import pytest
-from methods import METHODS
-from quality import Benchmark, Settings, Size
-from readme import markers
-from records import Records
-from summary import variant_table, write_report
+from tiny import tiny_model
 
-from helpers.tiny import tiny_model
+from benchmarks.common.docs_pages import markers
+from benchmarks.common.results import Records
+from benchmarks.quality import methods
+from benchmarks.quality.benchmark import Benchmark, Settings, Size
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.report import variant_table, write_report
 
 TESTED = [method for method in METHODS if method.name in ("ours-mlp-exemplars", "stock-zero", "lora-r8")]
 

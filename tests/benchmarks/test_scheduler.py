@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-import readme
-import scheduler
 import wrapt
+
+from benchmarks.common import docs_pages as readme
+from benchmarks.scheduler import benchmark as scheduler
 
 SETTINGS = scheduler.Settings(cells=((1, 1), (3, 2)), rounds=2, requests=3)
 
@@ -23,7 +24,7 @@ def found(configs):
 
 
 def test_only_requests_with_a_prefix_run_behind_one(configs):
-    from ways import BASE, Engine, FrontEnd, Way, with_plugin, without_plugin
+    from benchmarks.scheduler.request_path import BASE, Engine, FrontEnd, Way, with_plugin, without_plugin
 
     lengths = {}
     for plugin, model, shared in (
@@ -48,7 +49,8 @@ def test_only_requests_with_a_prefix_run_behind_one(configs):
 
 def test_a_class_without_the_plugin_has_none_of_its_wraps(configs):
     from vllm.v1.engine.input_processor import InputProcessor
-    from ways import without_plugin
+
+    from benchmarks.scheduler.request_path import without_plugin
 
     assert isinstance(vars(InputProcessor)["process_inputs"], wrapt.FunctionWrapper)
     assert without_plugin(InputProcessor).process_inputs is InputProcessor.process_inputs.__wrapped__
@@ -71,7 +73,7 @@ def test_the_report_has_a_row_per_cell(found, tmp_path, monkeypatch):
     results, page = tmp_path / "scheduler.json", tmp_path / "README.md"
     results.write_text(json.dumps(found), encoding="utf-8")
     page.write_text(readme.README.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("single.README", page)
+    monkeypatch.setattr("benchmarks.common.cli.README", page)
     scheduler.main(["--report", "--results", str(results)])
     text = page.read_text(encoding="utf-8")
     assert scheduler.report(found) in text

@@ -1,7 +1,8 @@
 """The scores rise with what an answer has in common with any of its references."""
 
 import pytest
-from scores import bleu, nist, rouge_l, score
+
+from benchmarks.quality.scores import bleu, nist, rouge_l, score
 
 REFERENCES = [
     ["Cotto is a cheap pub near the river.", "A cheap pub by the river is Cotto."],

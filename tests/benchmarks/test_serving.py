@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from adapters import write_loras, write_prefixes
-from comparisons import TRANSPORTS, Settings, comparisons, ratios
-from interleaving import Measurement, interleave, ratio
-from readme import markers
-from serving_report import absolute, ratio_table, write_report
-from workload import Workload
 
-from peft_prefix_ext.checkpoint.format import read_prefix
+from benchmarks.common.adapters import write_loras, write_prefixes
+from benchmarks.common.docs_pages import markers
+from benchmarks.common.interleaving import Measurement, interleave, ratio
+from benchmarks.common.workload import Workload
+from benchmarks.serving.comparisons import TRANSPORTS, Settings, comparisons, ratios
+from benchmarks.serving.report import absolute, ratio_table, write_report
+from peft_prefix_ext.checkpoint import read_prefix
 
 SETTINGS = Settings("tiny", lengths=(16, 50), mixes=(1, 8), loras=(1, 8), ranks=(8, 16), rounds=3)
 
@@ -116,14 +116,14 @@ def test_with_engines(tmp_path: Path) -> None:
     from helpers.serving import server, support
 
     support.write_model(tmp_path / "model", server.CONFIG, tokenizer=True)
-    script = Path(write_report.__globals__["__file__"]).with_name("serving.py")
     small = (
         "--lengths 32 50 --mixes 1 3 --loras 2 --ranks 8 --base-starts 1 --starts 2 --rounds 2 --requests 4 "
         "--mix-requests 4 --output-tokens 4"
     )
     command = [
         sys.executable,
-        str(script),
+        "-m",
+        "benchmarks.serving",
         "--model",
         str(tmp_path / "model"),
         "--results",

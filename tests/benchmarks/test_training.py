@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-import training
-from footprint import footprint
-from shapes import SHAPES
-from steps import LIMIT, METHODS, STOCK_FLAT, TrainingStep, load
-from training import SHORT, Benchmark, Settings
-from training_report import write_report
+from prefixed import prefix_layers
+from tiny import random_ids, tiny_model
+
+from benchmarks.common.shapes import SHAPES
+from benchmarks.training import benchmark as training
+from benchmarks.training.benchmark import SHORT, Benchmark, Settings
+from benchmarks.training.footprint import footprint
+from benchmarks.training.report import write_report
+from benchmarks.training.steps import LIMIT, METHODS, STOCK_FLAT, TrainingStep, load
 
 from helpers.prefixed import prefix_layers
 from helpers.tiny import random_ids, tiny_model

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from load import check_answers, quiet_answers
-from traffic import BASE, Traffic
 
-from helpers.serving import support
-from helpers.serving.server import CONFIG, PREFIXES
+from benchmarks.load.benchmark import check_answers, quiet_answers
+from benchmarks.load.traffic import BASE, Traffic
+from serving import support
+from serving.server import CONFIG, PREFIXES
 
 
 @pytest.mark.timeout(1800)

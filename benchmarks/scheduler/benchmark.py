@@ -24,11 +24,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters import write_prefixes
-from interleaving import Measurement, difference, interleave, ratio, spread
-from machine import machine, title
-from readme import table
-from single import run
+from benchmarks.common.adapters import write_prefixes
+from benchmarks.common.cli import run
+from benchmarks.common.docs_pages import table
+from benchmarks.common.interleaving import Measurement, difference, interleave, ratio, spread
+from benchmarks.common.machine import machine, title
 
 PREFIX_TOKENS = PROMPT_TOKENS = 64
 # How many adapters requests take turns with, of those that are registered.
@@ -151,7 +151,7 @@ def register_adapters(vllm_config: Any, number: int) -> None:
 
 
 def measure_cell(configs: Mapping[bool, Any], adapters: int, running: int, settings: Settings) -> dict[str, Any]:
-    from ways import BASE, STAGES, STEP, Engine, FrontEnd, Way, with_plugin, without_plugin
+    from benchmarks.scheduler.request_path import BASE, STAGES, STEP, Engine, FrontEnd, Way, with_plugin, without_plugin
 
     register_adapters(configs[True], adapters)
     ends = {True: FrontEnd(configs[True], with_plugin), False: FrontEnd(configs[False], without_plugin)}

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from splits import Pair, answer_of, prompt_of
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from benchmarks.quality.dataset import Pair, answer_of, prompt_of
 
 IGNORED = -100  # the label of a token that is no part of an answer
 WARMUP = 0.1  # of the steps: the learning rate rises, then falls to zero as a cosine

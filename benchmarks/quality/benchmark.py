@@ -24,16 +24,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from learning import encode, generate, mean_loss, train
-from methods import METHODS, Method, variants
 from peft import PeftModel, get_peft_model
-from records import Record, Records
-from scores import score
-from splits import TEST_FILE, TRAIN_FILE, group, hold_out, read_pairs
-from summary import write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
-HERE = Path(__file__).parent
+from benchmarks.common.results import Record, Records
+from benchmarks.quality.dataset import TEST_FILE, TRAIN_FILE, group, hold_out, read_pairs
+from benchmarks.quality.methods import METHODS, Method, variants
+from benchmarks.quality.report import write_report
+from benchmarks.quality.scores import score
+from benchmarks.quality.training_loop import encode, generate, mean_loss, train
+
+RESULTS = Path(__file__).parents[1] / "results"
 ALL = "all"
 
 
@@ -213,7 +214,9 @@ def main() -> int:
         else:
             benchmark.go([method for method in METHODS if args.only in method.name])
     if args.report:
-        print(write_report(args.results, METHODS, plot=HERE / "quality.png", readme=HERE.parent / "README.md"))
+        print(
+            write_report(args.results, METHODS, plot=RESULTS / "quality.png", readme=RESULTS.parents[1] / "README.md")
+        )
     return 0
 
 
@@ -221,7 +224,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="folder of the E2E challenge's CSV files; none: no training")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
-    parser.add_argument("--results", type=Path, default=HERE / "quality.json", help="default: benchmarks/quality.json")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "quality.json", help="default: benchmarks/quality.json"
+    )
     parser.add_argument("--only", default="", help="only methods with this in their name, such as lora")
     parser.add_argument("--vary", action="store_true", help="instead, change one choice of the first method at a time")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")

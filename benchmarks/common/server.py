@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
-from interleaving import Measurement
-from offline import summary
-from workload import Job
+
+from benchmarks.common.interleaving import Measurement
+from benchmarks.common.workload import Job
+from benchmarks.serving.offline_engine import summary
 
 BASE = "base"
 READY_SECONDS = 1200

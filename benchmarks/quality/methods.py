@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig
-from splits import Pair, answer_of, prompt_of
 
+from benchmarks.quality.dataset import Pair, answer_of, prompt_of
 from peft_prefix_ext import PrefixExtConfig
 
 TASK_WORDS = "Describe the restaurant in one natural sentence that states all of the facts."

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from memory import Memory, is_flat
-from traffic import BASE, QUESTIONS, Question, Traffic, ask
+
+from benchmarks.load.process_memory import Memory, is_flat
+from benchmarks.load.traffic import BASE, QUESTIONS, Question, Traffic, ask
 
 # In front of this folder, which has a `serving`, too.
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from helpers.serving import server, support  # type: ignore[attr-defined]
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from serving import server, support  # type: ignore[attr-defined]
 
 LENGTHS = (1, 7, 31, 32, 33, 64, 70)
 Answers = dict[tuple[str, Question], str]

@@ -12,10 +12,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from methods import Method, variants
-from readme import put
-from readme import table as markdown
-from records import Record
+
+from benchmarks.common.docs_pages import put
+from benchmarks.common.docs_pages import table as markdown
+from benchmarks.common.results import Record
+from benchmarks.quality.methods import Method, variants
 
 HEADER = ["method", "trained numbers", "learning rate"]
 

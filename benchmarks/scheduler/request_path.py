@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 import wrapt
-from interleaving import Measurement
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -36,6 +35,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
+
+from benchmarks.common.interleaving import Measurement
 
 BASE = "base"
 # Of a GPU: the more blocks, the more hashes.

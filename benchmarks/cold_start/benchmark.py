@@ -23,13 +23,14 @@ from typing import Any
 
 import psutil
 import torch
-from adapters import write_prefixes
-from interleaving import Measurement, difference, interleave, spread
-from machine import machine, title
-from online import BASE, PLUGIN, Server, adapter_options
-from readme import table
-from single import run
 from transformers import AutoModelForCausalLM
+
+from benchmarks.common.adapters import write_prefixes
+from benchmarks.common.cli import run
+from benchmarks.common.docs_pages import table
+from benchmarks.common.interleaving import Measurement, difference, interleave, spread
+from benchmarks.common.machine import machine, title
+from benchmarks.common.server import BASE, PLUGIN, Server, adapter_options
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN = 32, 64, 512

@@ -10,11 +10,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from interleaving import shown
-from machine import titles
-from readme import put, table
-from records import Record
-from steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP
+
+from benchmarks.common.docs_pages import put, table
+from benchmarks.common.interleaving import shown
+from benchmarks.common.machine import titles
+from benchmarks.common.results import Record
+from benchmarks.training.steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP
 
 MIB = 2**20
 NOTE = (

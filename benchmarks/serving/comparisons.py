@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Record
+
+from benchmarks.common.results import Record
 
 TRANSPORTS = ("offline", "http")
 NO_PLUGIN, IDLE, PREFIXES, TRANSFORMERS = "no plugin", "idle plugin", "prefixes", "transformers"

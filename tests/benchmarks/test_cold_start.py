@@ -2,9 +2,10 @@
 
 import json
 
-import cold
 import pytest
-import readme
+
+from benchmarks.cold_start import benchmark as cold
+from benchmarks.common import docs_pages as readme
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_report_says_what_each_thing_costs(found, tmp_path, monkeypatch):
     results, page = tmp_path / "cold.json", tmp_path / "README.md"
     results.write_text(json.dumps(found), encoding="utf-8")
     page.write_text(readme.README.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("single.README", page)
+    monkeypatch.setattr("benchmarks.common.cli.README", page)
     cold.main(["--report", "--results", str(results)])
     text = page.read_text(encoding="utf-8")
     assert cold.report(found) in text

@@ -15,8 +15,8 @@ from statistics import mean, median
 from types import TracebackType
 from typing import Any
 
-from interleaving import Measurement
-from workload import Job
+from benchmarks.common.interleaving import Measurement
+from benchmarks.common.workload import Job
 
 Runner = Callable[[Sequence[Job], int], Measurement]
 # One process for front end and engine, no compiler, no news to anyone.

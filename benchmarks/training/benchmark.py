@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from footprint import footprint
-from interleaving import Measurement, interleave, ratio
-from machine import machine
-from records import Record, Records
-from shapes import SHAPES
-from steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP, TrainingStep, load
-from training_report import write_report
 
-HERE = Path(__file__).parent
+from benchmarks.common.interleaving import Measurement, interleave, ratio
+from benchmarks.common.machine import machine
+from benchmarks.common.results import Record, Records
+from benchmarks.common.shapes import SHAPES
+from benchmarks.training.footprint import footprint
+from benchmarks.training.report import write_report
+from benchmarks.training.steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP, TrainingStep, load
+
+RESULTS = Path(__file__).parents[1] / "results"
 REFERENCES = (LIMIT, STOCK_FLAT, STOCK_MLP)
 
 
@@ -156,7 +157,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=own.threads, help="of torch (default: 2)")
     parser.add_argument("--short", action="store_true", help="minutes: 4 layers, batch 1 and 16, prefix 16 and 1024")
     parser.add_argument(
-        "--results", type=Path, default=HERE / "training.json", help="default: benchmarks/training.json"
+        "--results", type=Path, default=RESULTS / "training.json", help="default: benchmarks/training.json"
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; write benchmarks/training.png")
     parser.add_argument("--readme", type=Path, help="where the report goes, between its markers; by default nowhere")

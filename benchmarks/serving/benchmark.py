@@ -23,8 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import write_loras, write_prefixes
-from comparisons import (
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.common.adapters import write_loras, write_prefixes
+from benchmarks.common.interleaving import Measurement, interleave
+from benchmarks.common.machine import machine
+from benchmarks.common.results import Records
+from benchmarks.common.server import PLUGIN, VLLM, Server, adapter_options
+from benchmarks.common.shapes import SHAPES, write_shape
+from benchmarks.common.workload import Workload
+from benchmarks.serving.comparisons import (
     CONTROL,
     NO_PLUGIN,
     PREFIXES,
@@ -36,17 +44,10 @@ from comparisons import (
     Settings,
     comparisons,
 )
-from interleaving import Measurement, interleave
-from machine import machine
-from offline import Engine, transformers_engine, vllm_engine
-from online import PLUGIN, VLLM, Server, adapter_options
-from records import Records
-from serving_report import write_report
-from shapes import SHAPES, write_shape
-from transformers import AutoConfig, AutoModelForCausalLM
-from workload import Workload
+from benchmarks.serving.offline_engine import Engine, transformers_engine, vllm_engine
+from benchmarks.serving.report import write_report
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Benchmark:
@@ -194,7 +195,9 @@ def parse_args() -> argparse.Namespace:
         default = " ".join(map(str, getattr(Settings, name)))
         parser.add_argument(f"--{name}", type=int, nargs="+", help=f"default: {default}")
     parser.add_argument("--dtype", help="default: bfloat16")
-    parser.add_argument("--results", type=Path, default=HERE / "serving.json", help="default: benchmarks/serving.json")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "serving.json", help="default: benchmarks/serving.json"
+    )
     parser.add_argument("--readme", type=Path, help="where the report goes, between its markers; by default nowhere")
     parser.add_argument("--report", action="store_true", help="measure nothing; write benchmarks/serving.png")
     return parser.parse_args()

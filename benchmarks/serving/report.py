@@ -12,11 +12,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from comparisons import TRANSPORTS, Ratio, ratios
-from interleaving import ratio, shown
-from machine import titles
-from readme import put, table
-from records import Record
+
+from benchmarks.common.docs_pages import put, table
+from benchmarks.common.interleaving import ratio, shown
+from benchmarks.common.machine import titles
+from benchmarks.common.results import Record
+from benchmarks.serving.comparisons import TRANSPORTS, Ratio, ratios
 
 FIELDS = {
     "tokens_per_second": "output tokens/s",

@@ -1,7 +1,8 @@
 """The challenge's files are read as they are, and what is held out shares no facts with what is trained on."""
 
 import pytest
-from splits import Item, Pair, group, hold_out, read_pairs
+
+from benchmarks.quality.dataset import Item, Pair, group, hold_out, read_pairs
 
 
 def test_read_pairs_and_group(e2e):

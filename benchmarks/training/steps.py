@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
-from shapes import SHAPES
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.common.shapes import SHAPES
 from peft_prefix_ext import PrefixExtConfig
 
 LIMIT, STOCK_FLAT, STOCK_MLP = "limit", "PEFT prefix tuning, flat", "PEFT prefix tuning, MLP"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from readme import README, put
+from benchmarks.common.docs_pages import README, put
 
 
 def run(
@@ -26,7 +26,7 @@ def run(
         measure: Returns the results under these options, of which `short` asks for less.
         report: Returns the README's part.
     """
-    results = Path(__file__).parent / f"{name}.json"
+    results = Path(__file__).parents[1] / "results" / f"{name}.json"
     parser.add_argument("--short", action="store_true", help="less of it")
     parser.add_argument("--results", type=Path, default=results, help="where they go, and where --report finds them")
     parser.add_argument("--report", action="store_true", help="write the README's table from the results there are")
