@@ -1,16 +1,7 @@
-"""What does it cost to serve many? The start, the first request of an adapter, loading one at run time, and memory.
-
-    python benchmarks/cold.py             # SmolLM2, each start three times; writes cold.json
-    python benchmarks/cold.py --short     # each once, two minutes on 2 cores
-    python benchmarks/cold.py --report    # puts cold.json's table into the main README
-
-Starts real servers with 0, 10 and 1,000 adapters of random numbers, and asks the last one. Its KV cache is small, and full
-before memory is measured, so that what grows then is what the plugin keeps.
-"""
+"""Starts the servers, measures them, and summarizes the measurements."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import random
@@ -25,11 +16,9 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common.adapters import write_prefixes
-from benchmarks.common.cli import run
-from benchmarks.common.docs_pages import table
 from benchmarks.common.interleaving import Measurement, difference, interleave, spread
-from benchmarks.common.machine import machine, title
+from benchmarks.common.machine import machine
+from benchmarks.common.random_adapters import write_prefixes
 from benchmarks.common.server import BASE, PLUGIN, Server, adapter_options
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -43,16 +32,16 @@ ENVIRONMENT = {"PREFIX_SERVE_ALLOW_RUNTIME_UPDATING": "1", "VLLM_CPU_KVCACHE_SPA
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """The settings of the benchmark.
 
     Args:
-        model: Folder or Hub id.
-        adapters: How many a server starts with; there is none, some, and the most.
-        rounds: How often each server starts.
+        model: Hub id or folder.
+        adapters: The number of adapters of each server.
+        rounds: How often each server is started.
         tokens: Virtual tokens of these adapters.
-        cold: Of how many of them the first request is measured; enough for the later half not to find room in memory
-            that the start had freed.
-        loads: How many adapters are loaded at run time.
+        cold: The number of adapters whose first request is measured. The first of them reuse memory that startup has freed,
+            so there must be many.
+        loads: The number of adapters that are loaded at run time.
         loaded_tokens: Virtual tokens of those.
     """
 
@@ -69,19 +58,8 @@ def short(settings: Settings) -> Settings:
     return dataclasses.replace(settings, rounds=1, loads=15)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="folder or Hub id")
-
-    def measured(options: argparse.Namespace) -> dict[str, Any]:
-        settings = Settings(model=options.model)
-        return measure(short(settings) if options.short else settings)
-
-    run(parser, "cold", measured, report, arguments)
-
-
 def measure(settings: Settings) -> dict[str, Any]:
-    """Starts the servers, and returns the results."""
+    """Starts the servers and returns the results."""
     with tempfile.TemporaryDirectory() as name:
         base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16)
         adapters = write_prefixes(Path(name), base, settings.tokens, max(settings.adapters))
@@ -118,15 +96,15 @@ def measure(settings: Settings) -> dict[str, Any]:
 def summarize(
     starts: dict[str, list[Measurement]], requests: dict[str, list[Measurement]], loads: list[float]
 ) -> dict[str, Any]:
-    """Returns what single measurements say.
+    """Summarizes the measurements.
 
     Args:
-        starts: By number of adapters: `seconds` and `bytes` of each start.
-        requests: Of each cold adapter, `seconds` of its first (`cold`) and of its second request (`warm`).
-        loads: Seconds of each load at run time.
+        starts: `seconds` and `bytes` of each start, by the number of adapters.
+        requests: `seconds` of the first (`cold`) and of the second request (`warm`) to each adapter.
+        loads: Seconds of each run-time load.
     """
     fewest, most = min(starts, key=int), max(starts, key=int)
-    # A process is never twice as large; the smallest of each kind differ least by chance.
+    # The size of a process varies from start to start; the minimum varies least.
     more = min(start["bytes"] for start in starts[most]) - min(start["bytes"] for start in starts[fewest])
     return {
         "start": {
@@ -156,22 +134,23 @@ def server_options(adapters: dict[str, Path]) -> list[str]:
 
 
 def measure_requests(server: Server, names: list[str], loaded: dict[str, Path]) -> dict[str, Any]:
-    """Asks a server whose adapters were never asked for.
+    """Measures first requests, resident memory and run-time loading on a server that has had no request to an adapter.
 
     Args:
-        names: Adapters whose first two requests are measured.
-        loaded: Adapters that are then loaded.
+        server: The server.
+        names: The adapters whose first two requests are measured.
+        loaded: The folders of the adapters to load, by name.
     """
     rng = random.Random(0)
 
     def prompt(tokens: int = 8) -> list[int]:
         return [rng.randrange(3, 1000) for _ in range(tokens)]
 
-    # Twice as many tokens as the cache holds: each page of it is there now.
+    # Twice as many tokens as fit into the cache: afterwards, the OS has allocated all its pages.
     for _ in range(2 * NUM_BLOCKS * BLOCK_SIZE // (MAX_MODEL_LEN // 2)):
         ask(server, BASE, prompt(MAX_MODEL_LEN // 2))
     requests: dict[str, list[Measurement]] = {"cold": [], "warm": []}
-    # The first few make ready what all others use.
+    # The first requests initialize what all others use.
     for name in names[:3]:
         ask(server, name, prompt())
     others = names[3:]
@@ -186,12 +165,12 @@ def measure_requests(server: Server, names: list[str], loaded: dict[str, Path]) 
 
 
 def ask(server: Server, model: str, prompt: list[int]) -> float:
-    """Returns the seconds until a request for one token is answered."""
+    """Returns the seconds of a request for one token."""
     return _post(server, "completions", {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0})
 
 
 def load(server: Server, name: str, path: Path) -> float:
-    """Returns the seconds until an adapter is loaded."""
+    """Returns the seconds of loading an adapter."""
     return _post(server, "load_prefix_adapter", {"prefix_name": name, "prefix_path": str(path)})
 
 
@@ -206,41 +185,12 @@ def _post(server: Server, endpoint: str, body: dict[str, Any]) -> float:
 
 
 def memory_of(server: Server) -> int:
-    """Returns the bytes that the processes of a server have to themselves."""
+    """Returns the unique set size of all processes of a server, in bytes."""
     parent = psutil.Process(server.process.pid)
-    # What is garbage, or comes and goes with a request, is not there at each look.
+    # The median excludes short-lived allocations.
     return int(
         median(
             sum(process.memory_full_info().uss for process in (parent, *parent.children(recursive=True)))
             for _ in range(5)
         )
     )
-
-
-def report(found: dict[str, Any]) -> str:
-    """Returns the README's part."""
-    settings, start, first = found["settings"], found["start"], found["first request"]
-    fewest, *others = sorted(start, key=int)
-    kv = found["file bytes"]
-    rows = [
-        ["start to the first answer, without adapters", f"{start[fewest]['seconds']['median']:.1f} s"],
-        *([f"more with {int(number):,} adapters", _said(start[number]["more"], "s")] for number in others),
-        ["first request of an adapter, more than a second one", _said(first["more"], "ms")],
-        [f"loading an adapter of {settings['loaded_tokens']} tokens at run time", _said(found["load"], "ms")],
-        ["memory of a registered adapter", f"{found['bytes per registered adapter'] / 2**10:.1f} KiB"],
-        ["memory of a resident adapter", f"{found['bytes per resident adapter'] / 2**10:.0f} KiB"],
-        ["its files", f"{kv / 2**10:.0f} KiB"],
-    ]
-    return (
-        f"{settings['model']}, adapters of {settings['tokens']} tokens; medians with quartiles.\n\n"
-        f"{table(['what', 'cost'], rows)}\n\n{title(found['machine'])}"
-    )
-
-
-def _said(found: dict[str, Any], unit: str) -> str:
-    low, high = found["quartiles"]
-    return f"{found['median']:.1f} {unit} ({low:.1f} to {high:.1f})"
-
-
-if __name__ == "__main__":
-    main()

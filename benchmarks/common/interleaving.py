@@ -1,7 +1,7 @@
-"""Measurements side by side: every candidate once per round, and ratios within rounds.
+"""Interleaved measurement: every candidate runs once per round, and results are ratios within rounds.
 
-A machine is not equally fast all the time. What is measured within seconds of each other is, mostly; so a result is the
-median over the rounds of a ratio, with its spread, and no absolute time is compared with one of another run.
+The speed of a machine drifts, so absolute times of different runs are not comparable. Measurements taken within seconds of
+each other mostly are. A result is therefore the median over the rounds of a ratio, with its quartiles.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ Measurement = dict[str, float]
 def interleave(
     candidates: Mapping[str, Callable[[], Measurement]], rounds: int, seed: int = 0, warm_ups: int = 1
 ) -> dict[str, list[Measurement]]:
-    """Calls every candidate once per round, in a new order each time.
+    """Calls every candidate once per round, in a new random order each time.
 
     Args:
-        warm_ups: Rounds before those that count.
+        candidates: By name.
+        rounds: The number of rounds that count.
+        seed: For the order.
+        warm_ups: The number of rounds before those.
 
     Returns:
         The measurements of each candidate, by round.
     """
-    order, results = random.Random(seed), {name: [] for name in candidates}  # type: ignore[var-annotated]
+    order = random.Random(seed)
+    results: dict[str, list[Measurement]] = {name: [] for name in candidates}
     for number in range(warm_ups + rounds):
         names = list(candidates)
         order.shuffle(names)
@@ -37,27 +41,22 @@ def interleave(
 
 
 def ratio(ours: Sequence[Measurement], theirs: Sequence[Measurement], field: str) -> dict[str, Any]:
-    """Returns the median of a field's ratio within rounds, and the quartiles around it.
+    """Returns median and quartiles of a field's ratio within rounds.
 
     Args:
         ours: The numerators, by round.
-        theirs: The denominators, of the same rounds.
+        theirs: The denominators of the same rounds.
+        field: The name of the measured value.
     """
     return spread([mine[field] / other[field] for mine, other in zip(ours, theirs, strict=True)])
 
 
 def difference(ours: Sequence[Measurement], theirs: Sequence[Measurement], field: str) -> dict[str, Any]:
-    """Returns the median of what a field of ours is more than theirs within rounds, and the quartiles around it."""
+    """Returns median and quartiles of a field's difference within rounds."""
     return spread([mine[field] - other[field] for mine, other in zip(ours, theirs, strict=True)])
 
 
-def shown(found: dict[str, Any], digits: int) -> str:
-    """Returns a result of `ratio` as tables have it: the median, and the quartiles in brackets."""
-    low, high = found["quartiles"]
-    return f"{found['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Returns median and quartiles; of a single value, that value."""
+    """Returns median and quartiles; for a single value, all three are that value."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return {"median": round(median(values), 4), "quartiles": [round(low, 4), round(high, 4)], "rounds": len(values)}

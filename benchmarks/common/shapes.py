@@ -1,4 +1,4 @@
-"""Base models by shape alone: configs like those of well-known models, to run with random weights."""
+"""Configs of well-known models, to run with random weights: no download is needed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-# The vocabulary is smaller than theirs, for it is not what is measured.
+# The vocabulary is smaller than in the originals: it is not what the benchmarks measure.
 COMMON: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 8192, "dtype": "bfloat16"}
-# Of Qwen2.5-0.5B, Llama-3.2-3B and Llama-3.1-8B.
+# The shapes of Qwen2.5-0.5B, Llama-3.2-3B and Llama-3.1-8B.
 SHAPES: dict[str, PreTrainedConfig] = {
     "0.5B": Qwen2Config(
         **COMMON,
@@ -44,7 +44,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
 
 
 def write_shape(folder: Path, name: str) -> Path:
-    """Saves the config of a shape: a model folder for engines that make up the weights (`load_format="dummy"`)."""
+    """Saves the config of a shape: a model folder for engines with random weights (`load_format="dummy"`)."""
     config = copy.deepcopy(SHAPES[name])
     config.architectures = [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[config.model_type]]
     config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What the engines are asked: requests of fixed lengths."""
+"""Requests of fixed length with random prompts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptRequest:
     """One request.
 
     Args:
-        prompt: Its token ids, those of a text prefix included.
-        adapter: The name of its adapter; None for the base model.
+        prompt: Token ids, including those of a text prefix.
+        adapter: The name of the adapter; None for the base model.
     """
 
     prompt: list[int]
@@ -22,13 +22,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that are all as long as one another.
+    """A batch of requests of the same length.
 
     Args:
-        num_requests: How many come at once.
-        input_tokens: Real tokens of a prompt, without a prefix.
-        output_tokens: Tokens of an answer; it never ends before.
-        vocab_size: Prompts are drawn from that many ids, uniformly.
+        num_requests: The number of requests, sent at once.
+        input_tokens: Prompt tokens, without the prefix.
+        output_tokens: Tokens of each answer; the end-of-sequence token is ignored.
+        vocab_size: Prompt tokens are drawn uniformly from that many ids.
     """
 
     num_requests: int
@@ -36,19 +36,21 @@ class Workload:
     output_tokens: int
     vocab_size: int
 
-    def jobs(self, seed: str, adapters: Sequence[str | None] = (None,), prefix: Sequence[int] = ()) -> list[Job]:
-        """Returns requests with new prompts, which no cache holds.
+    def requests(
+        self, seed: str, adapters: Sequence[str | None] = (None,), prefix: Sequence[int] = ()
+    ) -> list[PromptRequest]:
+        """Returns requests with new random prompts, which are in no cache.
 
         Args:
-            seed: What they are drawn with.
-            adapters: As many of these as there are requests, each once before any comes again.
-            prefix: Tokens in front of every prompt.
+            seed: The seed of the prompts.
+            adapters: Used in turn: each once before any is used again.
+            prefix: Token ids in front of every prompt.
         """
         rng = random.Random(seed)
         names: list[str | None] = []
         while len(names) < self.num_requests:
             names += rng.sample(adapters, min(len(adapters), self.num_requests - len(names)))
-        return [Job([*prefix, *self.tokens(rng, self.input_tokens)], name) for name in names]
+        return [PromptRequest([*prefix, *self.tokens(rng, self.input_tokens)], name) for name in names]
 
     def tokens(self, rng: random.Random, number: int) -> list[int]:
         return [rng.randrange(self.vocab_size) for _ in range(number)]

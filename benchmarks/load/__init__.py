@@ -1,1 +1,1 @@
-"""The benchmark."""
+"""Load test: many clients on one server while adapters are replaced, unloaded and loaded; every answer is checked."""

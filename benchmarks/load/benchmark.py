@@ -1,19 +1,9 @@
-"""Does it hold? Many clients at once on a real server whose adapters are replaced, unloaded and loaded meanwhile.
-
-    python benchmarks/load.py                                  # a tiny random model, 20 adapters, 64 clients, 5 minutes
-    python benchmarks/load.py --seconds 60 --clients 8
-    python benchmarks/load.py --model MODEL_FOLDER --adapter a=FOLDER_A --adapter b=FOLDER_B --adapter c=FOLDER_C
-
-What each adapter and the base must say is asked of the quiet server first, one request at a time; for the tiny model
-transformers must say the same. Prints a JSON report; exits with 1 if an answer is wrong, a status is neither 200 nor the
-404 of an adapter that is not there, or a process grows.
-"""
+"""Prepares the model and the adapters, puts load on the server, and reports."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
@@ -24,19 +14,19 @@ from typing import Any
 
 import openai
 
-from benchmarks.load.process_memory import Memory, is_flat
+from benchmarks.load.process_memory import MemoryMonitor, is_flat
 from benchmarks.load.traffic import BASE, QUESTIONS, Question, Traffic, ask
 
-# In front of this folder, which has a `serving`, too.
+# The tiny model and the reference come from the tests.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from serving import server, support  # type: ignore[attr-defined]
+from serving import server, support
 
 LENGTHS = (1, 7, 31, 32, 33, 64, 70)
 Answers = dict[tuple[str, Question], str]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Starts the server, puts load on it and returns the report."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.model is None:
@@ -44,38 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             (folder / "model").symlink_to(options.model.resolve())
             paths, prefixes = {name: Path(path).resolve() for name, path in options.adapter}, None
-        # A cache of few blocks evicts and preempts; and its pages are all touched soon, after which memory is flat.
+        # A small cache forces eviction and preemption. The OS soon allocates all its pages, so that memory can be flat.
         small = ("--max-model-len", "512", "--num-gpu-blocks-override", str(options.blocks))
         with server.serve(folder, *small, adapters=paths) as client:
-            report = load(str(client.base_url), paths, prefixes, folder, options)
-    print(json.dumps(report, indent=2))
-    return 0 if report["ok"] else 1
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a model; a tiny random one by default")
-    parser.add_argument(
-        "--adapter",
-        metavar="NAME=FOLDER",
-        type=lambda text: tuple(text.split("=", 1)),
-        action="append",
-        default=[],
-        help="an adapter of --model; at least three",
-    )
-    parser.add_argument("--adapters", type=int, default=20, help="how many the tiny model has")
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--blocks", type=int, default=256, help="of 32 tokens, in the server's cache")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.model is not None and len(options.adapter) < 3:
-        parser.error(f"--model needs at least three --adapter, got {len(options.adapter)}")
-    return options
+            return put_under_load(str(client.base_url), paths, prefixes, folder, options)
 
 
 def write_tiny(folder: Path, num_adapters: int) -> tuple[dict[str, Path], dict[str, support.Prefix]]:
-    """Saves a tiny random model and adapters of many lengths."""
+    """Saves a tiny random model and adapters of various lengths; returns folders and prefixes by name."""
     support.write_model(folder / "model", server.CONFIG, tokenizer=True)
     prefixes = {
         f"a{index}": support.random_prefix(server.CONFIG, LENGTHS[index % len(LENGTHS)], seed=index)
@@ -84,19 +50,19 @@ def write_tiny(folder: Path, num_adapters: int) -> tuple[dict[str, Path], dict[s
     return {name: support.write_adapter(folder / name, server.CONFIG, kv) for name, kv in prefixes.items()}, prefixes
 
 
-def load(
+def put_under_load(
     base_url: str,
     paths: Mapping[str, Path],
     prefixes: Mapping[str, support.Prefix] | None,
     folder: Path,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Returns the report of a load on a running server."""
-    expected = asyncio.run(quiet_answers(base_url, [*paths, BASE]))
+    """Puts load on a running server and returns the report."""
+    expected = asyncio.run(expected_answers(base_url, [*paths, BASE]))
     differing = [] if prefixes is None else check_answers(expected, prefixes, folder / "model")
     traffic = Traffic(base_url, expected, {name: str(path) for name, path in paths.items()}, options.seed)
     started = time.monotonic()
-    with Memory() as memory:
+    with MemoryMonitor() as memory:
         outcome = asyncio.run(traffic.run(options.clients, options.seconds))
     growth = memory.report()
     return {
@@ -108,19 +74,20 @@ def load(
         "statuses": dict(outcome.statuses),
         "changes of adapters": dict(outcome.changes),
         "wrong": outcome.wrong[:10],
-        "quiet answers": len(expected),
-        "quiet answers that transformers does not give": differing[:10],
+        "expected answers": len(expected),
+        "expected answers that differ from transformers": differing[:10],
         "memory": growth,
     }
 
 
-async def quiet_answers(base_url: str, names: list[str]) -> Answers:
+async def expected_answers(base_url: str, names: list[str]) -> Answers:
+    """Sends every question to every model of an idle server, one at a time."""
     async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=600) as client:
         return {(name, question): await ask(client, name, question) for name in names for question in QUESTIONS}
 
 
 def check_answers(answers: Answers, prefixes: Mapping[str, support.Prefix], model: Path) -> list[dict[str, Any]]:
-    """Returns the answers that are not what transformers says with the tiny model, whose tokens are whole words."""
+    """Returns the answers that differ from those of transformers with the tiny model, whose tokens are whole words."""
     reference = support.Reference(model)
     differing = []
     for (name, question), answer in answers.items():
@@ -129,7 +96,3 @@ def check_answers(answers: Answers, prefixes: Mapping[str, support.Prefix], mode
         if answer.split() != words.split():
             differing.append({"model": name, **asdict(question), "answer": answer, "expected": words})
     return differing
-
-
-if __name__ == "__main__":
-    sys.exit(main())

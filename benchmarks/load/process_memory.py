@@ -1,4 +1,4 @@
-"""The memory of every process that this one has started, over time."""
+"""The resident memory of all child processes over time."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import psutil
 
-# Of the median of the last quarter to that of the second. vLLM's own worker on a CPU grows for minutes, by less and less,
-# without prefixes, too: by 1.03 in 100 s of the same load on the base model alone.
-FLAT = 1.1
+# The maximum ratio of the median of the last quarter to that of the second. vLLM's CPU worker grows for minutes, at a falling
+# rate, even without prefixes: by 1.03 in 100 s of the same load on the base model alone.
+MAX_GROWTH = 1.1
 
 
-class Memory:
-    """Measures, while it is entered, the resident memory of all descendants that live throughout.
+class MemoryMonitor:
+    """A context manager that samples the resident memory of all descendant processes.
 
     Args:
-        interval: Seconds between two measurements.
+        interval: Seconds between samples.
     """
 
     def __init__(self, interval: float = 1.0) -> None:
@@ -27,7 +27,7 @@ class Memory:
         self._processes = psutil.Process().children(recursive=True)
         self._mib: dict[psutil.Process, list[float]] = {process: [] for process in self._processes}
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> MemoryMonitor:
         self._thread.start()
         return self
 
@@ -36,7 +36,7 @@ class Memory:
         self._thread.join()
 
     def report(self) -> list[dict[str, Any]]:
-        """Returns, per process, its medians in MiB of each quarter of the time, and how the last compares to the second."""
+        """Returns, for each process, the median of each quarter of the time in MiB, and the last over the second."""
         rows = []
         for process, series in self._mib.items():
             quarter = len(series) // 4
@@ -59,10 +59,10 @@ class Memory:
                 try:
                     series.append(process.memory_info().rss / 2**20)
                 except psutil.NoSuchProcess:
-                    # One that ended early has a short series; the server's own never end.
+                    # A process that ends early has a short series. The server's own do not end.
                     continue
 
 
 def is_flat(report: list[dict[str, Any]]) -> bool:
-    """Whether there is a server, and none of its processes grows."""
-    return bool(report) and all(row["growth"] <= FLAT for row in report)
+    """Returns whether there are processes and none of them grows."""
+    return bool(report) and all(row["growth"] <= MAX_GROWTH for row in report)

@@ -1,7 +1,7 @@
-"""Random requests of many clients to a server whose adapters change meanwhile, each compared with what it must say.
+"""Random requests of many clients to a server whose adapters change, with a check of every answer.
 
-What an answer may be follows from what its model's name meant while the request was under way: one content, two if an
-operator replaced one with another meanwhile, or none, in which case the answer is 404.
+A model's name refers to one adapter at a time. The right answer to a request is that of the adapter that its model's name
+referred to while the request was running; either of two if the adapter was replaced meanwhile; 404 if there was none.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import openai
 
 BASE = "base"
-# Some begin like others, so that they share blocks of real tokens; the shortest and the longest fill 1 and 80 tokens of
-# the tiny model's vocabulary of whole words.
+# Some prompts share their beginning, and so blocks of real tokens. They have 1 to 80 tokens of the tiny model, whose
+# vocabulary is whole words.
 PROMPTS = tuple(
     " ".join(f"w{3 + (7 * index + offset * (index >= common)) % 60}" for index in range(length))
     for length, common, offset in ((1, 0, 0), (12, 0, 1), (40, 0, 0), (40, 32, 1), (80, 32, 2), (80, 64, 3))
@@ -28,7 +28,7 @@ PROMPTS = tuple(
 
 @dataclass(frozen=True)
 class Question:
-    """What a client may ask any model."""
+    """A request that a client may send to any model."""
 
     prompt: str
     max_tokens: int
@@ -43,10 +43,13 @@ QUESTIONS = [
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, question: Question, chunks: float | None = None) -> str:
-    """Returns what a model says, greedily.
+    """Returns the greedy answer of a model.
 
     Args:
-        chunks: Streams the answer, and hangs up after so many pieces; None asks for the whole answer at once.
+        client: The client.
+        model: The model's name.
+        question: The request.
+        chunks: Streams the answer and disconnects after that many chunks; None does not stream.
     """
     options: dict[str, Any] = {
         **{"model": model, "max_tokens": question.max_tokens, "temperature": 0, "stream": chunks is not None},
@@ -73,35 +76,35 @@ async def ask(client: openai.AsyncOpenAI, model: str, question: Question, chunks
 
 
 @dataclass
-class Meaning:
-    """What a name stood for, from when to when: a content, or None for nothing."""
+class Assignment:
+    """The adapter that a name refers to, or None, during a period of time."""
 
-    content: str | None
+    adapter: str | None
     begin: float = -math.inf
     end: float = math.inf
 
 
-class Names:
-    """What each model name meant at which time.
+class NameHistory:
+    """The adapters that each model name has referred to.
 
     Args:
-        contents: The content of each adapter; its name to begin with.
+        adapters: The adapters, each under its own name at the start.
     """
 
-    def __init__(self, contents: Sequence[str]) -> None:
-        self.meanings: dict[str, list[Meaning]] = {name: [Meaning(name)] for name in (*contents, BASE)}
+    def __init__(self, adapters: Sequence[str]) -> None:
+        self.assignments: dict[str, list[Assignment]] = {name: [Assignment(name)] for name in (*adapters, BASE)}
 
     def now(self, name: str) -> str | None:
-        return self.meanings[name][-1].content
+        return self.assignments[name][-1].adapter
 
     def during(self, name: str, begin: float, end: float) -> set[str | None]:
-        """Returns all that a name meant at any moment between two."""
-        return {meaning.content for meaning in self.meanings[name] if meaning.begin <= end and begin <= meaning.end}
+        """Returns all adapters that a name referred to between two points in time."""
+        return {one.adapter for one in self.assignments[name] if one.begin <= end and begin <= one.end}
 
 
 @dataclass
 class Outcome:
-    """What became of all requests."""
+    """Counts of answers, statuses and changes, and the wrong answers."""
 
     answers: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
@@ -110,7 +113,7 @@ class Outcome:
 
     @property
     def is_right(self) -> bool:
-        """Whether every answer is one that there may be, and no status is but 200, and 404 for what was not there."""
+        """Whether every answer is right and every status is 200, or 404 for an adapter that was not loaded."""
         return not self.wrong and self.statuses.keys() <= {"200", "404"}
 
 
@@ -118,9 +121,10 @@ class Traffic:
     """Clients and an operator of one server.
 
     Args:
-        expected: What each content, or the base model, says to each question.
-        paths: The folder of each content.
-        seed: Of all that is drawn; what happens when also depends on the server.
+        base_url: The address of the server.
+        expected: The answer of each adapter and of the base model to each question.
+        paths: The folders of the adapters by name.
+        seed: The seed of requests and changes. Their order in time also depends on the server.
     """
 
     def __init__(
@@ -129,21 +133,21 @@ class Traffic:
         self.outcome = Outcome()
         self._client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=600)
         self._expected, self._paths = expected, paths
-        self._names = Names(list(paths))
+        self._names = NameHistory(list(paths))
         self._seed = seed
 
     async def run(self, num_clients: int, seconds: float, max_requests: float = math.inf) -> Outcome:
-        """Keeps all clients busy for so long, or for so many requests; then every adapter is what it was before.
+        """Keeps all clients busy for some seconds or a number of requests, then restores all adapters.
 
-        Of a number of requests, a change comes after some of them, however long they take.
+        With `max_requests`, changes are spaced by the number of requests instead of time.
         """
         self._left, self._until = max_requests, self._clock() + seconds
-        # A third of the adapters change: half of them become another one in place, half of them go and come.
+        # A third of the adapters change: half of them are replaced in place, half are unloaded and loaded.
         changing = list(self._paths)[-max(2, len(self._paths) // 3) :]
         async with asyncio.TaskGroup() as tasks:
             operator = tasks.create_task(self._operate(changing))
             clients = [
-                asyncio.create_task(self._ask_on(random.Random(f"{self._seed} {index}")))
+                asyncio.create_task(self._run_client(random.Random(f"{self._seed} {index}")))
                 for index in range(num_clients)
             ]
             await asyncio.gather(*clients)
@@ -154,7 +158,7 @@ class Traffic:
         await self._client.close()
         return self.outcome
 
-    async def _ask_on(self, rng: random.Random) -> None:
+    async def _run_client(self, rng: random.Random) -> None:
         names = [*self._paths, BASE]
         while self._clock() < self._until and self._left > 0:
             self._left -= 1
@@ -164,10 +168,10 @@ class Traffic:
         streams, aborts = rng.random() < 0.5, rng.random() < 0.15
         chunks = (rng.randrange(1, question.max_tokens) if aborts else math.inf) if streams else None
         begin, text, status = self._clock(), None, "200"
-        asked = ask(self._client, name, question, chunks)
+        answer = ask(self._client, name, question, chunks)
         try:
-            # Without a stream, a client hangs up at any time: soon after it has asked, mostly.
-            text = await (asyncio.wait_for(asked, rng.random() ** 3) if aborts and not streams else asked)
+            # Without streaming, clients disconnect at any time, most of them early.
+            text = await (asyncio.wait_for(answer, rng.random() ** 3) if aborts and not streams else answer)
         except TimeoutError:
             self.outcome.answers["hung up"] += 1
             return
@@ -177,12 +181,12 @@ class Traffic:
             # No answer, or an error in the middle of a stream.
             status = type(error).__name__
         self.outcome.statuses[status] += 1
-        meanings = self._names.during(name, begin, self._clock())
-        expected = [None if content is None else self._expected[content, question] for content in meanings]
+        adapters = self._names.during(name, begin, self._clock())
+        expected = [None if adapter is None else self._expected[adapter, question] for adapter in adapters]
         if text is None:
             right = status == "404" and None in expected
         elif streams and aborts:
-            right = any(answer is not None and answer.startswith(text) for answer in expected)
+            right = any(right_text is not None and right_text.startswith(text) for right_text in expected)
         else:
             right = text in expected
         how = "begun" if streams and aborts else "streamed" if streams else "whole"
@@ -193,12 +197,12 @@ class Traffic:
             )
 
     async def _operate(self, changing: list[str]) -> None:
-        """Replaces, unloads and loads adapters, one after another."""
+        """Replaces, unloads and loads adapters, one at a time."""
         rng = random.Random(f"{self._seed} operator")
         while self._clock() < self._until:
             name = rng.choice(changing)
             if changing.index(name) % 2:
-                other = rng.choice([content for content in self._paths if content != self._names.now(name)])
+                other = rng.choice([adapter for adapter in self._paths if adapter != self._names.now(name)])
                 await self._change(name, other)
             else:
                 await self._change(name, name if self._names.now(name) is None else None)
@@ -207,17 +211,17 @@ class Traffic:
             while before < math.inf and before - self._left < 12 * pause and self._clock() < self._until:
                 await asyncio.sleep(0.01)
 
-    async def _change(self, name: str, content: str | None) -> None:
-        """Gives a name another meaning; while that is under way, it has both."""
-        before = self._names.meanings[name][-1]
-        if content == before.content:
+    async def _change(self, name: str, adapter: str | None) -> None:
+        """Makes a name refer to another adapter or to none; during the change, both answers are right."""
+        before = self._names.assignments[name][-1]
+        if adapter == before.adapter:
             return
-        self._names.meanings[name].append(Meaning(content, self._clock()))
-        change = "unload" if content is None else "load" if before.content is None else "replace"
+        self._names.assignments[name].append(Assignment(adapter, self._clock()))
+        change = "unload" if adapter is None else "load" if before.adapter is None else "replace"
         body: dict[str, Any] = {"prefix_name": name}
-        if content is not None:
-            body |= {"prefix_path": self._paths[content], "load_inplace": before.content is not None}
-        await self._client.post(f"/{'unload' if content is None else 'load'}_prefix_adapter", body=body, cast_to=str)
+        if adapter is not None:
+            body |= {"prefix_path": self._paths[adapter], "load_inplace": before.adapter is not None}
+        await self._client.post(f"/{'unload' if adapter is None else 'load'}_prefix_adapter", body=body, cast_to=str)
         before.end = self._clock()
         self.outcome.changes[change] += 1
 

@@ -1,4 +1,4 @@
-"""The E2E challenge's own files (Novikova, Dusek and Rieser, 2017), as prompts, answers and references."""
+"""The E2E challenge (Novikova, Dusek and Rieser, 2017): its CSV files as prompts, answers and references."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEST_FILE = "testset_w_refs.csv"
 
 @dataclass(frozen=True)
 class Pair:
-    """A meaning representation, "name[Cotto], eatType[pub]", and one sentence that somebody wrote for it."""
+    """A meaning representation, such as "name[Cotto], eatType[pub]", and one sentence written for it."""
 
     meaning: str
     sentence: str
@@ -21,7 +21,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Item:
-    """A meaning representation, and all the sentences that an answer is compared with."""
+    """A meaning representation and all its reference sentences."""
 
     meaning: str
     sentences: tuple[str, ...]
@@ -31,7 +31,7 @@ def read_pairs(path: Path) -> list[Pair]:
     """Returns the rows of one of the challenge's CSV files, in order.
 
     Raises:
-        ValueError: If the file has other columns than `mr` and `ref`.
+        ValueError: If the columns are not `mr` and `ref`.
     """
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
@@ -41,7 +41,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def group(pairs: list[Pair]) -> list[Item]:
-    """Returns one item per meaning representation, in the order of first appearance."""
+    """Groups pairs by meaning representation, in order of first appearance."""
     sentences: dict[str, list[str]] = {}
     for pair in pairs:
         sentences.setdefault(pair.meaning, []).append(pair.sentence)
@@ -49,16 +49,16 @@ def group(pairs: list[Pair]) -> list[Item]:
 
 
 def hold_out(pairs: list[Pair], num_meanings: int) -> tuple[list[Pair], list[Pair]]:
-    """Returns the pairs to train on, and those of `num_meanings` meaning representations for choosing learning rates."""
+    """Splits off all pairs of `num_meanings` random meaning representations; returns the training and the held-out pairs."""
     held = {item.meaning for item in random.Random(0).sample(group(pairs), num_meanings)}
     return [pair for pair in pairs if pair.meaning not in held], [pair for pair in pairs if pair.meaning in held]
 
 
 def prompt_of(meaning: str) -> str:
-    """Returns what every method, and the base model, reads before the answer."""
+    """Returns the prompt, the same for every method and the base model."""
     return f"{meaning}\nDescription:"
 
 
 def answer_of(sentence: str) -> str:
-    """Returns what a model learns to say to a prompt; an end-of-sequence token follows it."""
+    """Returns the completion to train on; an end-of-sequence token follows it."""
     return f" {sentence}"

@@ -1,4 +1,4 @@
-"""The methods that are compared: ours, stock PEFT's prefix tuning, and LoRA."""
+"""The methods: prefixes of this project, prefix tuning of stock PEFT, and LoRA."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from peft_prefix_ext import PrefixExtConfig
 
 TASK_WORDS = "Describe the restaurant in one natural sentence that states all of the facts."
 VIRTUAL_TOKENS = 64
-# Of SmolLM2-135M a virtual token has 30 layers x 2 x 3 heads x 64 numbers, a fifth of those of a rank of LoRA on the
-# queries and values: 64 tokens are between 12 and 13 ranks, and LoRA gets 13.
+# For SmolLM2-135M, a virtual token has 30 layers x 2 x 3 heads x 64 = 11,520 parameters, a fifth of those of one LoRA rank on
+# queries and values. 64 tokens have as many as rank 12.8.
 EQUAL_RANK = 13
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt the model.
+    """A PEFT method with its options.
 
     Args:
-        name: How it is called in the results.
-        title: How it is called in the table and the plot.
+        name: Its name in the results.
+        title: Its name in tables.
         config: The class of its config.
-        options: The fields of its config. `init_exemplars` is filled with rows of the training set.
-        learning_rates: What it chooses from, on held-out rows; every method has the same number.
+        options: Fields of its config. `init_exemplars` is filled with rows of the training set.
+        learning_rates: The candidates for the learning rate; every method has as many.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Method:
     learning_rates: tuple[float, ...]
 
     def make_config(self, pairs: Sequence[Pair], tokenizer: str) -> PeftConfig:
-        """Returns the config for a training set."""
-        own = dict(self.options)
-        if own.get("init") == "exemplars":
-            own["init_exemplars"] = [
+        """Returns the config for a training set and the name or folder of a tokenizer."""
+        fields = dict(self.options)
+        if fields.get("init") == "exemplars":
+            fields["init_exemplars"] = [
                 {"prompt": prompt_of(pair.meaning), "completion": answer_of(pair.sentence)} for pair in pairs
             ]
-        if own.get("init", "random") != "random":
-            own["tokenizer_name_or_path"] = tokenizer
-        return self.config(task_type="CAUSAL_LM", **own)
+        if fields.get("init", "random") != "random":
+            fields["tokenizer_name_or_path"] = tokenizer
+        return self.config(task_type="CAUSAL_LM", **fields)
 
 
 def _ours(reparam: str, init: str, learning_rates: tuple[float, ...]) -> Method:
@@ -71,10 +71,10 @@ def _lora(rank: int, learning_rates: tuple[float, ...]) -> Method:
 FLAT_RATES = (1e-2, 3e-2, 1e-1)
 MLP_RATES = (1e-3, 2e-3, 5e-3)
 LORA_RATES = (2e-3, 5e-3, 1e-2)
-# PEFT draws a flat prefix with a standard deviation of 1, which larger rates send astray.
+# PEFT initializes a flat prefix with a standard deviation of 1, which diverges at larger learning rates.
 STOCK_RATES = (1e-3, 3e-3, 1e-2)
 
-# In the order in which they run.
+# In the order of their runs.
 METHODS = (
     _ours("mlp", "exemplars", MLP_RATES),
     _lora(EQUAL_RANK, LORA_RATES),
@@ -89,8 +89,8 @@ METHODS = (
     _stock("MLP", MLP_RATES),
 )
 
-# One choice of the first method changed at a time, compared by the loss on held-out rows, never on the test split. The
-# learning rate stays what the first method chose.
+# Ablations: one option of the first method changed at a time, compared by the loss on held-out rows, never on the test set.
+# The learning rate is that of the first method.
 CHANGES: dict[str, dict[str, Any]] = {
     "text": {"init": "text", "init_text": TASK_WORDS},
     "MLP of width 512": {"reparam_hidden_size": 512},
@@ -109,7 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def variants(method: Method, learning_rate: float) -> list[Method]:
-    """Returns the method once for each of `CHANGES`."""
+    """Returns a variant of the method for each of `CHANGES`."""
     return [
         replace(
             method,

@@ -1,4 +1,4 @@
-"""The results as a table and a plot."""
+"""The results as tables and a plot."""
 
 from __future__ import annotations
 
@@ -8,53 +8,65 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.common.docs_pages import put
-from benchmarks.common.docs_pages import table as markdown
+from benchmarks.common import plots
+from benchmarks.common.docs_pages import image, write_generated_part
 from benchmarks.common.results import Record
+from benchmarks.common.tables import markdown_table
 from benchmarks.quality.methods import Method, variants
 
-HEADER = ["method", "trained numbers", "learning rate"]
+HEADER = ["method", "trained parameters", "learning rate"]
+# The methods of the plot, with their labels and colours.
+LINES = {
+    "ours-mlp-exemplars": ("prefix, from exemplars", plots.OURS),
+    "lora-r8": ("LoRA, rank 8", plots.DARK),
+    "stock-mlp": ("stock PEFT prefix tuning", plots.GREY),
+}
 
 
-def write_report(results: Path, methods: Sequence[Method], plot: Path, readme: Path) -> str:
-    """Returns caption and table in Markdown, after writing them between the markers in `readme` and a picture to `plot`."""
+def write_report(results: Path, methods: Sequence[Method], page: Path | None = None) -> str:
+    """Saves the plot beside the results and writes the report into a page, if one is given.
+
+    Returns:
+        The report in Markdown.
+    """
     content = json.loads(results.read_text(encoding="utf-8"))
-    parts = [caption(content["settings"]), table(content, methods), f"![BLEU by rows](benchmarks/{plot.name})"]
-    text = "\n\n".join(filter(None, [*parts, variant_table(content, methods[0])]))
+    plot = results.with_suffix(".png")
     save_plot(content, methods, plot)
-    put(readme, "quality", text)
+    parts = [
+        image(plot, "BLEU by the number of training rows", page),
+        caption(content["settings"]),
+        score_table(content, methods),
+        variant_table(content, methods[0]),
+    ]
+    text = "\n\n".join(filter(None, parts))
+    if page is not None:
+        write_generated_part(page, "quality", text)
     return text
 
 
 def caption(settings: Record) -> str:
-    """Returns under which budget the results were made."""
+    """Returns the conditions of the runs."""
     budgets = "; ".join(
-        f"{_name(size)} rows: {size['steps']} steps, scored on {size['tests']} meaning representations"
+        f"{_name(size)} rows: {size['steps']} steps, {size['tests']} meaning representations scored"
         for size in settings["sizes"]
     )
     text = (
-        f"{settings['model']} in {settings['dtype']}, {settings['batch_size']} rows a step. {budgets.capitalize()}. Greedy "
-        "answers. Each method has its own learning rate, of its candidates the one with the smallest loss on rows that "
-        f"nothing trains on. Mean ± standard deviation over {len(settings['seeds'])} seeds, or over as many as are done."
+        f"{settings['model']} in {settings['dtype']}, batch size {settings['batch_size']}. {budgets.capitalize()}. Greedy "
+        f"decoding. Each learning rate is the best of its candidates on held-out rows. Mean ± standard deviation over "
+        f"{len(settings['seeds'])} seeds."
     )
     return textwrap.fill(text, 120)
 
 
-def table(content: Record, methods: Sequence[Method]) -> str:
-    """Returns one row per method: BLEU for each number of rows, the other scores for the whole of the training set.
+def score_table(content: Record, methods: Sequence[Method]) -> str:
+    """Returns one row per method: BLEU for each number of rows, and the other scores for all rows.
 
-    A cell is the mean over the seeds, with the standard deviation if there is more than one, and the number of seeds
-    where not all of them are done.
+    A cell is the mean over the seeds with the standard deviation, and the number of seeds while some are missing.
     """
     settings = content["settings"]
     sizes = [_name(size) for size in reversed(settings["sizes"])]
     header = [*HEADER, *(f"BLEU, {size} rows" for size in sizes), "NIST, all rows", "ROUGE-L, all rows"]
-    base = next(record["scores"] for record in content["records"] if record["kind"] == "base")
+    base = _base_scores(content)
     blanks = [""] * (len(sizes) - 1)
     scores = _cell([base["bleu"]], 1), f"{base['nist']:.2f}", f"{base['rouge_l']:.1f}"
     rows = [["base model", "", "", *blanks, *scores]]
@@ -70,11 +82,11 @@ def table(content: Record, methods: Sequence[Method]) -> str:
             for name, digits in (("nist", 2), ("rouge_l", 1))
         ]
         rows.append([method.title, f"{done[0]['trained']:,}", f"{done[0]['learning_rate']:g}", *cells])
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def variant_table(content: Record, method: Method) -> str:
-    """Returns the held-out loss of a method and of its variants, or nothing when none was measured."""
+    """Returns the held-out loss of a method and of its variants, or an empty string if no variant was measured."""
     settings = content["settings"]
     seed = settings["seeds"][0]
     own = [run for run in _runs(content, method, _name(settings["sizes"][0])) if run["seed"] == seed]
@@ -85,31 +97,38 @@ def variant_table(content: Record, method: Method) -> str:
         wanted = {"kind": "variant", "options": variant.options, "learning_rate": own[0]["learning_rate"]}
         found = [record for record in content["records"] if wanted.items() <= record.items()]
         rows += [[variant.title, f"{record['held_out_loss']:.3f}"] for record in found]
-    header = [f"{method.title}, changed (seed {seed})", "loss on held-out rows"]
-    return markdown(header, [["nothing", f"{own[0]['held_out_loss']:.3f}"], *rows]) if rows else ""
+    header = [f"change to {method.title} (seed {seed})", "loss on held-out rows"]
+    return markdown_table(header, [["nothing", f"{own[0]['held_out_loss']:.3f}"], *rows]) if rows else ""
 
 
 def save_plot(content: Record, methods: Sequence[Method], path: Path) -> None:
-    """Saves a picture of BLEU by the number of rows: a point per run, a line through each method's means."""
-    sizes = [_name(size) for size in reversed(content["settings"]["sizes"])]
-    figure, axes = plt.subplots(figsize=(8, 5))
-    styles = {"ours": "-", "stock": ":", "lora": "--"}
-    shown = [method for method in methods if any(_runs(content, method, size) for size in sizes)]
-    for number, method in enumerate(shown):
-        color = f"C{number}"
-        means = []
-        for place, size in enumerate(sizes):
-            values = [run["scores"]["bleu"] for run in _runs(content, method, size)]
-            axes.plot([place] * len(values), values, ".", color=color, alpha=0.5)
-            means += [(place, mean(values))] if values else []
-        style = styles[method.name.split("-")[0]]
-        axes.plot(*zip(*means, strict=True), style, marker="o", color=color, label=method.title)
-    axes.set_xticks(range(len(sizes)), sizes)
-    axes.set(xlabel="rows to train on", ylabel="BLEU", title="E2E, SmolLM2-135M-Instruct, one budget for all")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    """Plots BLEU by the number of rows: a line per method of `LINES` and one for the base model."""
+    settings = content["settings"]
+    sizes = [_name(size) for size in reversed(settings["sizes"])]
+    lines = [([_base_scores(content)["bleu"]] * len(sizes), "base model", plots.GREY)]
+    for method in methods:
+        values = [[run["scores"]["bleu"] for run in _runs(content, method, size)] for size in sizes]
+        if method.name in LINES and all(values):
+            lines.append(([mean(scores) for scores in values], *LINES[method.name]))
+    places = range(len(sizes))
+    title, seeds = "BLEU on E2E by training rows", len(settings["seeds"])
+    subtitle = f"{settings['model']}, mean of {seeds} seeds; stock PEFT prefix tuning with prefix_projection=True"
+    with plots.plot(path, title, subtitle, height=4) as (axes,):
+        axes.plot(places, lines[0][0], ":", color=plots.GREY, linewidth=2)
+        for means, _, color in lines[1:]:
+            plots.line(axes, means, color)
+        plots.label_points(
+            axes, -0.05, [(means[0], f"{means[0]:.1f}", color) for means, _, color in lines], 4.5, "right"
+        )
+        ends = [(means[-1], f"{means[-1]:.1f}  {label}", color) for means, label, color in lines]
+        plots.label_points(axes, places[-1] + 0.05, ends, 4.5, "left")
+        axes.set_xticks(places, [f"{size} rows" for size in sizes])
+        axes.set(xlim=(-0.25, places[-1] + 0.95), ylim=(0, None), yticks=[])
+        axes.spines["left"].set_visible(False)
+
+
+def _base_scores(content: Record) -> Record:
+    return next(record["scores"] for record in content["records"] if record["kind"] == "base")
 
 
 def _runs(content: Record, method: Method, size: str) -> list[Record]:

@@ -1,7 +1,6 @@
-"""The scores of a set of answers, each against all the sentences that people wrote for the same facts.
+"""BLEU, NIST and ROUGE-L of answers against all reference sentences.
 
-METEOR and CIDEr are left out: NLTK's METEOR needs WordNet, which no kept package brings, and of those with CIDEr one is
-unkept since 2020 and the other installs two audio models' libraries with it.
+METEOR and CIDEr are missing: NLTK's METEOR needs a WordNet download, and no maintained package of reasonable size has CIDEr.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ NIST_ORDER = 5
 
 
 def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Returns BLEU and ROUGE-L from 0 to 100, and NIST, of one answer per item against all of the item's references."""
+    """Scores one answer per item against all references of the item: BLEU and ROUGE-L from 0 to 100, and NIST."""
     return {
         "bleu": bleu(answers, references),
         "nist": nist(answers, references),
@@ -29,23 +28,23 @@ def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
 def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Returns sacrebleu's corpus BLEU with its default tokenizer."""
     most = max(map(len, references))
-    # sacrebleu wants the i-th references of all items together, and None where an item has fewer.
+    # sacrebleu takes the i-th references of all items together, with None for items that have fewer.
     columns: list[Any] = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(answers), columns).score)
 
 
 def nist(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Returns NLTK's corpus NIST of lower-case words, up to n-grams of order 5; longer answers may score higher."""
+    """Returns NLTK's corpus NIST of lower-case words with n-grams up to 5. It has no upper bound."""
     words = [[_words(text) for text in texts] for texts in references]
     guesses = [_words(answer) for answer in answers]
-    # NLTK divides by the number of n-grams, of which very short answers have none.
+    # NLTK divides by the number of n-grams, which is zero for very short answers.
     if max(map(len, guesses)) < NIST_ORDER:
         return 0.0
     return float(corpus_nist(words, guesses, n=NIST_ORDER))
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Returns the mean over the items of the best F-measure of the longest common subsequence."""
+    """Returns the mean over the items of the best ROUGE-L F-measure of any reference."""
     scorer = RougeScorer(["rougeL"])
     scores = [
         scorer.score_multi(list(texts), answer)["rougeL"].fmeasure

@@ -1,6 +1,6 @@
-"""One way to train, to measure the loss and to generate, the same for every method.
+"""Training, loss and generation, the same for every method.
 
-The loop is short on purpose: what a method needs beyond it would be an advantage that the others do not have.
+The loop is deliberately minimal, so that no method gets a recipe tuned for it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 
 from benchmarks.quality.dataset import Pair, answer_of, prompt_of
 
-IGNORED = -100  # the label of a token that is no part of an answer
-WARMUP = 0.1  # of the steps: the learning rate rises, then falls to zero as a cosine
-LENGTH_POOL = 8  # batches out of which rows of like length are put together
+IGNORED = -100  # the label of tokens that are not part of an answer
+WARMUP = 0.1  # share of the steps; a cosine decay to zero follows
+LENGTH_POOL = 8  # batches whose rows are sorted by length together, to save padding
 MAX_NEW_TOKENS = 60
 GENERATION_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A pair as tokens."""
+    """The token ids of a pair."""
 
     prompt: list[int]
     answer: list[int]
@@ -42,7 +42,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Encoded:
 
 
 def batches(rows: Sequence[Encoded], size: int, steps: int, seed: int) -> Iterator[list[Encoded]]:
-    """Yields `steps` batches: each row once per epoch, in an order that only `seed` decides, like lengths together."""
+    """Yields `steps` batches of similar length, with each row once per epoch; `seed` alone determines the order."""
     order = random.Random(seed)
     waiting: list[list[Encoded]] = []
     left: list[Encoded] = []
@@ -58,7 +58,7 @@ def batches(rows: Sequence[Encoded], size: int, steps: int, seed: int) -> Iterat
 
 
 def answer_loss(model: torch.nn.Module, batch: Sequence[Encoded], pad: int) -> torch.Tensor:
-    """Returns the mean loss over the tokens of the answers."""
+    """Returns the mean loss over the answers' tokens."""
     length = max(map(len, batch))
     first = min(len(row.prompt) for row in batch)
     input_ids = torch.full((len(batch), length), pad)
@@ -68,7 +68,7 @@ def answer_loss(model: torch.nn.Module, batch: Sequence[Encoded], pad: int) -> t
         input_ids[index, : len(row)] = torch.tensor(row.prompt + row.answer)
         attention_mask[index, : len(row)] = 1
         labels[index, len(row.prompt) : len(row)] = torch.tensor(row.answer)
-    # The logits at a position predict the token of the next one; those of the prompts nobody looks at.
+    # Logits at a position predict the next token. Those before the shortest prompt ends are not needed.
     keep = torch.arange(first - 1, length - 1)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1).float(), labels[:, first:].flatten(), ignore_index=IGNORED)
@@ -77,7 +77,7 @@ def answer_loss(model: torch.nn.Module, batch: Sequence[Encoded], pad: int) -> t
 def train(
     model: PeftModel, rows: Sequence[Encoded], *, learning_rate: float, size: int, steps: int, seed: int, pad: int
 ) -> list[float]:
-    """Trains what is trainable, by AdamW without weight decay, and returns the loss of each step."""
+    """Trains with AdamW, without weight decay, and returns the loss of each step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
@@ -96,7 +96,7 @@ def train(
 
 @torch.inference_mode()
 def mean_loss(model: PeftModel, rows: Sequence[Encoded], size: int, pad: int) -> float:
-    """Returns the mean over the rows of the loss per token of the answer, in batches of `size`."""
+    """Returns the mean loss per answer token, averaged over batches of `size` rows and weighted by their rows."""
     model.eval()
     ordered = sorted(rows, key=len)
     parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -105,7 +105,7 @@ def mean_loss(model: PeftModel, rows: Sequence[Encoded], size: int, pad: int) ->
 
 @torch.inference_mode()
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, meanings: Sequence[str]) -> list[str]:
-    """Returns the greedy answer to each meaning representation, in order."""
+    """Returns the greedy answer to each meaning representation."""
     model.eval()
     prompts = [tokenizer.encode(prompt_of(meaning), add_special_tokens=False) for meaning in meanings]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

@@ -1,1 +1,1 @@
-"""The benchmark."""
+"""Benchmark of overhead: the CPU time of a prefix in vLLM's front end and scheduler, without the model."""

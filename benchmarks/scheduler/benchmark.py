@@ -1,18 +1,7 @@
-"""What do prefixes cost besides K/V? The plugin's part in a request's way through the front end and the scheduler.
-
-    python benchmarks/scheduler.py             # some minutes; writes scheduler.json
-    python benchmarks/scheduler.py --short     # under a minute
-    python benchmarks/scheduler.py --report    # puts scheduler.json's table into the main README
-
-Four kinds of requests take turns: to the base model of vLLM without the plugin (every wrap taken off); to the base model of
-an engine with adapters; with a prefix; and behind a text of the prefix's length, in vLLM without the plugin, whose blocks
-are cached. Everything but the forward pass is vLLM's own (`ways.py`). Microseconds are CPU time of one thread; what a kind
-costs more than the first one is the median over rounds of the difference within a round.
-"""
+"""Measures the cells: numbers of registered adapters and of running requests."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -24,19 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.adapters import write_prefixes
-from benchmarks.common.cli import run
-from benchmarks.common.docs_pages import table
 from benchmarks.common.interleaving import Measurement, difference, interleave, ratio, spread
-from benchmarks.common.machine import machine, title
+from benchmarks.common.random_adapters import write_prefixes
 
 PREFIX_TOKENS = PROMPT_TOKENS = 64
-# How many adapters requests take turns with, of those that are registered.
-NAMES = 50
+# The number of registered adapters that requests use in turn.
+NUM_USED = 50
 ALONE, BESIDE, PREFIX, TEXT = "base model", "base model beside adapters", "prefix", "text, cached"
-TARGET = 50
-# What a process that has the plugin, but no prefixes, runs for a request.
-_IDLE = """
+# Prints which of the given methods are patched in a process that has the plugin, but no adapters.
+_PATCHES_WHEN_IDLE = """
 import importlib, json, wrapt
 from vllm_plugin import register
 register()
@@ -54,12 +39,12 @@ print(json.dumps(found))
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """The settings of the benchmark.
 
     Args:
-        cells: Numbers of registered adapters and of running requests.
-        rounds: How often the kinds take turns.
-        requests: How many requests of a kind are on their way together.
+        cells: Pairs of numbers: registered adapters, and running requests.
+        rounds: Interleaved rounds of all kinds of requests.
+        requests: Requests of one kind that are measured together.
     """
 
     cells: tuple[tuple[int, int], ...] = ((1, 100), (100, 1), (100, 10), (100, 100), (100, 1000), (10_000, 100))
@@ -70,33 +55,18 @@ class Settings:
 SHORT = Settings(cells=((1, 1), (100, 100), (10_000, 100)), rounds=10)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def measured(options: argparse.Namespace) -> dict[str, Any]:
-        settings = SHORT if options.short else Settings()
-        return {
-            "machine": machine(),
-            "settings": dataclasses.asdict(settings),
-            "idle": wraps_when_idle(),
-            "cells": measure(settings),
-        }
-
-    run(parser, "scheduler", measured, report, arguments)
-
-
 def measure(settings: Settings) -> list[dict[str, Any]]:
     """Returns the results of each cell."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with tempfile.TemporaryDirectory() as name:
         configs = make_configs(Path(name))
-        # The table of adapters only grows.
+        # From few to many: the adapters stay registered.
         return [measure_cell(configs, *cell, settings) for cell in sorted(settings.cells)]
 
 
 def make_configs(folder: Path) -> dict[bool, Any]:
-    """Returns vLLM's config of an engine with adapters (True), and without."""
+    """Returns the configs of an engine with adapters (True) and without (False)."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -138,8 +108,8 @@ def name_of(index: int) -> str:
 
 
 def register_adapters(vllm_config: Any, number: int) -> None:
-    """Registers adapters up to that number, all of one folder, and each under a name and with a digest of its own."""
-    from vllm_plugin.adapters.registry import registry_in
+    """Registers adapters up to `number`: all from one folder, but with different names and digests."""
+    from vllm_plugin.registry import registry_in
 
     registry = registry_in(vllm_config.kv_transfer_config)
     assert registry is not None
@@ -151,15 +121,24 @@ def register_adapters(vllm_config: Any, number: int) -> None:
 
 
 def measure_cell(configs: Mapping[bool, Any], adapters: int, running: int, settings: Settings) -> dict[str, Any]:
-    from benchmarks.scheduler.request_path import BASE, STAGES, STEP, Engine, FrontEnd, Way, with_plugin, without_plugin
+    from benchmarks.scheduler.request_path import (
+        BASE,
+        STAGES,
+        STEP,
+        Engine,
+        FrontEnd,
+        RequestPath,
+        with_plugin,
+        without_plugin,
+    )
 
     register_adapters(configs[True], adapters)
     ends = {True: FrontEnd(configs[True], with_plugin), False: FrontEnd(configs[False], without_plugin)}
-    # Spread over the table.
-    names = [name_of(index * adapters // min(NAMES, adapters)) for index in range(min(NAMES, adapters))]
+    # Spread over all registered adapters.
+    names = [name_of(index * adapters // min(NUM_USED, adapters)) for index in range(min(NUM_USED, adapters))]
 
-    def way(plugin: bool, models: list[str], shared_tokens: int = 0) -> Way:
-        return Way(
+    def path(plugin: bool, models: list[str], shared_tokens: int = 0) -> RequestPath:
+        return RequestPath(
             ends[plugin],
             Engine(configs[plugin], with_plugin if plugin else without_plugin),
             models,
@@ -169,22 +148,22 @@ def measure_cell(configs: Mapping[bool, Any], adapters: int, running: int, setti
             steps=max(2, 20 // running),
         )
 
-    ways = {
-        ALONE: way(False, [BASE]),
-        BESIDE: way(True, [BASE]),
-        PREFIX: way(True, names),
-        TEXT: way(False, [BASE], PREFIX_TOKENS),
+    paths = {
+        ALONE: path(False, [BASE]),
+        BESIDE: path(True, [BASE]),
+        PREFIX: path(True, names),
+        TEXT: path(False, [BASE], PREFIX_TOKENS),
     }
 
-    def measuring(way: Way) -> Any:
-        return lambda: way.measure(settings.requests)
+    def measurement(path: RequestPath) -> Any:
+        return lambda: path.measure(settings.requests)
 
-    found = interleave({name: measuring(way) for name, way in ways.items()}, settings.rounds, warm_ups=2)
+    found = interleave({name: measurement(path) for name, path in paths.items()}, settings.rounds, warm_ups=2)
     gc.unfreeze()
     return {
         "adapters": adapters,
         "running": running,
-        "message bytes": {name: way.num_bytes() for name, way in ways.items()},
+        "message bytes": {name: path.num_bytes() for name, path in paths.items()},
         "microseconds": {name: medians(rounds) for name, rounds in found.items()},
         "more": {
             name: {field: difference(found[name], found[ALONE], field) for field in (*STAGES, "total", STEP)}
@@ -198,53 +177,16 @@ def medians(rounds: list[Measurement]) -> dict[str, float]:
     return {field: spread([measured[field] for measured in rounds])["median"] for field in rounds[0]}
 
 
-def wraps_when_idle() -> list[str]:
-    """Returns which of the methods that the plugin wraps for requests are wrapped in a process without prefixes."""
-    from vllm_plugin.patches.requests import ENGINE_SEAMS, SERVER_SEAMS
+def patches_when_idle() -> list[str]:
+    """Returns the methods in the path of a request that the plugin patches in a process without adapters."""
+    from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
 
     seams = [(seam.module, seam.method) for seam in (*ENGINE_SEAMS, *SERVER_SEAMS)]
     child = subprocess.run(
-        [sys.executable, "-c", _IDLE], input=json.dumps(seams) + "\n", check=True, capture_output=True, text=True
+        [sys.executable, "-c", _PATCHES_WHEN_IDLE],
+        input=json.dumps(seams) + "\n",
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return json.loads(child.stdout.splitlines()[-1])
-
-
-def report(found: dict[str, Any]) -> str:
-    """Returns the README's part."""
-    rows = [
-        [
-            f"{cell['adapters']:,}",
-            f"{cell['running']:,}",
-            f"{cell['microseconds'][ALONE]['total']:.0f}",
-            *(_more(cell["more"][kind]["total"]) for kind in (BESIDE, PREFIX, TEXT)),
-            *(_more(cell["more"][kind]["step"]) for kind in (PREFIX, TEXT)),
-        ]
-        for cell in found["cells"]
-    ]
-    header = [
-        "adapters",
-        "requests running",
-        "a request to the base model",
-        "beside adapters",
-        "with a prefix",
-        "cached text",
-        "a step: prefixes",
-        "cached text",
-    ]
-    idle = "none" if not found["idle"] else ", ".join(found["idle"])
-    return (
-        f"Microseconds of CPU time in vLLM's front end and scheduler, without the model, for {PROMPT_TOKENS} tokens (blocks "
-        "of 16): a request without the plugin, and what it costs more, as a median with quartiles, beside adapters, with a "
-        f"prefix of {PREFIX_TOKENS} tokens, and behind as much cached text; and what a step of all running requests costs "
-        f"more.\n\n{table(header, rows)}\n\nMethods on a request's way that are wrapped in a vLLM that has the plugin and no "
-        f"adapters: {idle}.\n\n{title(found['machine'])}"
-    )
-
-
-def _more(found: dict[str, Any]) -> str:
-    low, high = found["quartiles"]
-    return f"{found['median']:+.0f} ({low:+.0f} to {high:+.0f})"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
-"""The way of a request through vLLM, from the model's name to its last step, on vLLM's own classes but without a model.
+"""The path of a request through vLLM's own classes, from the model's name to its last step, without a model.
 
-What an API server does for a request (`FrontEnd`) and what the engine does (`Engine`), each stage under the clock of this
-thread's CPU time. A forward pass is a list of sampled tokens here; everything else is real, in one process and without
-sockets: messages are encoded and decoded, and go nowhere between.
+`FrontEnd` does what an API server does for a request, and `Engine` what the engine does; the CPU time of each stage is
+measured. Only the forward pass is replaced, by a list of sampled tokens. All runs in one process: messages are encoded and
+decoded, but not sent.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from vllm.v1.structured_output import StructuredOutputManager
 from benchmarks.common.interleaving import Measurement
 
 BASE = "base"
-# Of a GPU: the more blocks, the more hashes.
+# As on a GPU: smaller blocks mean more hashes.
 BLOCK_SIZE = 16
 NUM_BLOCKS = 40_000
-# What a request costs, in this order, and what a step does.
+# The stages of a request, in order, and a step of all running requests.
 STAGES = ("name", "check", "message", "admit", "schedule", "update", "finish")
 STEP = "step"
 Class = TypeVar("Class", bound=type)
 
 
 def without_plugin(cls: Class) -> Class:
-    """Returns a vLLM class as it is without any wrap of the plugin."""
-    own = {
+    """Returns a subclass of a vLLM class with all patches of the plugin undone."""
+    originals = {
         name: value.__wrapped__
         for part in reversed(cls.__mro__)
         for name, value in vars(part).items()
         if isinstance(value, wrapt.FunctionWrapper)
     }
-    return type(cls.__name__, (cls,), own)  # type: ignore[return-value]
+    return type(cls.__name__, (cls,), originals)  # type: ignore[return-value]
 
 
 def with_plugin(cls: Class) -> Class:
@@ -64,16 +64,16 @@ def with_plugin(cls: Class) -> Class:
 
 
 class FrontEnd:
-    """An API server's part.
+    """The part of the API server.
 
     Args:
-        vllm_config: Of an engine with adapters, or without.
+        vllm_config: The config of an engine with or without adapters.
         kind: `with_plugin` or `without_plugin`.
     """
 
     def __init__(self, vllm_config: VllmConfig, kind: Callable[[Any], Any]) -> None:
         self._inputs = kind(InputProcessor)(vllm_config)
-        # Without an engine: a client of one starts it.
+        # Not constructed: a client would start its engine.
         self._client = object.__new__(kind(AsyncLLM))
         self._client.vllm_config, self._client.model_config = vllm_config, vllm_config.model_config
         self._client.input_processor, self._client.renderer = self._inputs, self._inputs.renderer
@@ -84,15 +84,15 @@ class FrontEnd:
         self._encoder, self._decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreRequest)
 
     def name(self, request: CompletionRequest) -> Any:
-        """From the model's name to the adapter, as each endpoint does it."""
+        """Looks up the adapter by the model's name, as every endpoint does."""
         refusal = _result_of(self._serving._check_model(request))
         assert refusal is None, refusal
         return self._serving._maybe_get_adapters(request)
 
     def check(self, request_id: str, prompt: dict[str, Any], params: SamplingParams, adapter: Any) -> EngineCoreRequest:
-        """The call of the engine's client up to a request that the engine understands."""
+        """Calls the engine's client, up to the request for the engine."""
         stream = self._client.generate(prompt, params, request_id, lora_request=adapter)
-        # What the call goes on with, once someone reads what it streams; what it streams may be handed on by the plugin.
+        # The arguments of the suspended generator, which the plugin may have wrapped in another.
         stream = stream.ag_frame.f_locals.get("outputs", stream)
         adapter = stream.ag_frame.f_locals["lora_request"]
         request = self._inputs.process_inputs(request_id, prompt, params, ("generate",), lora_request=adapter)
@@ -100,7 +100,7 @@ class FrontEnd:
         return request
 
     def message(self, request: EngineCoreRequest) -> EngineCoreRequest:
-        """To the engine, and read there."""
+        """Encodes the message to the engine and decodes it."""
         return self._decoder.decode(self._encoder.encode(request))
 
     def num_bytes(self, request: EngineCoreRequest) -> int:
@@ -108,10 +108,10 @@ class FrontEnd:
 
 
 class Engine:
-    """An engine's part.
+    """The part of the engine.
 
     Args:
-        vllm_config: Of an engine with adapters, or without.
+        vllm_config: The config of an engine with or without adapters.
         kind: `with_plugin` or `without_plugin`.
     """
 
@@ -143,7 +143,7 @@ class Engine:
         return self._scheduler.schedule()
 
     def update(self, output: Any) -> None:
-        """Ends a step whose forward pass sampled the token 5 for each request."""
+        """Ends a step, with token 5 sampled for each request."""
         ids = list(output.num_scheduled_tokens)
         sampled = ModelRunnerOutput(ids, {name: index for index, name in enumerate(ids)}, [[5] for _ in ids])
         self._scheduler.update_from_output(output, sampled)
@@ -156,15 +156,18 @@ class Engine:
         return len(self._scheduler.running)
 
 
-class Way:
-    """One kind of request on its way, beside others of its kind that run.
+class RequestPath:
+    """Sends requests of one kind through front end and engine, while others of the kind run.
 
     Args:
-        models: What requests name, in turn.
-        prompt_tokens: Tokens that requests have to themselves.
-        shared_tokens: Tokens that all of them begin with.
-        running: How many run all the time.
-        steps: How many steps of these alone are measured at a time.
+        front_end: The front end.
+        engine: The engine.
+        models: The models of the requests, used in turn.
+        prompt_tokens: Random tokens of each prompt.
+        shared_tokens: Tokens that all prompts start with.
+        running: The number of requests that run all the time.
+        steps: The number of steps of these requests per measurement.
+        seed: The seed of the prompts.
     """
 
     def __init__(
@@ -184,21 +187,21 @@ class Way:
         self._prompt_tokens, self._shared = prompt_tokens, self._tokens(shared_tokens)
         self._steps, self._params = steps, SamplingParams(max_tokens=4096, temperature=0.0, ignore_eos=True)
         self._count = 0
-        # They fill their last blocks in different steps.
+        # Different lengths, so that they fill their last blocks in different steps.
         for index in range(running):
-            self._pass(1, Clock(), extra_tokens=index % BLOCK_SIZE)
+            self._submit(1, Clock(), extra_tokens=index % BLOCK_SIZE)
         self._step()
         assert engine.num_running == running
-        # As an engine does with what it starts with.
+        # As the engine does after its start.
         gc.collect()
         gc.freeze()
 
     def measure(self, requests: int) -> Measurement:
-        """Sends requests through all stages at once, and ends them after a step.
+        """Sends requests through all stages together, and ends them after one step.
 
         Returns:
-            Microseconds of CPU time of each stage per request (of the step that they are scheduled in: all of it, over
-            their number), and of a step without them.
+            Microseconds of CPU time per request for each stage, and for a step of the running requests alone. The step in
+            which the requests are scheduled is divided by their number.
         """
         clock = Clock()
         gc.disable()
@@ -206,7 +209,7 @@ class Way:
             with clock.stage(STEP, self._steps):
                 for _ in range(self._steps):
                     self._step()
-            ids = self._pass(requests, clock)
+            ids = self._submit(requests, clock)
             with clock.stage("schedule", requests):
                 output = self._engine.schedule()
             with clock.stage("update", requests):
@@ -219,13 +222,13 @@ class Way:
         return {**clock.microseconds, "total": sum(clock.microseconds[stage] for stage in STAGES)}
 
     def num_bytes(self) -> int:
-        """Returns the length of the message to the engine."""
+        """Returns the size of the message to the engine."""
         requests: list[EngineCoreRequest] = []
-        self._pass(1, Clock(), send=requests.append)
+        self._submit(1, Clock(), send=requests.append)
         return self._front_end.num_bytes(requests[0])
 
-    def _pass(self, number: int, clock: Clock, extra_tokens: int = 0, send: Any = None) -> list[str]:
-        """Brings requests as far as into the scheduler's queue."""
+    def _submit(self, number: int, clock: Clock, extra_tokens: int = 0, send: Any = None) -> list[str]:
+        """Sends requests up to the scheduler's queue, or to `send` instead of the engine."""
         ids = [f"request-{self._count + index:012d}" for index in range(number)]
         bodies = [
             CompletionRequest(model=self._models[(self._count + index) % len(self._models)], prompt="x", seed=None)
@@ -262,16 +265,16 @@ class Way:
 
 
 def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Runs a coroutine that waits for nothing, without the cost of a loop."""
+    """Runs a coroutine that never suspends, without the cost of an event loop."""
     try:
         coroutine.send(None)
     except StopIteration as done:
         return done.value
-    raise RuntimeError(f"{coroutine!r} waits for something.")
+    raise RuntimeError(f"{coroutine!r} was suspended.")
 
 
 class Clock:
-    """CPU time of this thread, by stage: another process on this core does not count."""
+    """Measures the CPU time of this thread by stage, independent of other processes."""
 
     def __init__(self) -> None:
         self.microseconds: Measurement = {}

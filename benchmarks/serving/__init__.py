@@ -1,1 +1,1 @@
-"""The benchmark."""
+"""Benchmark of serving: prefixes against cached text, the base model, LoRA and `PeftModel.generate`."""

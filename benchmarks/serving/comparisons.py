@@ -1,4 +1,4 @@
-"""What is compared with what, by `serving.py`, and under which settings."""
+"""The settings of the benchmark, the comparisons it makes and the ratios it reports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.common.results import Record
 TRANSPORTS = ("offline", "http")
 NO_PLUGIN, IDLE, PREFIXES, TRANSFORMERS = "no plugin", "idle plugin", "prefixes", "transformers"
 BASE, SAME_ENGINE = "base", ", same engine"
-# How far two engines that are the same are apart.
+# A second engine without the plugin, as a control: it differs by chance alone.
 CONTROL = "no plugin, again"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how fast things are, beside the machine."""
+    """The settings of all comparisons."""
 
     model: str
     lengths: tuple[int, ...] = (16, 50, 64, 256, 1024)
@@ -33,18 +33,18 @@ class Settings:
     mix_requests: int = 128
     input_tokens: int = 32
     output_tokens: int = 32
-    # The same engine is a few percent faster or slower each time it is started.
+    # Engines are restarted: the speed of an engine varies by a few percent from start to start.
     base_starts: int = 8
     starts: int = 4
     rounds: int = 3
-    # Of comparisons with what takes several times as long, which are made with one start.
+    # For comparisons with LoRA and transformers, which are several times slower; these use one start.
     slow_rounds: int = 3
     concurrency: int = 16
     dtype: str = "bfloat16"
-    # vLLM's kernel for CPUs takes multiples of 32.
+    # vLLM's CPU kernel requires multiples of 32.
     block_size: int = 16 if torch.cuda.is_available() else 32
     cache_gib: int = 2
-    # On a CPU it compiles nothing worth waiting for; on a GPU it is CUDA graphs.
+    # CUDA graphs on a GPU; on a CPU, compilation gains too little.
     enforce_eager: bool = not torch.cuda.is_available()
     load_format: str = "auto"
     threads: int = torch.get_num_threads()
@@ -54,7 +54,7 @@ class Settings:
         return max(*self.lengths, self.mix_tokens) + self.input_tokens + self.output_tokens
 
     def record(self) -> Record:
-        """Returns the settings as they stand in the results: the name of the model, not its folder."""
+        """Returns the settings for the results file, with the name of the model instead of its folder."""
         return json.loads(json.dumps({**asdict(self), "model": Path(self.model).name}))
 
 
@@ -66,13 +66,13 @@ SHORT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing that is measured.
+    """Requests of one kind on one engine.
 
     Args:
-        name: How it is called in the results.
-        engine: Where it runs.
-        adapters: The names that requests choose from, evenly; none for the base model.
-        text_tokens: Length of a text in front of all prompts.
+        name: Its name in the results.
+        engine: The name of the engine.
+        adapters: The adapters of the requests, used evenly; none for the base model.
+        text_tokens: The length of a shared text in front of all prompts.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidates that take turns, in so many rounds of each start of their engines."""
+    """Candidates that take turns, for a number of rounds after each start of their engines."""
 
     name: str
     num_requests: int
@@ -94,7 +94,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Ratio:
-    """What a result is: a field of one candidate over that of another."""
+    """A reported result: the fields of one candidate over those of another."""
 
     title: str
     ours: str
@@ -107,7 +107,7 @@ def prefix_names(length: int, number: int) -> tuple[str, ...]:
 
 
 def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
-    """Yields what is compared, such that neighbours share engines."""
+    """Yields the comparisons of a transport."""
     bases = [Candidate(engine, engine) for engine in (NO_PLUGIN, CONTROL, IDLE, PREFIXES)]
     yield Comparison(BASE, settings.requests, settings.base_starts, settings.rounds, tuple(bases))
     lengths = [
@@ -121,17 +121,17 @@ def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
     ]
     yield Comparison("lengths", settings.requests, settings.starts, settings.rounds, tuple(lengths))
     mixes = [
-        Candidate(_title(number, "prefix", "prefixes"), PREFIXES, prefix_names(settings.mix_tokens, number))
+        Candidate(count(number, "prefix", "prefixes"), PREFIXES, prefix_names(settings.mix_tokens, number))
         for number in settings.mixes
     ]
     yield Comparison("mixes", settings.mix_requests, settings.starts, settings.rounds, tuple(mixes))
     if transport == "http":
         return
     for number in settings.loras:
-        ours = Candidate(_title(number, "prefix", "prefixes"), PREFIXES, prefix_names(settings.mix_tokens, number))
+        ours = Candidate(count(number, "prefix", "prefixes"), PREFIXES, prefix_names(settings.mix_tokens, number))
         theirs = [
             Candidate(
-                f"{_title(number, 'LoRA', 'LoRA')} of rank {rank}",
+                f"{count(number, 'LoRA', 'LoRA')} of rank {rank}",
                 f"LoRA {rank} {number}",
                 tuple(f"lora{rank}-{index}" for index in range(number)),
             )
@@ -150,9 +150,9 @@ def comparisons(settings: Settings, transport: str) -> Iterator[Comparison]:
 
 
 def ratios(settings: Record, comparison: str) -> list[Ratio]:
-    """Returns the results that a comparison is made for, out of the settings as they were recorded."""
+    """Returns the ratios that a comparison is for, given the recorded settings."""
     if comparison == BASE:
-        titles = {CONTROL: "without the plugin, too", IDLE: "idle plugin", PREFIXES: "beside prefixes"}
+        titles = {CONTROL: "without the plugin, again", IDLE: "idle plugin", PREFIXES: "beside prefixes"}
         return [Ratio(f"base model, {title} / without the plugin", name, NO_PLUGIN) for name, title in titles.items()]
     if comparison == "lengths":
         return [
@@ -165,16 +165,17 @@ def ratios(settings: Record, comparison: str) -> list[Ratio]:
             for length in settings["lengths"]
         ]
     if comparison == "mixes":
-        first, *more = [_title(number, "prefix", "prefixes") for number in settings["mixes"]]
+        first, *more = [count(number, "prefix", "prefixes") for number in settings["mixes"]]
         return [Ratio(f"{name} / {first}", name, first) for name in more]
     if comparison == TRANSFORMERS:
         title = "vLLM / batched `PeftModel.generate`"
         return [Ratio(title, "vLLM, 1 prefix", "PeftModel.generate", ("tokens_per_second",))]
     number = int(comparison.removeprefix("LoRA, "))
-    ours = _title(number, "prefix", "prefixes")
-    names = [f"{_title(number, 'LoRA', 'LoRA')} of rank {rank}" for rank in settings["ranks"]]
+    ours = count(number, "prefix", "prefixes")
+    names = [f"{count(number, 'LoRA', 'LoRA')} of rank {rank}" for rank in settings["ranks"]]
     return [Ratio(f"{ours} / {name}", ours, name) for name in names]
 
 
-def _title(number: int, one: str, many: str) -> str:
+def count(number: int, one: str, many: str) -> str:
+    """Returns a number with its noun."""
     return f"{number:,} {one if number == 1 else many}"

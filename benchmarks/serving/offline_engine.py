@@ -1,7 +1,4 @@
-"""Engines without a server, each in a process of its own: vLLM's `LLM`, or `PeftModel.generate`.
-
-A process starts when it is made, and waits, idle, between measurements.
-"""
+"""Engines without a server, each in a process of its own: vLLM's `LLM`, or `PeftModel.generate`."""
 
 from __future__ import annotations
 
@@ -11,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from types import TracebackType
 from typing import Any
 
 from benchmarks.common.interleaving import Measurement
-from benchmarks.common.workload import Job
+from benchmarks.common.latency import summarize
+from benchmarks.common.workload import PromptRequest
 
-Runner = Callable[[Sequence[Job], int], Measurement]
-# One process for front end and engine, no compiler, no news to anyone.
+Runner = Callable[[Sequence[PromptRequest], int], Measurement]
+# Front end and engine share one process.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -29,12 +27,12 @@ ENVIRONMENT = {
 
 
 class Engine:
-    """An engine that answers batches of requests.
+    """An engine in a process of its own, idle between measurements; a context manager that ends the process.
 
     Args:
-        make: Called in the new process: makes what answers, and measures.
-        arguments: Its arguments.
-        environment: Variables of the new process.
+        make: Called in the new process; returns the function that runs a batch of requests.
+        arguments: The arguments of `make`.
+        environment: Variables added to the environment of the process.
     """
 
     def __init__(
@@ -59,9 +57,9 @@ class Engine:
         self._process.join(30)
         self._process.kill()
 
-    def run(self, jobs: Sequence[Job], output_tokens: int) -> Measurement:
-        """Answers all requests, which come at once, and returns what was measured."""
-        self._pipe.send((list(jobs), output_tokens))
+    def run(self, requests: Sequence[PromptRequest], output_tokens: int) -> Measurement:
+        """Runs a batch of requests and returns throughput and latency."""
+        self._pipe.send((list(requests), output_tokens))
         measured: Measurement = self._receive()
         return measured
 
@@ -69,7 +67,7 @@ class Engine:
         try:
             return self._pipe.recv()
         except EOFError:
-            raise RuntimeError("The process of an engine has ended; what it said stands above.") from None
+            raise RuntimeError("The process of an engine has ended; see its output above.") from None
 
 
 def _serve(pipe: Connection, environment: Mapping[str, str], make: Callable[..., Runner], arguments: Any) -> None:
@@ -78,52 +76,52 @@ def _serve(pipe: Connection, environment: Mapping[str, str], make: Callable[...,
     pipe.send("ready")
     while True:
         try:
-            job = pipe.recv()
+            arguments = pipe.recv()
         except EOFError:
             return
-        pipe.send(run(*job))
+        pipe.send(run(*arguments))
 
 
 def vllm_engine(
     settings: Mapping[str, Any], prefixes: Mapping[str, Path] | None = None, loras: Mapping[str, Path] | None = None
 ) -> Runner:
-    """Makes an `LLM`.
+    """Creates an `LLM` and returns the function that runs a batch.
 
     Args:
-        settings: Its arguments.
-        prefixes: The folders of prefixes, by name; with them the engine has the plugin's connector.
-        loras: The folders of LoRA adapters, by name.
+        settings: The arguments of `LLM`.
+        prefixes: The folders of prefixes by name; enables the plugin's connector.
+        loras: The folders of LoRA adapters by name.
     """
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    own: dict[str, Any] = {}
-    requests: dict[str | None, Any] = {None: None}
+    connector: dict[str, Any] = {}
+    adapters: dict[str | None, Any] = {None: None}
     if prefixes:
         from vllm_plugin import PrefixAdapterRequest, prefix_adapters
 
-        own = prefix_adapters({name: str(path) for name, path in prefixes.items()})
-        requests |= {name: PrefixAdapterRequest(name) for name in prefixes}
-    requests |= {
+        connector = prefix_adapters({name: str(path) for name, path in prefixes.items()})
+        adapters |= {name: PrefixAdapterRequest(name) for name in prefixes}
+    adapters |= {
         name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate((loras or {}).items(), start=1)
     }
-    llm = LLM(**{"skip_tokenizer_init": True, "disable_log_stats": False, **settings, **own})
-    blocks = _Blocks(llm)
+    llm = LLM(**{"skip_tokenizer_init": True, "disable_log_stats": False, **settings, **connector})
+    blocks = _BlockCounter(llm)
 
-    def run(jobs: Sequence[Job], output_tokens: int) -> Measurement:
+    def run(requests: Sequence[PromptRequest], output_tokens: int) -> Measurement:
         params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
         loads, blocks.most = _loads(llm), 0
         start = time.perf_counter()
         outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=job.prompt) for job in jobs],
+            [TokensPrompt(prompt_token_ids=request.prompt) for request in requests],
             params,
-            lora_request=[requests[job.adapter] for job in jobs],
+            lora_request=[adapters[request.adapter] for request in requests],
             use_tqdm=False,
         )
         seconds = time.perf_counter() - start
         metrics = [output.metrics for output in outputs if output.metrics is not None]
         return {
-            **summary(
+            **summarize(
                 seconds,
                 sum(len(output.outputs[0].token_ids) for output in outputs),
                 [one.first_token_latency for one in metrics],
@@ -131,14 +129,14 @@ def vllm_engine(
             ),
             "cached_tokens": mean(output.num_cached_tokens or 0 for output in outputs),
             "blocks": blocks.most,
-            "loads_per_request": (_loads(llm) - loads) / len(jobs),
+            "loads_per_request": (_loads(llm) - loads) / len(requests),
         }
 
     return run
 
 
-class _Blocks:
-    """Counts the blocks of the KV cache that requests hold, after each step."""
+class _BlockCounter:
+    """Records the maximum number of KV cache blocks in use, after each step."""
 
     def __init__(self, llm: Any) -> None:
         self.most = 0
@@ -160,7 +158,7 @@ def _loads(llm: Any) -> float:
 
 
 def transformers_engine(model: str, adapter: Path, dtype: str, threads: int) -> Runner:
-    """Makes a `PeftModel` with one prefix, that answers by one batched `generate`."""
+    """Loads a `PeftModel` with one prefix and returns the function that runs a batch by one `generate`."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -171,9 +169,9 @@ def transformers_engine(model: str, adapter: Path, dtype: str, threads: int) -> 
     prefixed = PeftModel.from_pretrained(base, adapter).eval()
 
     @torch.inference_mode()
-    def run(jobs: Sequence[Job], output_tokens: int) -> Measurement:
+    def run(requests: Sequence[PromptRequest], output_tokens: int) -> Measurement:
         start = time.perf_counter()
-        prompts = torch.tensor([job.prompt for job in jobs], device=device)
+        prompts = torch.tensor([request.prompt for request in requests], device=device)
         outputs = prefixed.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -182,28 +180,8 @@ def transformers_engine(model: str, adapter: Path, dtype: str, threads: int) -> 
             do_sample=False,
         )
         outputs = outputs.cpu()
-        return {"tokens_per_second": (outputs.shape[1] - prompts.shape[1]) * len(jobs) / (time.perf_counter() - start)}
+        return {
+            "tokens_per_second": (outputs.shape[1] - prompts.shape[1]) * len(requests) / (time.perf_counter() - start)
+        }
 
     return run
-
-
-def summary(seconds: float, num_tokens: int, first: Sequence[float], between: Sequence[float]) -> Measurement:
-    """Returns what users of a server feel.
-
-    Args:
-        seconds: From the first request to the last token.
-        num_tokens: How many all answers have.
-        first: Seconds to the first token, of each request.
-        between: Seconds from token to token, of each request in the mean.
-    """
-    return {
-        "tokens_per_second": num_tokens / seconds,
-        "ttft_p50": median(first),
-        "ttft_p99": percentile(first, 0.99),
-        "itl_p50": median(between),
-    }
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Returns the smallest value that so many of all are not above."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]

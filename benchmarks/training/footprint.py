@@ -1,6 +1,6 @@
-"""The memory of a training step, counted and not sampled: on a CPU from the profiler's log of every allocation.
+"""The memory of a training step, exact: on a CPU it is counted from the profiler's log of every allocation.
 
-Both numbers are of what lies there beside the weights, the optimizer's state and whatever else was there before.
+Memory that was allocated before the step, such as weights and optimizer state, does not count.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _UPDATE = "footprint: update"
 def footprint(
     forward: Callable[[], torch.Tensor], update: Callable[[torch.Tensor], None], device: torch.device
 ) -> Footprint:
-    """Runs a training step.
+    """Runs a training step and counts its memory.
 
     Args:
         forward: Returns the loss.
-        update: The rest of the step, given the loss.
-        device: Whose memory is counted.
+        update: Takes the loss and does the rest of the step.
+        device: The device whose memory counts.
 
     Returns:
-        In bytes: `saved`, what is there between the forward and the backward pass, and `peak`, the most there ever is.
+        Bytes: `saved`, kept between the forward and the backward pass, and `peak`, the maximum during the step.
     """
-    gc.disable()  # what an earlier step left in cycles must not be freed in this one
+    gc.disable()  # reference cycles of an earlier step must not be freed in this one
     try:
         return _on_cuda(forward, update, device) if device.type == "cuda" else _on_cpu(forward, update)
     finally:

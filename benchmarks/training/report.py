@@ -1,4 +1,4 @@
-"""The results of `training.py` as a table and a plot."""
+"""The results as tables and a plot."""
 
 from __future__ import annotations
 
@@ -6,43 +6,49 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
+from matplotlib.ticker import MultipleLocator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.common.docs_pages import put, table
-from benchmarks.common.interleaving import shown
-from benchmarks.common.machine import titles
+from benchmarks.common import plots
+from benchmarks.common.docs_pages import image, write_generated_part
+from benchmarks.common.machine import describe_all
 from benchmarks.common.results import Record
+from benchmarks.common.tables import format_spread, markdown_table
 from benchmarks.training.steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP
 
 MIB = 2**20
 NOTE = (
-    "Stock PEFT refuses gradient checkpointing with prefix tuning: ours with checkpointing is compared with stock without. "
-    "Memory is what a step needs beside weights and optimizer: kept for the backward pass, and at its peak."
+    "`ours` is `PREFIX_EXT`. `limit` is the frozen model: its forward pass and the gradient of its input. Stock PEFT refuses "
+    "gradient checkpointing with prefix tuning. Memory excludes weights and optimizer state: kept for the backward pass, and "
+    "peak."
 )
+# The methods of the plot, as their libraries configure them by default, with their labels and colours.
+LINES = {
+    "ours, MLP": ("prefix", plots.OURS),
+    STOCK_FLAT: ("stock PEFT\nprefix tuning", plots.GREY),
+    "LoRA, rank 8": ("LoRA, rank 8", plots.DARK),
+}
 
 
-def write_report(results: Path, readme: Path | None) -> str:
-    """Returns caption and tables in Markdown, after writing a plot beside the results.
+def write_report(results: Path, page: Path | None = None) -> str:
+    """Saves the plot beside the results and writes the report into a page, if one is given.
 
-    Args:
-        readme: Where all but the tables of the smaller batches go, if anywhere.
+    The page gets the cells of the largest batch only.
+
+    Returns:
+        The report in Markdown, with all cells.
     """
     content = json.loads(results.read_text(encoding="utf-8"))
     plot = results.with_suffix(".png")
     save_plot(content, plot)
-    picture = f"![Time and memory of a training step, to stock PEFT's](benchmarks/{plot.name})"
+    picture = image(plot, "Step time and memory by the number of virtual tokens", page)
     found = cells(content)
-    if readme is not None:
-        largest = [cell for cell in found if cell["batch"] == found[-1]["batch"]]
-        put(readme, "training", _text(content, largest, picture))
+    if page is not None:
+        write_generated_part(page, "training", _text(content, largest_batch(content), picture))
     return _text(content, found, picture)
 
 
 def _text(content: Record, shown_cells: Iterable[Record], picture: str) -> str:
-    return "\n\n".join([caption(content), *map(cell_table, shown_cells), NOTE, picture])
+    return "\n\n".join([picture, caption(content), *map(cell_table, shown_cells), NOTE])
 
 
 def cells(content: Record) -> list[Record]:
@@ -50,14 +56,20 @@ def cells(content: Record) -> list[Record]:
     return sorted(content["records"], key=lambda record: (record["batch"], record["prefix"]))
 
 
+def largest_batch(content: Record) -> list[Record]:
+    """Returns the records of the largest batch by prefix."""
+    found = cells(content)
+    return [cell for cell in found if cell["batch"] == found[-1]["batch"]]
+
+
 def caption(content: Record) -> str:
-    """Returns under which conditions the results were made."""
+    """Returns the conditions of the measurements."""
     settings = content["settings"]
     layers = "" if settings["layers"] is None else f" with {settings['layers']} of its layers"
     threads = f", {settings['threads']} threads" if settings["device"] == "cpu" else ""
     return (
-        f"{settings['model']}{layers}, {settings['dtype']}{threads}, rows of {settings['length']} tokens. Step time as a ratio: "
-        f"median (quartiles) of {settings['rounds']} interleaved rounds. {titles(content['records'])}."
+        f"{settings['model']}{layers}, {settings['dtype']}{threads}, rows of {settings['length']} tokens. Step times are ratios: "
+        f"median (quartiles) of {settings['rounds']} interleaved rounds. {describe_all(content['records'])}."
     )
 
 
@@ -74,33 +86,36 @@ def cell_table(cell: Record) -> str:
     rows = []
     for name in METHODS:
         method = cell["methods"][name]
-        ratios = [shown(method["ratios"][other], 2) for other in (LIMIT, STOCK_FLAT, STOCK_MLP)]
+        ratios = [format_spread(method["ratios"][other], 2) for other in (LIMIT, STOCK_FLAT, STOCK_MLP)]
         rows.append([name, *ratios, *(f"{method[field] / MIB:.0f}" for field in ("saved", "peak"))])
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def save_plot(content: Record, path: Path) -> None:
-    """Saves a picture: in each cell, every method's step time and kept memory, over those of stock PEFT's flat prefix."""
-    found = cells(content)
-    names = [name for name in METHODS if name != STOCK_FLAT]
-    figure, axes = plt.subplots(2, 1, figsize=(max(8, 1.4 * len(found)), 8), sharex=True)
-    width = 0.8 / len(names)
-    for number, name in enumerate(names):
-        places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(found))]
-        times = [cell["methods"][name]["ratios"][STOCK_FLAT] for cell in found]
-        middles = [time["median"] for time in times]
-        spreads = [
-            [time["median"] - time["quartiles"][0] for time in times],
-            [time["quartiles"][1] - time["median"] for time in times],
-        ]
-        axes[0].bar(places, middles, width, yerr=spreads, label=name, color=f"C{number}", error_kw={"linewidth": 0.8})
-        kept = [cell["methods"][name]["saved"] / cell["methods"][STOCK_FLAT]["saved"] for cell in found]
-        axes[1].bar(places, kept, width, color=f"C{number}")
-    for part, label in zip(axes, ("step time", "memory kept for the backward pass"), strict=True):
-        part.axhline(1, color="black", linewidth=0.8)
-        part.set_ylabel(f"{label}\n(PEFT prefix tuning, flat = 1)")
-        part.grid(axis="y", alpha=0.3)
-    axes[1].set_xticks(range(len(found)), [f"batch {cell['batch']}\nprefix {cell['prefix']}" for cell in found])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    """Plots step time and memory at the largest batch, relative to the frozen model, by the number of virtual tokens."""
+    found, settings = largest_batch(content), content["settings"]
+    title = "Cost of a training step (frozen model = 1)"
+    subtitle = f"{settings['model']}, batch size {found[0]['batch']}, rows of {settings['length']} tokens"
+    places = range(len(found))
+    with plots.plot(path, title, subtitle, height=4, columns=2, share_y=True) as panels:
+        for axes, kind in zip(panels, ("time", "activation memory"), strict=True):
+            ends = []
+            for name, (label, color) in LINES.items():
+                methods = [cell["methods"][name] for cell in found]
+                limits = [cell["methods"][LIMIT] for cell in found]
+                if kind == "time":
+                    values = [method["ratios"][LIMIT]["median"] for method in methods]
+                else:
+                    values = [method["saved"] / limit["saved"] for method, limit in zip(methods, limits, strict=True)]
+                plots.line(axes, values, color)
+                ends.append((values[-1], f"{values[-1]:.1f}{plots.TIMES}  {label}", color))
+            axes.hlines(1, 0, places[-1], color=plots.LIGHT, zorder=0)
+            plots.label_points(axes, places[-1] + 0.12, ends, 0.3, "left")
+            axes.set_title(kind)
+            axes.set_xticks(places, [str(cell["prefix"]) for cell in found])
+            axes.set_xlabel("virtual tokens", loc="left")
+            axes.set_xlim(-0.2, places[-1] + 1.7)
+            axes.yaxis.set_major_locator(MultipleLocator(1))
+            axes.yaxis.set_major_formatter(f"{{x:.0f}}{plots.TIMES}")
+            axes.spines[["left", "bottom"]].set_visible(False)
+        panels[0].set_ylim(bottom=0.8)

@@ -1,4 +1,4 @@
-"""One training step of each method that the training benchmark compares, all on the same weights."""
+"""One training step of each method, all on the same weights."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from benchmarks.common.shapes import SHAPES
 from peft_prefix_ext import PrefixExtConfig
 
 LIMIT, STOCK_FLAT, STOCK_MLP = "limit", "PEFT prefix tuning, flat", "PEFT prefix tuning, MLP"
-LEARNING_RATE = 1e-4  # small: what a step costs must not depend on how many there were
+LEARNING_RATE = 1e-4  # small, so that the cost of a step does not depend on the steps before it
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train.
+    """A training method.
 
     Args:
-        make_config: Returns its config for a number of virtual tokens; `None` for the limit, which trains nothing.
-        checkpointing: Whether the model's layers are checkpointed. Stock PEFT refuses to: a prefix in the model's cache
-            is lost there.
+        make_config: Returns the PEFT config for a number of virtual tokens; None for the limit, which trains nothing.
+        checkpointing: Whether to use gradient checkpointing. Stock PEFT refuses it with prefix tuning, whose prefix is in
+            the model's cache.
     """
 
     make_config: Callable[[int], PeftConfig] | None = None
@@ -48,7 +48,7 @@ def _lora(rank: int) -> Method:
     return Method(lambda p: LoraConfig(task_type="CAUSAL_LM", r=rank))
 
 
-# Each as its library has it by default: the widths of both MLPs, the modules that LoRA is put on.
+# Library defaults throughout, such as the widths of both MLPs and the target modules of LoRA.
 METHODS = {
     LIMIT: Method(),
     "ours, flat": _ours("none"),
@@ -63,15 +63,15 @@ METHODS = {
 
 
 class TrainingStep:
-    """A method on a model, and its optimizer.
+    """A method on a model, with its optimizer.
 
-    The limit of what any method can do that trains in front of, or within, all layers is the frozen model's forward pass
-    and the gradient of its input.
+    The limit is the frozen model's forward pass and the gradient of its input: no method that trains in front of or inside
+    all layers can do with less.
 
     Args:
-        base: The model, which stays as it is; its weights are shared, not copied.
+        base: The model. It does not change; its weights are shared, not copied.
         method: The method.
-        num_virtual_tokens: How long a prefix is.
+        num_virtual_tokens: The length of a prefix.
     """
 
     def __init__(self, base: PreTrainedModel, method: Method, num_virtual_tokens: int) -> None:
@@ -86,15 +86,15 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE) if self.trained else None
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Returns the mean loss of every token of `input_ids`, `[batch, length]`, but the first."""
-        mask = torch.ones_like(input_ids)  # as collators make it, also where there is no padding
+        """Returns the mean language modeling loss of `input_ids`, `[batch, length]`."""
+        mask = torch.ones_like(input_ids)  # data collators add a mask even without padding
         if self.trained:
             return self.model(input_ids=input_ids, attention_mask=mask, labels=input_ids, use_cache=False).loss
         embeddings = self.model.get_input_embeddings()(input_ids).requires_grad_()
         return self.model(inputs_embeds=embeddings, attention_mask=mask, labels=input_ids, use_cache=False).loss
 
     def update(self, loss: torch.Tensor) -> None:
-        """Backward pass and optimizer."""
+        """Runs the backward pass and the optimizer step."""
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -102,16 +102,18 @@ class TrainingStep:
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy of the model with the same parameters and buffers, so that modules can be put into it."""
+    """Returns a copy of the model's modules that shares its parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def load(model: str, dtype: torch.dtype, device: torch.device, num_layers: int | None) -> PreTrainedModel:
-    """Returns the model to train.
+    """Loads the base model.
 
     Args:
-        model: A folder, a name on the Hub, or one of `SHAPES`, whose weights are random then.
-        num_layers: How many of its layers there shall be; `None` for all.
+        model: A Hub id, a folder, or one of `SHAPES`, for random weights.
+        dtype: The data type of the weights.
+        device: Where to load it.
+        num_layers: The number of layers to use; None for all.
     """
     fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
     if model not in SHAPES:

@@ -1,11 +1,15 @@
-"""What the benchmark makes of its measurements; no server."""
+"""The summary of measurements, and the report; without a server."""
 
+import dataclasses
 import json
 
 import pytest
 
-from benchmarks.cold_start import benchmark as cold
-from benchmarks.common import docs_pages as readme
+from benchmarks.cold_start.__main__ import main
+from benchmarks.cold_start.benchmark import Settings, server_options, summarize
+from benchmarks.cold_start.report import report
+from benchmarks.common.docs_pages import markers
+from benchmarks.common.machine import machine
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +28,9 @@ def found():
         for kind, values in {"cold": [0.030, 0.040, 0.035], "warm": [0.020, 0.028, 0.026]}.items()
     }
     return {
-        "machine": cold.machine(),
-        "settings": cold.dataclasses.asdict(cold.Settings(model="tiny")),
-        **cold.summarize(starts, requests, [0.011, 0.012, 0.019]),
+        "machine": machine(),
+        "settings": dataclasses.asdict(Settings(model="tiny")),
+        **summarize(starts, requests, [0.011, 0.012, 0.019]),
         "file bytes": 400_000,
         "bytes per resident adapter": 368_640,
     }
@@ -34,8 +38,8 @@ def found():
 
 def test_servers_have_the_adapters_they_are_given(tmp_path):
     paths = {"a": tmp_path / "a", "b": tmp_path / "b"}
-    assert cold.server_options(paths)[-3:] == ["--prefix-adapter", f"a={tmp_path}/a", f"b={tmp_path}/b"]
-    assert "--prefix-adapter" not in cold.server_options({})
+    assert server_options(paths)[-3:] == ["--prefix-adapter", f"a={tmp_path}/a", f"b={tmp_path}/b"]
+    assert "--prefix-adapter" not in server_options({})
 
 
 def test_starts_are_compared_within_rounds_and_memory_by_the_smallest(found):
@@ -46,14 +50,13 @@ def test_starts_are_compared_within_rounds_and_memory_by_the_smallest(found):
     assert found["load"]["median"] == pytest.approx(12)
 
 
-def test_the_report_says_what_each_thing_costs(found, tmp_path, monkeypatch):
-    results, page = tmp_path / "cold.json", tmp_path / "README.md"
+def test_the_report_says_what_each_thing_costs(found, tmp_path):
+    results, page = tmp_path / "cold_start.json", tmp_path / "overhead.md"
     results.write_text(json.dumps(found), encoding="utf-8")
-    page.write_text(readme.README.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("benchmarks.common.cli.README", page)
-    cold.main(["--report", "--results", str(results)])
+    page.write_text("\n".join(markers("cold_start")), encoding="utf-8")
+    main(["--report", "--results", str(results), "--page", str(page)])
     text = page.read_text(encoding="utf-8")
-    assert cold.report(found) in text
+    assert report(found) in text
     assert "| more with 1,000 adapters | 5.0 s (4.5 to 5.5) |" in text
     assert "| memory of a registered adapter | 4.9 KiB |" in text
     assert "| loading an adapter of 64 tokens at run time | 12.0 ms (11.5 to 15.5) |" in text

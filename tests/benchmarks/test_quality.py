@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_model
 
 from benchmarks.common.docs_pages import markers
-from benchmarks.common.results import Records
+from benchmarks.common.results import ResultsFile
 from benchmarks.quality import methods
 from benchmarks.quality.benchmark import Benchmark, Settings, Size
 from benchmarks.quality.methods import METHODS
@@ -33,7 +33,7 @@ def settings(subword_tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(settings, e2e, tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "quality.json"
-    Benchmark(e2e, settings, path).go(TESTED)
+    Benchmark(e2e, settings, path).run(TESTED)
     return path
 
 
@@ -62,7 +62,7 @@ def test_a_run_is_never_repeated_and_a_lost_one_is_made_again(finished, settings
     lost = content["records"].pop()
     path = tmp_path / "quality.json"
     path.write_text(json.dumps(content))
-    Benchmark(e2e, settings, path).go(TESTED)
+    Benchmark(e2e, settings, path).run(TESTED)
     again = json.loads(path.read_text())["records"]
     assert again[:-1] == content["records"]
     assert {**again[-1], "cpu_seconds": None} == {**lost, "cpu_seconds": None}
@@ -74,7 +74,7 @@ def test_variants_change_one_choice_each(finished, settings, e2e, tmp_path, monk
     )
     path = tmp_path / "quality.json"
     path.write_text(finished.read_text())
-    Benchmark(e2e, settings, path).vary(METHODS[0])
+    Benchmark(e2e, settings, path).run_variants(METHODS[0])
     content = json.loads(path.read_text())
     first, second = content["records"][-2:]
     assert first["options"] == {**METHODS[0].options, "num_virtual_tokens": 8}
@@ -85,16 +85,16 @@ def test_variants_change_one_choice_each(finished, settings, e2e, tmp_path, monk
 
 def test_results_of_other_settings_are_refused(finished, settings):
     with pytest.raises(ValueError, match="holds results of other settings"):
-        Records(finished, {**settings.record(), "batch_size": 9})
+        ResultsFile(finished, {**settings.record(), "batch_size": 9})
 
 
-def test_report_fills_the_readme_and_saves_the_plot(finished, tmp_path):
-    readme, (begin, end) = tmp_path / "README.md", markers("quality")
-    readme.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nrest\n")
-    text = write_report(finished, METHODS, tmp_path / "quality.png", readme)
-    assert readme.read_text() == f"# Title\n\n{begin}\n{text}\n{end}\n\nrest\n"
+def test_report_fills_the_page_and_saves_the_plot(finished, tmp_path):
+    page, (begin, end) = tmp_path / "quality.md", markers("quality")
+    page.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nrest\n")
+    text = write_report(finished, METHODS, page)
+    assert page.read_text() == f"# Title\n\n{begin}\n{text}\n{end}\n\nrest\n"
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 3 + len(TESTED)
     assert lines[0].count("|") == lines[-1].count("|")
     assert "±" in lines[-1]
-    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert finished.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""How `serving.py` asks and what it makes of the answers; with engines it runs in `make soak`."""
+"""Requests, ratios and the report of the serving benchmark; with engines, it runs in `make soak`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common.adapters import write_loras, write_prefixes
 from benchmarks.common.docs_pages import markers
 from benchmarks.common.interleaving import Measurement, interleave, ratio
+from benchmarks.common.random_adapters import write_loras, write_prefixes
 from benchmarks.common.workload import Workload
 from benchmarks.serving.comparisons import TRANSPORTS, Settings, comparisons, ratios
-from benchmarks.serving.report import absolute, ratio_table, write_report
+from benchmarks.serving.report import absolute_table, ratio_table, write_report
 from peft_prefix_ext.checkpoint import read_prefix
 
 SETTINGS = Settings("tiny", lengths=(16, 50), mixes=(1, 8), loras=(1, 8), ranks=(8, 16), rounds=3)
@@ -33,20 +33,20 @@ def test_ratios_are_of_candidates_that_were_measured() -> None:
             assert {name for one in wanted for name in (one.ours, one.theirs)} <= names
 
 
-def test_jobs_are_as_long_as_said_and_new_each_time() -> None:
+def test_requests_have_their_length_and_are_new_each_time() -> None:
     workload = Workload(num_requests=10, input_tokens=5, output_tokens=3, vocab_size=100)
     names = ("a", "b", "c", "d")
-    jobs = workload.jobs("round 1", names, prefix=[7, 7])
-    assert [len(job.prompt) for job in jobs] == [7] * 10
-    assert all(job.prompt[:2] == [7, 7] for job in jobs)
-    assert {job.adapter for job in jobs[:4]} == set(names)
-    assert sorted(jobs.count(job) for job in jobs) == [1] * 10
-    assert jobs == workload.jobs("round 1", names, prefix=[7, 7])
-    assert jobs != workload.jobs("round 2", names, prefix=[7, 7])
+    requests = workload.requests("round 1", names, prefix=[7, 7])
+    assert [len(request.prompt) for request in requests] == [7] * 10
+    assert all(request.prompt[:2] == [7, 7] for request in requests)
+    assert {request.adapter for request in requests[:4]} == set(names)
+    assert sorted(requests.count(request) for request in requests) == [1] * 10
+    assert requests == workload.requests("round 1", names, prefix=[7, 7])
+    assert requests != workload.requests("round 2", names, prefix=[7, 7])
 
 
 def test_ratios_are_within_rounds() -> None:
-    """However loaded the machine is in a round, it is so for both."""
+    """The load of the machine in a round cancels out."""
     loads, calls = [random.Random(0).uniform(1, 100) for _ in range(6)], []
 
     def action(name: str, seconds: float) -> Callable[[], Measurement]:
@@ -101,12 +101,12 @@ def test_report(tmp_path: Path) -> None:
         )
     content = {"settings": SETTINGS.record(), "records": records}
     results.write_text(json.dumps(content), encoding="utf-8")
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(markers("serving")), encoding="utf-8")
-    text = write_report(results, readme)
+    page = tmp_path / "serving.md"
+    page.write_text("\n".join(markers("serving")), encoding="utf-8")
+    text = write_report(results, page)
     assert "| 1 prefix / 1 LoRA of rank 8 | offline | 0.910 (0.909 to 0.910) | 1.000" in text
-    assert ratio_table(content) in readme.read_text(encoding="utf-8")
-    assert "| offline | base | no plugin | 101 | 0.5 |  | 0.01 | 7 |" in absolute(content)
+    assert ratio_table(content) in page.read_text(encoding="utf-8")
+    assert "| offline | base | no plugin | 101 | 0.5 |  | 0.01 | 7 |" in absolute_table(content)
     assert results.with_suffix(".png").stat().st_size > 10_000
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of training on a random model of a few thousand parameters: what it measures, that it resumes, the report."""
+"""The training benchmark on a tiny random model: measurements, resuming, and the report."""
 
 import json
 from dataclasses import replace
@@ -8,8 +8,9 @@ import torch
 from prefixed import prefix_layers
 from tiny import random_ids, tiny_model
 
+from benchmarks.common.docs_pages import markers
 from benchmarks.common.shapes import SHAPES
-from benchmarks.training import benchmark as training
+from benchmarks.training.__main__ import main
 from benchmarks.training.benchmark import SHORT, Benchmark, Settings
 from benchmarks.training.footprint import footprint
 from benchmarks.training.report import write_report
@@ -31,7 +32,7 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "training.json"
-    Benchmark(settings, path).go()
+    Benchmark(settings, path).run()
     return path
 
 
@@ -63,7 +64,7 @@ def test_a_cell_is_measured_once_and_a_lost_one_again(finished, settings, tmp_pa
     monkeypatch.setattr(
         Benchmark, "_measure", lambda self, batch, prefix: measured.append((batch, prefix)) or {"methods": {}}
     )
-    Benchmark(settings, path).go()
+    Benchmark(settings, path).run()
     assert measured == [(lost["batch"], lost["prefix"])]
     with pytest.raises(ValueError, match="other settings"):
         Benchmark(replace(settings, **SHORT), path)
@@ -123,10 +124,10 @@ def test_a_shape_is_random_weights_of_as_many_layers(shape):
 
 
 def test_report(finished, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- training: made by benchmarks/training.py --report -->\nold\n<!-- /training -->\n")
-    text = write_report(finished, readme)
-    page = readme.read_text()
+    page_file, (begin, end) = tmp_path / "training.md", markers("training")
+    page_file.write_text(f"{begin}\nold\n{end}\n")
+    text = write_report(finished, page_file)
+    page = page_file.read_text()
     assert "old" not in page
     for name in METHODS:
         assert (text.count(f"| {name} |"), page.count(f"| {name} |")) == (4, 2)
@@ -135,10 +136,9 @@ def test_report(finished, tmp_path):
     assert finished.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_command_line(settings, tmp_path, monkeypatch, capsys):
+def test_command_line(settings, tmp_path, capsys):
     path = tmp_path / "training.json"
-    own = ["--model", settings.model, "--batches", "1", "--prefixes", "2", "--rounds", "1", "--length", "4"]
-    monkeypatch.setattr("sys.argv", ["training.py", *own, "--threads", "1", "--results", str(path)])
-    assert training.main() == 0
+    options = ["--model", settings.model, "--batches", "1", "--prefixes", "2", "--rounds", "1", "--length", "4"]
+    assert main([*options, "--threads", "1", "--results", str(path)]) == 0
     assert "batch 1, prefix 2" in capsys.readouterr().out
     assert [record["batch"] for record in json.loads(path.read_text())["records"]] == [1]

@@ -1,4 +1,4 @@
-"""Many clients of the server at once while adapters change: the short form of `benchmarks/load.py`."""
+"""Many clients of the server at once while adapters change: the short form of `python -m benchmarks.load`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load.benchmark import check_answers, quiet_answers
+from benchmarks.load.benchmark import check_answers, expected_answers
 from benchmarks.load.traffic import BASE, Traffic
 from serving import support
 from serving.server import CONFIG, PREFIXES
@@ -24,7 +24,7 @@ def test_every_answer_is_right_while_adapters_come_and_go(client: Any, server_fo
         support.write_adapter(Path(paths[name]), CONFIG, prefixes[name])
         client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": paths[name]}, cast_to=str)
     base_url = str(client.base_url)
-    expected = asyncio.run(quiet_answers(base_url, [*prefixes, BASE]))
+    expected = asyncio.run(expected_answers(base_url, [*prefixes, BASE]))
     assert check_answers(expected, prefixes, server_folder / "model") == []
     # So many, on a slow machine as on a fast one.
     traffic = Traffic(base_url, expected, paths)
