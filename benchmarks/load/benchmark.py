@@ -19,7 +19,7 @@ from benchmarks.load.traffic import BASE, QUESTIONS, Question, Traffic, ask
 
 # The tiny model and the reference come from the tests.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from serving import server, support
+from helpers.serving import server, support
 
 LENGTHS = (1, 7, 31, 32, 33, 64, 70)
 Answers = dict[tuple[str, Question], str]

@@ -109,7 +109,7 @@ def name_of(index: int) -> str:
 
 def register_adapters(vllm_config: Any, number: int) -> None:
     """Registers adapters up to `number`: all from one folder, but with different names and digests."""
-    from vllm_plugin.registry import registry_in
+    from vllm_plugin.adapters.registry import registry_in
 
     registry = registry_in(vllm_config.kv_transfer_config)
     assert registry is not None
@@ -179,12 +179,12 @@ def medians(rounds: list[Measurement]) -> dict[str, float]:
 
 def patches_when_idle() -> list[str]:
     """Returns the methods in the path of a request that the plugin patches in a process without adapters."""
-    from vllm_plugin.seams import ENGINE_SEAMS, SERVER_SEAMS
+    from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
 
-    seams = [(seam.module, seam.method) for seam in (*ENGINE_SEAMS, *SERVER_SEAMS)]
+    patches = [(patch.module, patch.method) for patch in (*ENGINE_PATCHES, *SERVER_PATCHES)]
     child = subprocess.run(
         [sys.executable, "-c", _PATCHES_WHEN_IDLE],
-        input=json.dumps(seams) + "\n",
+        input=json.dumps(patches) + "\n",
         check=True,
         capture_output=True,
         text=True,

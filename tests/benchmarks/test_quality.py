@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tiny import tiny_model
 
 from benchmarks.common.docs_pages import markers
 from benchmarks.common.results import ResultsFile
@@ -11,6 +10,7 @@ from benchmarks.quality import methods
 from benchmarks.quality.benchmark import Benchmark, Settings, Size
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.report import variant_table, write_report
+from helpers.tiny import tiny_model
 
 TESTED = [method for method in METHODS if method.name in ("ours-mlp-exemplars", "stock-zero", "lora-r8")]
 

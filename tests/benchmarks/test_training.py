@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prefixed import prefix_layers
-from tiny import random_ids, tiny_model
 
 from benchmarks.common.docs_pages import markers
 from benchmarks.common.shapes import SHAPES
@@ -15,7 +13,6 @@ from benchmarks.training.benchmark import SHORT, Benchmark, Settings
 from benchmarks.training.footprint import footprint
 from benchmarks.training.report import write_report
 from benchmarks.training.steps import LIMIT, METHODS, STOCK_FLAT, TrainingStep, load
-
 from helpers.prefixed import prefix_layers
 from helpers.tiny import random_ids, tiny_model
 

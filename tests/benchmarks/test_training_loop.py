@@ -3,9 +3,9 @@
 from itertools import chain
 
 import torch
-from tiny import tiny_model
 
 from benchmarks.quality.training_loop import Encoded, answer_loss, batches
+from helpers.tiny import tiny_model
 
 ROWS = [Encoded(list(range(2, 4 + n % 5)), list(range(10, 13 + n % 3))) for n in range(40)]
 

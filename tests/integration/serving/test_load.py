@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.load.benchmark import check_answers, expected_answers
 from benchmarks.load.traffic import BASE, Traffic
-from serving import support
-from serving.server import CONFIG, PREFIXES
+from helpers.serving import support
+from helpers.serving.server import CONFIG, PREFIXES
 
 
 @pytest.mark.timeout(1800)
