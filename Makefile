@@ -5,7 +5,8 @@
 # make test-newest  the tests of the training half, with the newest releases pip finds
 # make soak         the tests that take longer, and a server under load
 # make bench        the short forms of the speed benchmarks; results and plots land in .bench/
-# make lint         ruff, mypy, and the layers of both packages
+# make lint         ruff, mypy, the layers of both packages, and the documentation
+# make docs         the documentation, into docs/_build/html
 # make clean        remove the environments, what the demo made, and caches
 #
 # Everything runs in .venv, except the tests of the newest releases, which have environments of their own. It is made on
@@ -46,7 +47,7 @@ PYTEST = -m pytest -n 2 --dist loadscope
 # Each of many processes would compile vLLM and transformers again, for half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-wheel test-newest soak bench lint clean
+.PHONY: demo test test-fast test-wheel test-newest soak bench lint docs clean
 
 # Debian splits ensurepip off into python3-venv: where it is missing, the pip at hand installs the environment's own.
 define environment
@@ -111,6 +112,11 @@ lint: $(STAMP)
 	$(BIN)/mypy -p benchmarks
 	MYPYPATH=examples $(BIN)/mypy examples/*.py
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+# Strictly: a broken link or a malformed docstring is an error.
+docs: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
 clean:
 	rm -rf $(VENV) .venv-wheel .venv-newest .wheel build *.egg-info .demo .bench

@@ -1,0 +1,352 @@
+"""Every code block of the README and of docs/ does what its page says: each page in a folder of its own, on a tiny model.
+
+Python blocks of a page share their names, as a reader would go on typing; commands run in the page's folder; one server, the
+README's, answers all clients. A block in a language without a rule fails, and so does a command that is neither run nor listed in
+`NOT_RUN`.
+"""
+
+from __future__ import annotations
+
+import configparser
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.code_blocks import LOCAL, README, ROOT, Block, block, blocks, commands, pages, run
+from helpers.tiny import tiny_model
+from helpers.tiny_seq2seq import tiny_encoder_decoder
+
+from peft_prefix_ext.cli import main
+
+PORT = 8000  # of the pages
+TRAINS, SERVES = "get_peft_model", "vllm serve"  # what the README's own two blocks have in them
+ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+# The README's clients come last: their server starts meanwhile.
+BLOCKS = [each for page in sorted(pages(), key=lambda page: page == README) for each in blocks(page)]
+
+
+class Page:
+    """A page that is being read.
+
+    Args:
+        folder: Where it is read: with the base models, and the adapter that the README trains.
+    """
+
+    def __init__(self, folder: Path, server: Callable[[], int]) -> None:
+        self.folder = folder
+        self.names: dict[str, Any] = {"__name__": "page"}
+        self._server = server
+
+    def address(self, text: str) -> str:
+        """Puts the server's real port into what a client runs, once it answers."""
+        return text.replace(f"localhost:{PORT}", f"localhost:{self._server()}")
+
+
+# Checks of what cannot run in a test.
+
+
+@functools.cache
+def serve_parser() -> Any:
+    """vLLM's own parser of `vllm serve`, with the plugin's options."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_plugin import register
+
+    register()
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    return parser
+
+
+def check_serve(words: list[str]) -> None:
+    """Reads the arguments of `vllm serve` as vLLM does: `MODEL --option ...`."""
+    options = serve_parser().parse_args(["serve", *words])
+    assert options.model_tag
+    assert options.prefix_adapter or options.enable_prefix_adapters
+
+
+def check_install(words: list[str]) -> None:
+    """Of this package, asks for extras that there are; of others, does not ask for a torch of its own."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in words:
+        if word.startswith("."):
+            asked = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
+            assert asked, word
+            assert not asked[1] or set(asked[1].split(",")) <= extras.keys(), word
+
+
+def check_make(words: list[str]) -> None:
+    targets = [word for word in words if "=" not in word]
+    subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
+    assert len(targets) == 1
+
+
+def check_pytest_or_script(words: list[str]) -> None:
+    """Of `python -m MODULE` or `python SCRIPT`: the script is there."""
+    script = next((word for word in words if word.endswith(".py")), None)
+    assert script is None or (ROOT / script).is_file()
+
+
+def check_docker_run(words: list[str]) -> None:
+    """The image is the one that is built, and what follows it are arguments of `vllm serve`, its entry point."""
+    image = words.index("prefix-server")
+    check_serve(words[image + 1 :])
+
+
+def check_nothing(words: list[str]) -> None:
+    pass
+
+
+# Commands that do not run here, by how they begin: why not, and what is checked instead.
+NOT_RUN: dict[tuple[str, ...], tuple[str, Callable[[list[str]], None]]] = {
+    ("pip", "install"): ("installs into the environment of the tests", check_install),
+    ("pip", "wheel"): ("builds what `make test-wheel` builds", check_nothing),
+    ("python3", "-m", "venv"): ("makes an environment, which takes a network", check_nothing),
+    (".venv/bin/python",): ("is in an environment that is made with a network", check_pytest_or_script),
+    ("uv", "venv"): ("no test needs uv", check_nothing),
+    ("uv", "pip", "install"): ("no test needs uv", check_install),
+    ("make",): ("runs the tests or takes minutes", check_make),
+    ("docker", "build"): ("needs a daemon and vLLM's image", check_nothing),
+    ("docker", "run"): ("needs a daemon and vLLM's image", check_docker_run),
+    ("kubectl", "apply"): ("needs a cluster", check_nothing),
+    ("sudo", "systemctl"): ("needs an init system and its rights", check_nothing),
+    ("prefix-ext", "run", "lm_eval"): ("lm_eval is no dependency of the tests", check_nothing),
+}
+
+
+# The rules: what becomes of a block, by its language.
+
+
+def python(each: Block, page: Page) -> None:
+    code = page.address(each.local_code) if "localhost" in each.code else each.local_code
+    if "__main__" not in code:
+        exec(compile(code, str(each), "exec"), page.names)
+        return
+    settings = "".join(f"{name}={value!r}, " for name, value in ENGINE.items())
+    assert run(code.replace(f'model="{LOCAL}", ', f'model="{LOCAL}", {settings}'), page.folder).strip()
+
+
+def shell(each: Block, page: Page) -> None:
+    for words in commands(each.local_code):
+        reason_and_check = next((NOT_RUN[begin] for begin in NOT_RUN if tuple(words[: len(begin)]) == begin), None)
+        if reason_and_check is not None:
+            reason_and_check[1](words[1:])
+        elif words[0] == "prefix-ext":
+            main(words[1:])
+        elif words[:2] == ["vllm", "serve"]:
+            check_serve(words[2:])
+        elif words[0] == "prefix-serve":
+            check_serve(words[1:])
+        elif words[0] == "curl":
+            command = [page.address(word) for word in words]
+            subprocess.run([*command, "--fail-with-body", "--silent"], cwd=page.folder, check=True, capture_output=True)
+        else:
+            pytest.fail(f"{each}: no rule for {shlex.join(words)!r}; run it, or list it in NOT_RUN")
+
+
+def kubernetes(each: Block, page: Page) -> None:
+    """The options are read by vLLM's parser, names fit together, probes answer."""
+    documents = {document["kind"]: document for document in yaml.safe_load_all(each.code)}
+    assert documents.keys() == {"Deployment", "Service"}
+    template = documents["Deployment"]["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    assert documents["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert documents["Service"]["spec"]["selector"] == labels
+    (container,) = template["spec"]["containers"]
+    check_serve(container["args"])
+    (port,) = (port["containerPort"] for port in container["ports"])
+    assert [port["targetPort"] for port in documents["Service"]["spec"]["ports"]] == [port]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in template["spec"]["volumes"]
+    }
+    for probe in ("startupProbe", "readinessProbe"):
+        probed = container[probe]["httpGet"]
+        assert probed["port"] == port
+        assert _get(page, probed["path"]) is not None
+
+
+def unit(each: Block, page: Page) -> None:
+    """A systemd unit: its sections are known, and what it starts is read by vLLM's parser."""
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read_string(each.code)
+    assert parser.sections() == ["Unit", "Service", "Install"]
+    program, command, *words = shlex.split(parser["Service"]["ExecStart"])
+    assert Path(program).is_absolute()  # as systemd has it
+    assert (Path(program).name, command) == ("vllm", "serve")
+    check_serve(words)
+
+
+def dockerfile(each: Block, page: Page) -> None:
+    """vLLM's image of a release that is supported, and two lines of ours."""
+    first, *ours = each.code.splitlines()
+    release = re.fullmatch(r"FROM vllm/vllm-openai:v(\d+\.\d+)\.\d+", first)
+    assert release
+    serve = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
+    from packaging.requirements import Requirement
+
+    assert release[1] in Requirement(serve[0]).specifier
+    assert [line.split()[0] for line in ours] == ["COPY", "RUN"]
+    (source, target), installed = ours[0].split()[1:], ours[1].split()[-1]
+    assert installed == target + Path(source).name
+
+
+def adapter_config(each: Block, page: Page) -> None:
+    """The fields are those of an adapter that was saved."""
+    shown = json.loads(each.code)
+    saved = json.loads((page.folder / "restaurant" / "adapter_config.json").read_text())
+    assert shown.keys() <= saved.keys()
+    assert shown["base_fingerprint"].keys() <= saved["base_fingerprint"].keys()
+    assert shown["prefix_layers"][0].keys() == saved["prefix_layers"][0].keys()
+    for name in ("peft_type", "format_version", "num_virtual_tokens"):
+        assert shown[name] == saved[name]
+
+
+def names_and_trees(each: Block, page: Page) -> None:
+    """Names of tensors, and trees of files, which other tests look into."""
+    assert each.code.startswith(("base_model.model.", "peft_prefix_ext/"))
+
+
+RULES: dict[str, Callable[[Block, Page], None]] = {
+    "python": python,
+    "bash": shell,
+    "yaml": kubernetes,
+    "ini": unit,
+    "dockerfile": dockerfile,
+    "json": adapter_config,
+    "text": names_and_trees,
+    # Sphinx's own, which `make docs` builds strictly.
+    "{toctree}": lambda each, page: None,
+    "{eval-rst}": lambda each, page: None,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, subword_tokenizer: Any) -> Path:
+    """Tiny base models, and what the README's first code leaves behind: each page goes on from there."""
+    folder = tmp_path_factory.mktemp("pages")
+    subword_tokenizer.chat_template = CHAT_TEMPLATE
+    for name, model in {
+        "base": tiny_model("llama", vocab_size=300, head_dim=32),
+        "t5": tiny_encoder_decoder("t5", vocab_size=300),
+    }.items():
+        model.save_pretrained(folder / name)
+        subword_tokenizer.save_pretrained(folder / name)
+    run(block("python", TRAINS), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Callable[[], int]]:
+    """Starts the README's server, and yields what waits for it and returns its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = _serve(folder, port)
+
+    @functools.cache
+    def ready() -> int:
+        _wait(process, port, folder / "server.log")
+        return port
+
+    yield ready
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def page_of(folder: Path, server: Callable[[], int]) -> Callable[[Path], Page]:
+    @functools.cache
+    def page_of(path: Path) -> Page:
+        if path == README:
+            return Page(folder, server)
+        own = folder / "-".join(path.relative_to(ROOT / "docs").with_suffix("").parts)
+        own.mkdir()
+        for name in ("base", "t5"):
+            (own / name).symlink_to(folder / name, target_is_directory=True)
+        shutil.copytree(folder / "restaurant", own / "restaurant")
+        return Page(own, server)
+
+    return page_of
+
+
+@pytest.mark.parametrize("each", BLOCKS, ids=str)
+def test_block(each: Block, page_of: Callable[[Path], Page], monkeypatch: pytest.MonkeyPatch) -> None:
+    if each.language not in RULES:
+        pytest.fail(f"{each}: no rule for blocks of the language {each.language!r}")
+    page = page_of(each.page)
+    monkeypatch.chdir(page.folder)
+    if each.page == README and each.language == "python" and TRAINS in each.code:
+        names = {path.name for path in (page.folder / "restaurant").iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
+        return
+    RULES[each.language](each, page)
+
+
+def test_what_does_not_run_is_on_a_page() -> None:
+    found = [words for each in BLOCKS if each.language == "bash" for words in commands(each.code)]
+    for begin in NOT_RUN:
+        assert any(tuple(words[: len(begin)]) == begin for words in found), begin
+
+
+def test_metrics_are_called_what_the_pages_say(page_of: Callable[[Path], Page]) -> None:
+    page = page_of(README)
+    text = _get(page, "/metrics")
+    told = {name for path in pages() for name in re.findall(r"vllm:prefix_adapter\w+", path.read_text())}
+    assert told == set(re.findall(r"^# TYPE (vllm:prefix_adapter\w+(?<!_created)) ", text, re.MULTILINE))
+
+
+def test_options_of_the_plugin_are_those_on_the_page() -> None:
+    """Names and defaults; what there is for `prefix-ext` is tested with the pages."""
+    (parser,) = serve_parser()._subparsers._group_actions[0].choices.values()
+    (group,) = (group for group in parser._action_groups if group.title == "Prefix adapters")
+    there = {option for action in group._group_actions for option in action.option_strings}
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").partition("## vllm serve")[2]
+    assert there == set(re.findall(r"^\| `(--[\w-]+)`", page, re.MULTILINE))
+
+
+def _serve(folder: Path, port: int) -> subprocess.Popen[Any]:
+    program, command, *words = shlex.split(block("bash", SERVES))
+    assert (program, command) == ("vllm", "serve")
+    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--port", str(port)]
+    log = (folder / "server.log").open("w")
+    return subprocess.Popen(
+        [sys.executable, "-m", "vllm_plugin", *words, *options],
+        cwd=folder,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING": "1"},
+    )
+
+
+def _wait(process: subprocess.Popen[Any], port: int, log: Path) -> None:
+    deadline = time.monotonic() + 500
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    process.kill()
+    pytest.fail(log.read_text()[-3000:])
+
+
+def _get(page: Page, path: str) -> str:
+    with urllib.request.urlopen(page.address(f"http://localhost:{PORT}{path}")) as answer:
+        assert answer.status == 200
+        return answer.read().decode()
