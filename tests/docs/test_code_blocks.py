@@ -26,10 +26,10 @@ from typing import Any
 
 import pytest
 import yaml
+
 from helpers.code_blocks import LOCAL, README, ROOT, Block, block, blocks, commands, pages, run
 from helpers.tiny import tiny_model
 from helpers.tiny_seq2seq import tiny_encoder_decoder
-
 from peft_prefix_ext.cli import main
 
 PORT = 8000  # of the pages
@@ -82,7 +82,7 @@ def check_serve(words: list[str]) -> None:
 
 
 def check_install(words: list[str]) -> None:
-    """Of this package, asks for extras that there are; of others, does not ask for a torch of its own."""
+    """Of this package, asks for extras that there are."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
         if word.startswith("."):
@@ -97,10 +97,11 @@ def check_make(words: list[str]) -> None:
     assert len(targets) == 1
 
 
-def check_pytest_or_script(words: list[str]) -> None:
-    """Of `python -m MODULE` or `python SCRIPT`: the script is there."""
+def check_script(words: list[str]) -> None:
+    """Of `python SCRIPT` and `python -m MODULE ...`: a script is there, extras of this package are."""
     script = next((word for word in words if word.endswith(".py")), None)
     assert script is None or (ROOT / script).is_file()
+    check_install(words)
 
 
 def check_docker_run(words: list[str]) -> None:
@@ -118,7 +119,7 @@ NOT_RUN: dict[tuple[str, ...], tuple[str, Callable[[list[str]], None]]] = {
     ("pip", "install"): ("installs into the environment of the tests", check_install),
     ("pip", "wheel"): ("builds what `make test-wheel` builds", check_nothing),
     ("python3", "-m", "venv"): ("makes an environment, which takes a network", check_nothing),
-    (".venv/bin/python",): ("is in an environment that is made with a network", check_pytest_or_script),
+    (".venv/bin/python",): ("is in an environment that is made with a network", check_script),
     ("uv", "venv"): ("no test needs uv", check_nothing),
     ("uv", "pip", "install"): ("no test needs uv", check_install),
     ("make",): ("runs the tests or takes minutes", check_make),

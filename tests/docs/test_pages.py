@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.code_blocks import README, ROOT, blocks, pages
 
+from helpers.code_blocks import README, ROOT, blocks, pages
 from peft_prefix_ext import PrefixExtConfig
 from peft_prefix_ext.cli import main
 
@@ -31,7 +31,7 @@ def outside_blocks(page: Path) -> str:
 
 def section(page: Path, title: str) -> str:
     """Returns what follows a heading, without blocks, up to the next of its level or of a higher one."""
-    before, found, rest = outside_blocks(page).partition(f"\n{title}\n")
+    _, found, rest = outside_blocks(page).partition(f"\n{title}\n")
     assert found, title
     return re.split(rf"^#{{1,{title.index(' ')}}} ", rest, flags=re.MULTILINE)[0]
 

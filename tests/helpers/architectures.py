@@ -232,11 +232,12 @@ REFUSED: dict[str, dict] = {
     "zaya": {"why": "does not run with a prefix", "num_experts_per_tok": 1},
 }
 
-BEGIN, END = "<!-- architectures: python tests/architectures.py -->\n", "<!-- end -->\n"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+BEGIN, END = "<!-- architectures: generated from the sweep of the tests -->\n", "<!-- end -->\n"
 
 
 def table() -> str:
-    """Returns the README's table of what the sweep runs."""
+    """Returns the documentation's table of what the sweep runs."""
     rows = ["| Layers | Model types |", "| --- | --- |"]
     for kind, models in ARCHITECTURES.items():
         names = dict.fromkeys(name.partition(":")[0] for name in models)
@@ -245,13 +246,12 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def rewritten(readme: str) -> str:
-    """Returns the README with its table made anew."""
-    before, _, rest = readme.partition(BEGIN)
+def rewritten(page: str) -> str:
+    """Returns the page with its table made anew."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    path = Path(__file__).parents[2] / "README.md"
-    path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"
 BASE, LOCAL = "HuggingFaceTB/SmolLM2-135M-Instruct", "./base"
 SEQ2SEQ, LOCAL_SEQ2SEQ = "google-t5/t5-small", "./t5"
 _BLOCK = re.compile(r"^```(?P<language>[^`\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -12,9 +12,8 @@ from packaging import version
 from peft import PeftModel
 from transformers import DynamicCache
 
-from helpers.architectures import rewritten
+from helpers.architectures import PAGE, rewritten
 from helpers.prefixed import perturb, with_prefix, with_prefix_of
-from helpers.scripts import ROOT
 from helpers.tiny import CONFIGS, RECURRENT, random_ids, tiny_model
 
 TEXT = [1, 5, 17, 40, 23, 99, 64]
@@ -210,8 +209,8 @@ def test_saves_and_loads(case, tmp_path):
         assert torch.equal(loaded(input_ids=case.ids).logits, model(input_ids=case.ids).logits)
 
 
-def test_the_table_in_the_readme_is_that_of_the_sweep():
-    """Rewrite it with `python tests/architectures.py`."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert rewritten(readme) == readme
+def test_the_table_in_the_documentation_is_that_of_the_sweep():
+    """Rewrite it with `python tests/helpers/architectures.py`."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert rewritten(page) == page
     assert len({name.partition(":")[0] for name in CONFIGS}) >= 100

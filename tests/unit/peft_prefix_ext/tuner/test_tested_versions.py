@@ -31,8 +31,9 @@ def test_every_dependency_has_a_tested_range_and_none_a_cap() -> None:
         assert all(Version(least.version) <= Version(bound.version) for bound in requirement.specifier)
 
 
-def test_the_readme_says_the_same() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
+def test_the_documentation_says_the_same(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     names = {"torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
     for requirement in TESTED:
         if requirement.name in names:
@@ -41,7 +42,7 @@ def test_the_readme_says_the_same() -> None:
             found = f"{names[requirement.name]} {first.major}.{first.minor}" + (
                 f" to {last}" if last != str(first) else ""
             )
-            assert found in readme
+            assert found in text
 
 
 def test_it_can_be_read_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
