@@ -84,7 +84,7 @@ def check_serve(words: list[str]) -> None:
 def check_install(words: list[str]) -> None:
     """Of this package, asks for extras that there are."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for word in words:
+    for word in words[1:]:
         if word.startswith("."):
             asked = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
             assert asked, word
@@ -92,9 +92,8 @@ def check_install(words: list[str]) -> None:
 
 
 def check_make(words: list[str]) -> None:
-    targets = [word for word in words if "=" not in word]
-    subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
-    assert len(targets) == 1
+    """Make knows the target."""
+    subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
 def check_script(words: list[str]) -> None:
@@ -102,6 +101,23 @@ def check_script(words: list[str]) -> None:
     script = next((word for word in words if word.endswith(".py")), None)
     assert script is None or (ROOT / script).is_file()
     check_install(words)
+
+
+def check_benchmark(words: list[str]) -> None:
+    """Of `python -m benchmarks.NAME --option ...`: it is there, and its options have a name in its code."""
+    _, flag, module, *options = words
+    folder = ROOT.joinpath(*module.split("."))
+    assert flag == "-m"
+    assert (folder / "__main__.py").is_file(), module
+    code = "".join(path.read_text() for path in (*folder.glob("*.py"), *ROOT.glob("benchmarks/common/*.py")))
+    for option in options:
+        if option.startswith("--") and option != "--help":
+            assert re.search(rf"\b{option[2:].replace('-', '[-_]')}\b", code), (module, option)
+
+
+def check_file(words: list[str]) -> None:
+    """Of a script of the repository: it is there, and can be executed."""
+    assert os.access(ROOT / words[0], os.X_OK)
 
 
 def check_docker_run(words: list[str]) -> None:
@@ -122,6 +138,8 @@ NOT_RUN: dict[tuple[str, ...], tuple[str, Callable[[list[str]], None]]] = {
     (".venv/bin/python",): ("is in an environment that is made with a network", check_script),
     ("uv", "venv"): ("no test needs uv", check_nothing),
     ("uv", "pip", "install"): ("no test needs uv", check_install),
+    ("python", "-m"): ("takes minutes to hours", check_benchmark),
+    ("benchmarks/gpu.sh",): ("needs a GPU", check_file),
     ("make",): ("runs the tests or takes minutes", check_make),
     ("docker", "build"): ("needs a daemon and vLLM's image", check_nothing),
     ("docker", "run"): ("needs a daemon and vLLM's image", check_docker_run),
@@ -147,7 +165,7 @@ def shell(each: Block, page: Page) -> None:
     for words in commands(each.local_code):
         reason_and_check = next((NOT_RUN[begin] for begin in NOT_RUN if tuple(words[: len(begin)]) == begin), None)
         if reason_and_check is not None:
-            reason_and_check[1](words[1:])
+            reason_and_check[1](words)
         elif words[0] == "prefix-ext":
             main(words[1:])
         elif words[:2] == ["vllm", "serve"]:
