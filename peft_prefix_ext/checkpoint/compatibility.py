@@ -1,90 +1,114 @@
-"""Whether a saved adapter fits the model at hand, and what that model calls its layers."""
+"""Whether an adapter fits a base model: the one comparison that loading, conversion and serving share.
+
+An adapter fits when the fingerprints of the two architectures agree and every layer with a KV cache has the same shape in
+both. A caller says what it knows of its model, and words its own error or takes the sentence from here:
+
+    found = base_differences(prefix.base_fingerprint, fingerprint(config), prefix.layer_shapes, model_shapes)
+    if found:
+        raise ValueError(other_base_model(f"Prefix adapter {name!r}", prefix.base_model_name_or_path, found))
+
+Plain numbers and strings only: imports neither torch nor peft, transformers or vllm.
+"""
 
 from __future__ import annotations
 
-import re
-import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
-from transformers import PreTrainedModel
-
-from peft_prefix_ext.checkpoint.fingerprint import differences, fingerprint
-from peft_prefix_ext.checkpoint.format import FORMAT_VERSION
-from peft_prefix_ext.config import PrefixExtConfig
-
-_LAYER = re.compile(r"base_model\.model\.(?P<module>.+)\.prefix_ext\.(?P<name>prefix_ext_(init_)?(key|value))")
+from peft_prefix_ext.checkpoint.fingerprint import differences
 
 
-def check_saved_adapter(config: PrefixExtConfig, model: PreTrainedModel, layers: list[dict[str, Any]] | None) -> None:
-    """Checks that the adapter of `config`, if it is a saved one, was trained on a model like this.
+class LayerShape(NamedTuple):
+    """The shape of the K/V of one layer, whatever the length of the prefix.
+
+    Equal to a plain tuple of the same numbers.
+    """
+
+    index: int
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+
+
+class LayerDifference(NamedTuple):
+    """A layer whose K/V differ; `None` on the side that has no such layer."""
+
+    index: int
+    adapter: LayerShape | None
+    model: LayerShape | None
+
+    def __str__(self) -> str:
+        if self.adapter is None:
+            return f"layer {self.index} has no prefix in the adapter"
+        if self.model is None:
+            return f"layer {self.index} has no KV cache in the model"
+        return (
+            f"layer {self.index} has {self.adapter.num_kv_heads} KV heads of sizes {self.adapter[2:]}, the model has "
+            f"{self.model.num_kv_heads} of sizes {self.model[2:]}"
+        )
+
+
+# A `LayerShape` or a plain tuple `(index, num_kv_heads, key_size, value_size)`.
+LayerShapes = Iterable[tuple[int, int, int, int]]
+
+
+def compare_layers(adapter: LayerShapes, model: LayerShapes, *, whole_model: bool = True) -> list[LayerDifference]:
+    """Returns the layers that differ, in order of their index; none if the adapter fits.
 
     Args:
-        config: The config of the adapter.
-        model: The base model.
-        layers: What would be recorded of the model's layers as `prefix_layers`; `None` to go without that check.
-
-    Raises:
-        ValueError: If it was not.
+        adapter: The layers of the prefix.
+        model: The layers of the model that have a KV cache.
+        whole_model: Whether `model` lists all of them. If not, as in one pipeline stage, layers that only the adapter has
+            are not compared.
     """
-    if config.format_version != FORMAT_VERSION:
-        raise ValueError(
-            f"The adapter has format version {config.format_version}, this release reads {FORMAT_VERSION}; upgrade "
-            "peft-prefix-ext."
-        )
-    if not config.is_saved:
-        return
-    found = differences(config.base_fingerprint or {}, fingerprint(model.config))
-    if not found and layers is not None and _without_names(layers) != _without_names(config.prefix_layers or []):
-        found = ["its attention layers have other shapes"]
-    if found:
-        raise ValueError(
-            f"The adapter was trained on another base model ({config.base_model_name_or_path or 'name not recorded'}): {'; '.join(found)}."
-        )
+    ours, theirs = ({row[0]: LayerShape(*row) for row in rows} for rows in (adapter, model))
+    indices = sorted(ours.keys() | theirs.keys() if whole_model else theirs.keys())
+    pairs = [LayerDifference(index, ours.get(index), theirs.get(index)) for index in indices]
+    return [pair for pair in pairs if pair.adapter != pair.model]
 
 
-def warn_of_other_base_name(config: PrefixExtConfig, model: PreTrainedModel) -> None:
-    """Warns if the adapter of `config`, if it is a saved one, was trained on a model of another name.
-
-    The same architecture has a base and an instruct model, and others that were trained on from them.
-    """
-    trained_on, name = config.base_model_name_or_path, model.name_or_path
-    if config.is_saved and trained_on and name and Path(trained_on).name != Path(name).name:
-        warnings.warn(
-            f"The adapter was trained on {trained_on} and is loaded on {name}: the architecture fits, but only the same "
-            "weights give the same answers.",
-            stacklevel=2,
-        )
+def layers_in_words(found: Sequence[LayerDifference]) -> list[str]:
+    """Says what `compare_layers` found: which layers only one side has, or else the first layer of another shape."""
+    without_prefix = [each.index for each in found if each.adapter is None]
+    without_cache = [each.index for each in found if each.model is None]
+    if without_prefix or without_cache:
+        return [
+            f"the layers with a KV cache differ (without a prefix: {without_prefix}, without a cache: {without_cache})"
+        ]
+    return [str(found[0])] if found else []
 
 
-def _without_names(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # The same layers are "model.layers.0.self_attn" in a language model and "layers.0.self_attn" in its bare decoder.
-    return [{name: value for name, value in row.items() if name != "module"} for row in layers]
-
-
-def rename_to_model_modules(config: PrefixExtConfig, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns a checkpoint with its layers called as in the model at hand, which may be built around other heads.
+def base_differences(
+    adapter_fingerprint: Mapping[str, Any],
+    model_fingerprint: Mapping[str, Any],
+    adapter_layers: LayerShapes | None = None,
+    model_layers: LayerShapes | None = None,
+    *,
+    whole_model: bool = True,
+) -> list[str]:
+    """Returns one phrase for each way in which a base model differs from the one that an adapter was trained on.
 
     Args:
-        config: The config of the live adapter.
-        saved: The checkpoint.
+        adapter_fingerprint: The fingerprint in the adapter; empty if it has none, as a stock adapter.
+        model_fingerprint: The fingerprint of the model, see `fingerprint`.
+        adapter_layers: The layers of the prefix, as `PrefixCheckpoint.layer_shapes`.
+        model_layers: The layers of the model with a KV cache. Layers are compared if both are given and the fingerprints
+            agree.
+        whole_model: See `compare_layers`.
     """
-    live = [row["module"] for row in config._recorded["prefix_layers"]]
-    found = {match["module"] for name in saved if (match := _LAYER.fullmatch(name))}
-    if len(found) != len(live) or found == set(live):
-        return saved
-    # Weights that come into an adapter made here bring no config along: their names count the layers.
-    order = [row["module"] for row in config.prefix_layers or []] or sorted(found, key=_numbers)
-    names = dict(zip(order, live, strict=True))
-    renamed = {}
-    for name, tensor in saved.items():
-        match = _LAYER.fullmatch(name)
-        if match and match["module"] in names:
-            name = f"base_model.model.{names[match['module']]}.prefix_ext.{match['name']}"
-        renamed[name] = tensor
-    return renamed
+    found = differences(dict(adapter_fingerprint), dict(model_fingerprint))
+    if found or adapter_layers is None or model_layers is None:
+        return found
+    return layers_in_words(compare_layers(adapter_layers, model_layers, whole_model=whole_model))
 
 
-def _numbers(module: str) -> tuple[list[int], str]:
-    return [int(number) for number in re.findall(r"\d+", module)], module
+def other_base_model(adapter: str, base_model_name_or_path: str | None, found: Iterable[str]) -> str:
+    """Returns the sentence for an adapter that does not fit.
+
+    Args:
+        adapter: The subject, such as `"Prefix adapter 'x'"`.
+        base_model_name_or_path: What the adapter was trained on, if recorded.
+        found: The differences, one phrase each.
+    """
+    trained_on = base_model_name_or_path or "name not recorded"
+    return f"{adapter} was trained on another base model ({trained_on}): {'; '.join(found)}."

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from peft_prefix_ext.checkpoint.atomic_save import CONFIG_NAME, WEIGHTS_NAME, config_of
 from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter, read_base_adapters
-from peft_prefix_ext.checkpoint.fingerprint import differences
+from peft_prefix_ext.checkpoint.compatibility import LayerShape, base_differences, other_base_model
 
 FORMAT_VERSION = 1
 # What a layer attends to: the self-attention of the decoder, the only one that a decoder-only model has, the decoder's
@@ -103,13 +103,19 @@ class PrefixCheckpoint:
         trained_on_one = self.base_fingerprint.get("is_encoder_decoder") or _is_stock_encoder_decoder(self.config)
         return bool(trained_on_one) or set(self.attentions.values()) != {DECODER}
 
+    @property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """The shape of each layer, in order of the layer index; see `compatibility.py` for what compares them."""
+        return tuple(
+            LayerShape(index, kv.key.shape[0], kv.key.shape[2], kv.value.shape[2])
+            for index, kv in sorted(self.layers.items())
+        )
+
     def check_base(self, base_fingerprint: dict[str, Any]) -> None:
-        """Raises `PrefixCheckpointError` if the base at hand is not of the architecture the prefix was trained on."""
-        if found := differences(self.base_fingerprint, base_fingerprint):
-            raise PrefixCheckpointError(
-                f"The prefix adapter in {self.path} was trained on another base model "
-                f"({self.base_model_name_or_path or 'name not recorded'}): {'; '.join(found)}."
-            )
+        """Raises `PrefixCheckpointError` if the prefix was trained on a base model of another architecture."""
+        if found := base_differences(self.base_fingerprint, base_fingerprint):
+            name = f"The prefix adapter in {self.path}"
+            raise PrefixCheckpointError(other_base_model(name, self.base_model_name_or_path, found))
 
 
 def layer_key(module: str, kind: str) -> str:

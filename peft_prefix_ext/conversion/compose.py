@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_prefix_ext.checkpoint.base_adapters import are_alike, model_with
+from peft_prefix_ext.checkpoint.compatibility import compare_layers
 from peft_prefix_ext.checkpoint.fingerprint import differences
 from peft_prefix_ext.checkpoint.format import LayerKV, PrefixCheckpoint
 from peft_prefix_ext.checkpoint.writer import write_prefix
@@ -96,7 +97,7 @@ def _common_base(
     first = prefixes[0]
     for other in prefixes[1:]:
         found = differences(first.base_fingerprint, other.base_fingerprint)
-        if found or _shapes(first) != _shapes(other):
+        if found or compare_layers(first.layer_shapes, other.layer_shapes):
             raise ValueError(
                 f"The prefix adapters in {first.path} and {other.path} were trained on different base models "
                 f"({first.base_model_name_or_path} and {other.base_model_name_or_path}): "
@@ -122,7 +123,3 @@ def _common_base(
             "`base_model` (`--base`) must be given: stock PEFT adapters do not say which attention modules they are for."
         )
     return ours.modules, ours.base_fingerprint
-
-
-def _shapes(prefix: PrefixCheckpoint) -> dict[int, tuple[int, int, int]]:
-    return {index: (*kv.key.shape[::2], kv.value.shape[2]) for index, kv in prefix.layers.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_prefix_ext.checkpoint.base_adapters import model_with
+from peft_prefix_ext.checkpoint.compatibility import LayerShape, compare_layers, other_base_model
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import STOCK_TYPES, PrefixCheckpoint, read_prefix
 from peft_prefix_ext.checkpoint.hub import resolve
@@ -155,15 +156,27 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
 def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded: list[ProbedLayer]) -> None:
     """Raises `ValueError` if the prefix was not made for this base model, whose layers are `recorded`."""
     prefix.check_base(fingerprint(base_model.config))
-    expected = {layer.index: layer.shapes(prefix.num_virtual_tokens) for layer in recorded}
-    found = {index: (list(kv.key.shape), list(kv.value.shape)) for index, kv in prefix.layers.items()}
-    if found != expected:
-        index = min(index for index in found.keys() | expected.keys() if found.get(index) != expected.get(index))
-        raise ValueError(
-            f"The prefix adapter in {prefix.path} was trained on another base model "
-            f"({prefix.base_model_name_or_path or 'name not recorded'}): layer {index} has keys and values {found.get(index)} "
-            f"in the adapter and {expected.get(index)} in {type(base_model).__name__}."
+    found = compare_layers(
+        prefix.layer_shapes,
+        [LayerShape(layer.index, *layer.kv.key.shape[::2], layer.kv.value.shape[2]) for layer in recorded],
+    )
+    if found:
+        p, name = prefix.num_virtual_tokens, type(base_model).__name__
+        first = found[0]
+        difference = (
+            f"layer {first.index} has keys and values {_kv_shapes(first.adapter, p)} in the adapter and "
+            f"{_kv_shapes(first.model, p)} in {name}"
         )
+        raise ValueError(
+            other_base_model(f"The prefix adapter in {prefix.path}", prefix.base_model_name_or_path, [difference])
+        )
+
+
+def _kv_shapes(shape: LayerShape | None, num_virtual_tokens: int) -> tuple[list[int], list[int]] | None:
+    if shape is None:
+        return None
+    key, value = ([shape.num_kv_heads, num_virtual_tokens, size] for size in (shape.key_size, shape.value_size))
+    return key, value
 
 
 def _uniform_shape(prefix: PrefixCheckpoint) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from peft_prefix_ext.architectures.encoder_decoder import embedded_positions
 from peft_prefix_ext.architectures.shared_kv import find_shared
 from peft_prefix_ext.base_model.layers import ProbedLayer, probe_layers
 from peft_prefix_ext.base_model.tensor_parallel import share
-from peft_prefix_ext.checkpoint.compatibility import check_saved_adapter, warn_of_other_base_name
 from peft_prefix_ext.checkpoint.format import DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.initialization import initial_kv
@@ -28,6 +27,7 @@ from peft_prefix_ext.tuner.requirements import (
     find_decoder,
     record,
 )
+from peft_prefix_ext.tuner.saved_adapters import check_saved_adapter, warn_of_other_base_name
 from peft_prefix_ext.tuner.self_test import check_prefix_matches_text
 
 

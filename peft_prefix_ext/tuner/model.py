@@ -17,7 +17,6 @@ from peft_prefix_ext.architectures.select import layer_class
 from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
 from peft_prefix_ext.attention.flash import attention_of
 from peft_prefix_ext.attention.grouped_query import use_groups
-from peft_prefix_ext.checkpoint.compatibility import rename_to_model_modules
 from peft_prefix_ext.checkpoint.format import is_of_prefix
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.config import PrefixExtConfig
@@ -31,6 +30,7 @@ from peft_prefix_ext.tuner.learning_rate import watch_learning_rate
 from peft_prefix_ext.tuner.other_adapters import active_base_adapters
 from peft_prefix_ext.tuner.peft_model import wrap_peft_model
 from peft_prefix_ext.tuner.requirements import HEADS
+from peft_prefix_ext.tuner.saved_adapters import rename_to_model_modules
 from peft_prefix_ext.tuner.self_test import check_decoder_matches_text
 from peft_prefix_ext.tuner.state_dict import WRAPPED, State, from_checkpoint, refuse_parts, to_checkpoint
 from peft_prefix_ext.tuner.tested_versions import warn_of_untested_versions

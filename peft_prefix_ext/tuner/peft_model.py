@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.architectures.shared_kv import at_work_in
 from peft_prefix_ext.base_model.offloaded import left_where_it_is
 from peft_prefix_ext.checkpoint.atomic_save import CONFIG_NAME, config_of, replacing
-from peft_prefix_ext.checkpoint.compatibility import check_saved_adapter
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.tuner.model_card import CARD_NAME, write_card
 from peft_prefix_ext.tuner.other_adapters import warn_of_other_adapters
 from peft_prefix_ext.tuner.requirements import check_modules_to_save, check_task
+from peft_prefix_ext.tuner.saved_adapters import check_saved_adapter
 
 
 def wrap_peft_model() -> None:
