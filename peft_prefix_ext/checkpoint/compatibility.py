@@ -19,12 +19,16 @@ from peft_prefix_ext.checkpoint.fingerprint import differences
 
 
 class LayerShape(NamedTuple):
-    """The shape of the K/V of one layer, whatever the length of the prefix.
+    """The shape of the K/V of one layer, whatever the length of the prefix; equal to a plain tuple of the same numbers.
 
-    Equal to a plain tuple of the same numbers.
+    Args:
+        layer: The index of the layer.
+        num_kv_heads: The number of KV heads in the whole model.
+        key_size: The width of a key head.
+        value_size: The width of a value head.
     """
 
-    index: int
+    layer: int
     num_kv_heads: int
     key_size: int
     value_size: int
@@ -33,22 +37,22 @@ class LayerShape(NamedTuple):
 class LayerDifference(NamedTuple):
     """A layer whose K/V differ; `None` on the side that has no such layer."""
 
-    index: int
+    layer: int
     adapter: LayerShape | None
     model: LayerShape | None
 
     def __str__(self) -> str:
         if self.adapter is None:
-            return f"layer {self.index} has no prefix in the adapter"
+            return f"layer {self.layer} has no prefix in the adapter"
         if self.model is None:
-            return f"layer {self.index} has no KV cache in the model"
+            return f"layer {self.layer} has no KV cache in the model"
         return (
-            f"layer {self.index} has {self.adapter.num_kv_heads} KV heads of sizes {self.adapter[2:]}, the model has "
+            f"layer {self.layer} has {self.adapter.num_kv_heads} KV heads of sizes {self.adapter[2:]}, the model has "
             f"{self.model.num_kv_heads} of sizes {self.model[2:]}"
         )
 
 
-# A `LayerShape` or a plain tuple `(index, num_kv_heads, key_size, value_size)`.
+# A `LayerShape` or a plain tuple `(layer index, num_kv_heads, key_size, value_size)`.
 LayerShapes = Iterable[tuple[int, int, int, int]]
 
 
@@ -69,8 +73,8 @@ def compare_layers(adapter: LayerShapes, model: LayerShapes, *, whole_model: boo
 
 def layers_in_words(found: Sequence[LayerDifference]) -> list[str]:
     """Says what `compare_layers` found: which layers only one side has, or else the first layer of another shape."""
-    without_prefix = [each.index for each in found if each.adapter is None]
-    without_cache = [each.index for each in found if each.model is None]
+    without_prefix = [each.layer for each in found if each.adapter is None]
+    without_cache = [each.layer for each in found if each.model is None]
     if without_prefix or without_cache:
         return [
             f"the layers with a KV cache differ (without a prefix: {without_prefix}, without a cache: {without_cache})"

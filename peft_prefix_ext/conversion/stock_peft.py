@@ -158,13 +158,13 @@ def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded
     prefix.check_base(fingerprint(base_model.config))
     found = compare_layers(
         prefix.layer_shapes,
-        [LayerShape(layer.index, *layer.kv.key.shape[::2], layer.kv.value.shape[2]) for layer in recorded],
+        [(layer.index, *layer.kv.key.shape[::2], layer.kv.value.shape[2]) for layer in recorded],
     )
     if found:
         p, name = prefix.num_virtual_tokens, type(base_model).__name__
         first = found[0]
         difference = (
-            f"layer {first.index} has keys and values {_kv_shapes(first.adapter, p)} in the adapter and "
+            f"layer {first.layer} has keys and values {_kv_shapes(first.adapter, p)} in the adapter and "
             f"{_kv_shapes(first.model, p)} in {name}"
         )
         raise ValueError(

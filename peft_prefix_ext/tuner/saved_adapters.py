@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.checkpoint.compatibility import LayerShape, base_differences, compare_layers, layers_in_words, other_base_model
+from peft_prefix_ext.checkpoint.compatibility import (
+    LayerShape,
+    base_differences,
+    compare_layers,
+    layers_in_words,
+    other_base_model,
+)
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import DECODER, FORMAT_VERSION
 from peft_prefix_ext.config import PrefixExtConfig
