@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+from peft_prefix_ext.checkpoint.format import CONFIG_NAME
+
 # Of files that are being written, and of those that are complete; who writes them is in the rest of the name.
 _WRITING, _PENDING = ".adapter-writing-", ".adapter-pending-"
 

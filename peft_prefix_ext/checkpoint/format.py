@@ -1,43 +1,48 @@
-"""The on-disk contract between training and serving: reads and checks a prefix, whoever wrote it.
+"""The on-disk format of a prefix: names, shapes and errors that training and serving share.
 
-An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. In a `PREFIX_EXT` adapter every layer
-that owns a KV cache has two float tensors, `[num_kv_heads, num_virtual_tokens, head_dim]` each (keys after rotary
-embedding at positions 0..p-1; K and V widths may differ, layers may differ):
+An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. A `PREFIX_EXT` adapter holds two float
+tensors for each layer that owns a KV cache, `[num_kv_heads, num_virtual_tokens, head_dim]` each: keys after rotary
+embedding at positions 0..p-1, and values. Keys and values may differ in width, layers may differ from each other:
 
     base_model.model.<attention module>.prefix_ext.prefix_ext_key
     base_model.model.<attention module>.prefix_ext.prefix_ext_value
 
-and the config lists them in `prefix_layers` by layer index. In an encoder-decoder model these are the self-attentions of
-the decoder; there, rows with `"attention": "cross"` or `"encoder"` may follow, which count on. Other tensors in the file (the reparameterization, kept to
-go on training) do not concern a reader. Stock PEFT `PREFIX_TUNING` and `CARTRIDGE` adapters, one flat
-`prompt_embeddings` of `[num_virtual_tokens, num_layers * 2 * num_kv_heads * head_dim]`, are read as well.
+The config lists them in `prefix_layers` by layer index. In an encoder-decoder model the first rows are the decoder's
+self-attention; rows with `"attention": "cross"` or `"encoder"` follow with higher indices. Readers ignore all other
+`prefix_ext` tensors, such as the reparameterization that is kept for further training. Stock PEFT `PREFIX_TUNING` and
+`CARTRIDGE` adapters hold one flat `prompt_embeddings`, `[num_virtual_tokens, num_layers * 2 * num_kv_heads * head_dim]`.
 
-Needs torch and safetensors only: never imports peft, transformers or vllm, and never unpickles.
+This package needs torch and safetensors only. It never imports peft, transformers or vllm, and never unpickles.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from peft_prefix_ext.checkpoint.atomic_save import CONFIG_NAME, WEIGHTS_NAME, config_of
-from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter, read_base_adapters
-from peft_prefix_ext.checkpoint.compatibility import LayerShape, base_differences, other_base_model
+from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter
+from peft_prefix_ext.checkpoint.compatibility import (
+    LayerShape,
+    LayerShapes,
+    base_differences,
+    compare_layers,
+    other_base_model,
+)
 
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
-# What a layer attends to: the self-attention of the decoder, the only one that a decoder-only model has, the decoder's
-# cross-attention, the self-attention of the encoder.
+# Kinds of attention: the decoder's self-attention (the only kind in a decoder-only model), the decoder's cross-attention,
+# the encoder's self-attention.
 DECODER, CROSS, ENCODER = ATTENTIONS = ("decoder", "cross", "encoder")
 STOCK_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
-# The tensors of a prefix: K/V, what a reparameterization adds to, and its own. All others in a file are the base model's.
+# The K/V of a prefix, the initial K/V that a reparameterization adds to, and its parameters. Any other tensor in the file
+# belongs to the base model.
 _PREFIX_TENSOR = re.compile(
     r"base_model\.model\.(.+\.prefix_ext\.prefix_ext_(init_)?(key|value)|prefix_ext\.prefix_ext_reparam(_encoder)?\..+)"
 )
@@ -45,11 +50,11 @@ FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 
 
 class PrefixCheckpointError(ValueError):
-    """An adapter folder that is missing, malformed or made for another base model."""
+    """An adapter is missing, malformed or made for another base model."""
 
 
 class PrefixNotFoundError(PrefixCheckpointError):
-    """A place without an adapter."""
+    """There is no adapter at this path."""
 
 
 class LayerKV(NamedTuple):
@@ -68,11 +73,11 @@ class PrefixCheckpoint:
         peft_type: `PREFIX_EXT`, `PREFIX_TUNING` or `CARTRIDGE`.
         num_virtual_tokens: p, at least 1.
         layers: K/V by layer index, on the CPU, in the dtype on disk.
-        base_model_name_or_path: What the adapter was trained on, as PEFT records it.
-        base_fingerprint: See `fingerprint.py`; empty in a stock adapter.
-        digest: SHA-256 of the weights file, in hex: another content is another prefix.
+        base_model_name_or_path: The model that the adapter was trained on, as PEFT records it.
+        base_fingerprint: The architecture of that model, see `fingerprint.py`; empty in a stock adapter.
+        digest: SHA-256 of the weights file, in hex.
         modules: The attention module of each layer, by layer index; empty in a stock adapter.
-        base_adapters: The adapters of the base model without which it is wrong, such as LoRA.
+        base_adapters: The adapters that the base model had in training, such as LoRA; the prefix is wrong without them.
         config: The whole of `adapter_config.json`.
     """
 
@@ -93,214 +98,76 @@ class PrefixCheckpoint:
 
     @property
     def attentions(self) -> dict[int, str]:
-        """The kind of each layer, one of `ATTENTIONS`, by layer index."""
+        """The kind of attention of each layer, one of `ATTENTIONS`, by layer index."""
         kinds = {row["index"]: row.get("attention", DECODER) for row in self.config.get("prefix_layers") or []}
         return {index: kinds.get(index, DECODER) for index in self.layers}
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether it is of an encoder-decoder model."""
-        trained_on_one = self.base_fingerprint.get("is_encoder_decoder") or _is_stock_encoder_decoder(self.config)
+        """Whether the base model is an encoder-decoder model."""
+        trained_on_one = self.base_fingerprint.get("is_encoder_decoder") or is_stock_encoder_decoder(self.config)
         return bool(trained_on_one) or set(self.attentions.values()) != {DECODER}
 
     @property
     def layer_shapes(self) -> tuple[LayerShape, ...]:
-        """The shape of each layer, in order of the layer index; see `compatibility.py` for what compares them."""
-        return tuple(
-            LayerShape(index, kv.key.shape[0], kv.key.shape[2], kv.value.shape[2])
-            for index, kv in sorted(self.layers.items())
-        )
+        """The shape of each layer, in order of the layer index."""
+        return shapes_of(self.layers)
 
-    def check_base(self, base_fingerprint: dict[str, Any]) -> None:
-        """Raises `PrefixCheckpointError` if the prefix was trained on a base model of another architecture."""
-        if found := base_differences(self.base_fingerprint, base_fingerprint):
-            name = f"The prefix adapter in {self.path}"
-            raise PrefixCheckpointError(other_base_model(name, self.base_model_name_or_path, found))
+    def check_base(self, base_fingerprint: Mapping[str, Any], layers: LayerShapes | None = None) -> None:
+        """Raises `PrefixCheckpointError` if the prefix was trained on another base model.
+
+        Args:
+            base_fingerprint: The fingerprint of the model at hand.
+            layers: The shapes of its layers with a KV cache; `None` to compare the architectures only.
+        """
+        found = base_differences(self.base_fingerprint, base_fingerprint)
+        if not found and layers is not None:
+            found = [
+                f"layer {layer} has keys and values {self._kv_shapes(ours)} in the adapter and {self._kv_shapes(theirs)} in "
+                "the model"
+                for layer, ours, theirs in compare_layers(self.layer_shapes, layers)[:1]
+            ]
+        if found:
+            raise PrefixCheckpointError(
+                other_base_model(f"The prefix adapter in {self.path}", self.base_model_name_or_path, found)
+            )
+
+    def _kv_shapes(self, shape: LayerShape | None) -> tuple[list[int], list[int]] | None:
+        if shape is None:
+            return None
+        key, value = ([shape.num_kv_heads, self.num_virtual_tokens, size] for size in shape[2:])
+        return key, value
+
+
+def shapes_of(layers: Mapping[int, LayerKV]) -> tuple[LayerShape, ...]:
+    """Returns the shapes of K/V given by layer index, in order of the index."""
+    return tuple(
+        LayerShape(index, kv.key.shape[0], kv.key.shape[2], kv.value.shape[2]) for index, kv in sorted(layers.items())
+    )
 
 
 def layer_key(module: str, kind: str) -> str:
-    """Returns the name on disk of a layer's `kind` ("key" or "value"), for the attention module's name."""
+    """Returns the tensor name of a layer's `kind` (`"key"` or `"value"`) in the file."""
     return f"base_model.model.{module}.prefix_ext.prefix_ext_{kind}"
 
 
 def is_of_prefix(name: str) -> bool:
-    """Whether a tensor on disk is a prefix's, whatever modules of the base model are called."""
+    """Whether a tensor in the file belongs to the prefix and not to the base model."""
     return _PREFIX_TENSOR.fullmatch(name) is not None
 
 
 def magnitude(tensor: torch.Tensor) -> float:
-    """Returns the largest absolute value in a tensor; NaN if one is NaN.
+    """Returns the largest absolute value in a tensor; NaN if any value is NaN.
 
-    In a tenth of the time of `isfinite().all()`, whose kernels take several passes.
+    Ten times as fast as `isfinite().all()`, which takes several passes.
     """
     if not tensor.numel():
         return 0.0
-    # Both are NaN if any value is.
+    # Both are NaN if any value is NaN.
     low, high = (bound.item() for bound in torch.aminmax(tensor))
     return max(-low, high)
 
 
-def read_prefix(path: str | Path) -> PrefixCheckpoint:
-    """Reads and checks the adapter in the folder `path`.
-
-    Raises:
-        PrefixCheckpointError: In one sentence, what is wrong with it and what to do.
-    """
-    folder = Path(path)
-    config = _read_config(folder)
-    peft_type = config["peft_type"]
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        other = " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
-        raise PrefixCheckpointError(f"No {WEIGHTS_NAME} in {folder}{other}; save the adapter with safetensors.")
-    p = config.get("num_virtual_tokens")
-    if not isinstance(p, int) or isinstance(p, bool) or p < 1:
-        raise PrefixCheckpointError(f"`num_virtual_tokens` in {folder / CONFIG_NAME} must be >= 1, got {p!r}.")
-    digest = hashlib.sha256()
-    try:
-        with weights.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        with safe_open(weights, framework="pt") as tensors:
-            _refuse_other_weights(tensors, weights)
-            read = _read_stock if peft_type in STOCK_TYPES else _read_prefix_ext
-            layers = read(tensors, config, p, folder)
-    except (SafetensorError, OSError) as error:
-        raise PrefixCheckpointError(f"{weights} cannot be read as safetensors ({error}); copy it again.") from error
-    for index, layer in layers.items():
-        for kind, tensor in zip(layer._fields, layer, strict=True):
-            if not math.isfinite(magnitude(tensor)):
-                raise PrefixCheckpointError(
-                    f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again."
-                )
-    return PrefixCheckpoint(
-        path=folder,
-        peft_type=peft_type,
-        num_virtual_tokens=p,
-        layers=layers,
-        base_model_name_or_path=config.get("base_model_name_or_path"),
-        base_fingerprint=config.get("base_fingerprint") or {},
-        digest=digest.hexdigest(),
-        modules={} if peft_type in STOCK_TYPES else {row["index"]: row["module"] for row in config["prefix_layers"]},
-        base_adapters=_base_adapters(config, folder),
-        config=config,
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise PrefixNotFoundError(f"No prefix adapter at {folder}: there is no such folder.")
-    try:
-        try:
-            text = config_of(folder).read_text(encoding="utf-8")
-        except FileNotFoundError:  # or it was put in its place in this moment
-            text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
-        config = json.loads(text)
-    except FileNotFoundError as error:
-        raise PrefixNotFoundError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
-    except (OSError, ValueError) as error:
-        raise PrefixCheckpointError(
-            f"{folder / CONFIG_NAME} cannot be read as JSON ({error}); copy it again."
-        ) from error
-    peft_type = config.get("peft_type") if isinstance(config, dict) else None
-    if peft_type != "PREFIX_EXT" and peft_type not in STOCK_TYPES:
-        raise PrefixCheckpointError(
-            f"The adapter in {folder} is of type {peft_type!r}, not a prefix: expected PREFIX_EXT, PREFIX_TUNING or "
-            "CARTRIDGE."
-        )
-    version = config.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise PrefixCheckpointError(
-            f"The adapter in {folder} has format version {version!r}, this release reads {FORMAT_VERSION}: upgrade "
-            "peft-prefix-ext."
-        )
-    return config
-
-
-def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, ...]:
-    try:
-        return read_base_adapters(config.get("base_adapters") or [])
-    except ValueError as error:
-        raise PrefixCheckpointError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
-
-
-def _refuse_other_weights(tensors: Any, weights: Path) -> None:
-    """A prefix alone is not the whole adapter when modules of the base were trained or resized with it."""
-    others = [name for name in tensors.keys() if not is_of_prefix(name) and name != "prompt_embeddings"]
-    if others:
-        raise PrefixCheckpointError(
-            f"{weights} holds weights of the base model beside the prefix ({others[0]}), which a prefix cannot bring "
-            "along; train without `modules_to_save`, `trainable_token_indices` or resized embeddings."
-        )
-
-
-def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
-    table = config.get("prefix_layers")
-    if not isinstance(table, list) or not table:
-        raise PrefixCheckpointError(f"`prefix_layers` is missing from {folder / CONFIG_NAME}; save the adapter again.")
-    layers: dict[int, LayerKV] = {}
-    for row in table:
-        try:
-            index, module = row["index"], row["module"]
-            shapes = {kind: list(row[f"{kind}_shape"]) for kind in ("key", "value")}
-            well_formed = type(index) is int and index >= 0 and index not in layers and isinstance(module, str)
-            well_formed = well_formed and all(len(shape) == 3 for shape in shapes.values())
-            well_formed = well_formed and row.get("attention", DECODER) in ATTENTIONS
-        except (KeyError, TypeError):
-            well_formed = False
-        if not well_formed:
-            raise PrefixCheckpointError(f"`prefix_layers` in {folder / CONFIG_NAME} has a malformed row: {row!r}.")
-        pair = [_checked(tensors, layer_key(module, kind), shapes[kind], folder) for kind in ("key", "value")]
-        (key_heads, key_tokens, _), (value_heads, value_tokens, _) = (tensor.shape for tensor in pair)
-        if (key_heads, key_tokens) != (value_heads, value_tokens) or key_tokens != p:
-            raise PrefixCheckpointError(
-                f"Layer {index} of the adapter in {folder} has keys {shapes['key']} and values {shapes['value']}, which "
-                f"do not fit together as [num_kv_heads, {p}, head_dim]."
-            )
-        layers[index] = LayerKV(*pair)
-    return layers
-
-
-def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
-    """Splits PEFT's flat layout as `PeftModel.get_prompt` does (peft 0.21, peft_model.py)."""
-    sizes: list[Any] = [config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[2] % sizes[1]:
-        raise PrefixCheckpointError(
-            f"`num_layers`, `num_attention_heads` and `token_dim` in {folder / CONFIG_NAME} must say the shape of the "
-            f"prefix, got {sizes}."
-        )
-    if config.get("num_transformer_submodules") not in (None, 1, 2):
-        raise PrefixCheckpointError(
-            f"`num_transformer_submodules` in {folder / CONFIG_NAME} must be 1 or 2, got "
-            f"{config['num_transformer_submodules']!r}."
-        )
-    num_layers, num_heads, token_dim = sizes
-    flat = _checked(tensors, "prompt_embeddings", [p, num_layers * 2 * token_dim], folder)
-    kv = flat.view(p, num_layers, 2, num_heads, token_dim // num_heads).permute(1, 2, 3, 0, 4)
-    # For an encoder-decoder model `get_prompt` repeats the rows for a cross-attention, whose prefix it then drops: a layer of
-    # the decoder is left with every other row.
-    rows = [2 * index % num_layers if _is_stock_encoder_decoder(config) else index for index in range(num_layers)]
-    return {index: LayerKV(kv[row, 0].contiguous(), kv[row, 1].contiguous()) for index, row in enumerate(rows)}
-
-
-def _is_stock_encoder_decoder(config: dict[str, Any]) -> bool:
+def is_stock_encoder_decoder(config: dict[str, Any]) -> bool:
+    """Whether an `adapter_config.json` is that of a stock PEFT prefix for an encoder-decoder model."""
     return config["peft_type"] in STOCK_TYPES and config.get("num_transformer_submodules") == 2
-
-
-def _checked(tensors: Any, name: str, shape: list[int], folder: Path) -> torch.Tensor:
-    """Reads one tensor after its header agreed with the config, so that a lying file never decides an allocation."""
-    try:
-        header = tensors.get_slice(name)
-    except SafetensorError as error:
-        # Not asked beforehand: the list of all names is made anew each time.
-        if name in tensors.keys():
-            raise
-        raise PrefixCheckpointError(
-            f"{folder / WEIGHTS_NAME} has no tensor {name!r}; save the adapter again."
-        ) from error
-    if header.get_shape() != shape or header.get_dtype() not in FLOAT_DTYPES:
-        raise PrefixCheckpointError(
-            f"{name!r} in {folder / WEIGHTS_NAME} is {header.get_dtype()} {header.get_shape()}, expected floats of shape "
-            f"{shape}."
-        )
-    return tensors.get_tensor(name)

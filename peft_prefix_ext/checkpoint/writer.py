@@ -23,9 +23,9 @@ from peft_prefix_ext.checkpoint.format import (
     PrefixCheckpoint,
     PrefixCheckpointError,
     layer_key,
-    read_prefix,
 )
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
+from peft_prefix_ext.checkpoint.reader import read_prefix
 
 PREFIX_TYPES = ("PREFIX_EXT", *STOCK_TYPES)
 

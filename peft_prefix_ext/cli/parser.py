@@ -196,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from peft_prefix_ext.checkpoint.format import read_prefix
     from peft_prefix_ext.checkpoint.hub import resolve
+    from peft_prefix_ext.checkpoint.reader import read_prefix
     from peft_prefix_ext.checkpoint.summary import as_dict, as_text
 
     prefix = read_prefix(resolve(arguments.path))
@@ -221,7 +221,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     from peft_prefix_ext.checkpoint.writer import check_place
-    from peft_prefix_ext.conversion.stock_peft import import_from_peft, read_source
+    from peft_prefix_ext.conversion.sources import read_source
+    from peft_prefix_ext.conversion.stock_peft import import_from_peft
 
     # What is wrong with either is said before a model is loaded.
     read_source(arguments.path)

@@ -14,7 +14,7 @@ from peft_prefix_ext.checkpoint.compatibility import compare_layers
 from peft_prefix_ext.checkpoint.fingerprint import differences
 from peft_prefix_ext.checkpoint.format import LayerKV, PrefixCheckpoint
 from peft_prefix_ext.checkpoint.writer import write_prefix
-from peft_prefix_ext.conversion.stock_peft import KEPT, check_fits, read_source
+from peft_prefix_ext.conversion.sources import KEPT, check_fits, read_source
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,26 +8,19 @@ prefix.
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peft_prefix_ext.checkpoint.base_adapters import model_with
-from peft_prefix_ext.checkpoint.compatibility import LayerShape, compare_layers, other_base_model
-from peft_prefix_ext.checkpoint.fingerprint import fingerprint
-from peft_prefix_ext.checkpoint.format import STOCK_TYPES, PrefixCheckpoint, read_prefix
-from peft_prefix_ext.checkpoint.hub import resolve
+from peft_prefix_ext.checkpoint.format import STOCK_TYPES, PrefixCheckpoint
+from peft_prefix_ext.checkpoint.reader import read_prefix
 from peft_prefix_ext.checkpoint.writer import write_adapter, write_prefix
+from peft_prefix_ext.conversion.sources import KEPT, check_fits, read_source
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-    from peft_prefix_ext.base_model.layers import ProbedLayer
-
-# What an adapter keeps, whatever its type.
-KEPT = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
 def export_to_peft(
@@ -123,60 +116,6 @@ def import_from_peft(
         # A cartridge may be frozen as a whole; with us there is always a token to train.
         num_frozen_tokens=min(prefix.config.get("num_frozen_tokens", 0), prefix.num_virtual_tokens - 1),
     )
-
-
-def read_source(source: str | Path | PrefixCheckpoint | PeftModel, adapter_name: str | None = None) -> PrefixCheckpoint:
-    """Reads a prefix from wherever it is: a folder or Hub repository, or an adapter of a live `PeftModel`."""
-    if isinstance(source, PrefixCheckpoint):
-        return source
-    if isinstance(source, (str, Path)):
-        return read_prefix(resolve(source))
-    name = adapter_name or source.active_adapter
-    with TemporaryDirectory() as folder:
-        source.save_pretrained(folder, selected_adapters=[name])
-        return read_prefix(folder if name == "default" else Path(folder) / name)
-
-
-def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[dict[int, str], dict[str, Any]]:
-    """Returns the attention modules of the base model by layer index, and its fingerprint.
-
-    Raises:
-        ValueError: If the prefix was not made for this base model.
-    """
-    from peft_prefix_ext.base_model.layers import probe_layers
-    from peft_prefix_ext.injection.decoder_hook import without_prefixes
-
-    with without_prefixes(base_model):
-        recorded = probe_layers(base_model)
-    recorded = [layer for layer in recorded if layer.attention in prefix.attentions.values()]
-    check_layers(prefix, base_model, recorded)
-    return {layer.index: layer.module for layer in recorded}, fingerprint(base_model.config)
-
-
-def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded: list[ProbedLayer]) -> None:
-    """Raises `ValueError` if the prefix was not made for this base model, whose layers are `recorded`."""
-    prefix.check_base(fingerprint(base_model.config))
-    found = compare_layers(
-        prefix.layer_shapes,
-        [(layer.index, *layer.kv.key.shape[::2], layer.kv.value.shape[2]) for layer in recorded],
-    )
-    if found:
-        p, name = prefix.num_virtual_tokens, type(base_model).__name__
-        first = found[0]
-        difference = (
-            f"layer {first.layer} has keys and values {_kv_shapes(first.adapter, p)} in the adapter and "
-            f"{_kv_shapes(first.model, p)} in {name}"
-        )
-        raise ValueError(
-            other_base_model(f"The prefix adapter in {prefix.path}", prefix.base_model_name_or_path, [difference])
-        )
-
-
-def _kv_shapes(shape: LayerShape | None, num_virtual_tokens: int) -> tuple[list[int], list[int]] | None:
-    if shape is None:
-        return None
-    key, value = ([shape.num_kv_heads, num_virtual_tokens, size] for size in (shape.key_size, shape.value_size))
-    return key, value
 
 
 def _uniform_shape(prefix: PrefixCheckpoint) -> tuple[int, int]:

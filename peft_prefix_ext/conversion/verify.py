@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from peft_prefix_ext.checkpoint.base_adapters import are_alike, model_with
 from peft_prefix_ext.checkpoint.format import STOCK_TYPES, PrefixCheckpoint
-from peft_prefix_ext.conversion.stock_peft import check_fits, import_from_peft, read_source
+from peft_prefix_ext.conversion.sources import check_fits, read_source
+from peft_prefix_ext.conversion.stock_peft import import_from_peft
 
 NUM_TOKENS = 16
 

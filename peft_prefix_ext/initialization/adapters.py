@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.base_model.layers import ProbedLayer
-from peft_prefix_ext.checkpoint.format import LayerKV, PrefixCheckpoint, read_prefix
+from peft_prefix_ext.checkpoint.fingerprint import fingerprint
+from peft_prefix_ext.checkpoint.format import LayerKV, PrefixCheckpoint, shapes_of
 from peft_prefix_ext.checkpoint.hub import resolve
+from peft_prefix_ext.checkpoint.reader import read_prefix
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.conversion.stock_peft import check_layers
 
 
 def adapter_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> tuple[list[LayerKV], str]:
@@ -52,7 +53,7 @@ def adapter_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Pro
 
 def _read(source: str, config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> PrefixCheckpoint:
     prefix = read_prefix(resolve(source))
-    check_layers(prefix, model, layers)
+    prefix.check_base(fingerprint(model.config), shapes_of({layer.index: layer.kv for layer in layers}))
     if prefix.num_virtual_tokens < config.num_virtual_tokens:
         raise ValueError(
             f"The prefix in {prefix.path} has {prefix.num_virtual_tokens} virtual tokens, too few to start "

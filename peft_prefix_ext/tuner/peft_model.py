@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from peft_prefix_ext.architectures.shared_kv import at_work_in
 from peft_prefix_ext.base_model.offloaded import left_where_it_is
-from peft_prefix_ext.checkpoint.atomic_save import CONFIG_NAME, config_of, replacing
+from peft_prefix_ext.checkpoint.atomic_save import config_of, replacing
+from peft_prefix_ext.checkpoint.format import CONFIG_NAME
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.tuner.model_card import CARD_NAME, write_card

@@ -17,7 +17,7 @@ from benchmarks.common.random_adapters import write_loras, write_prefixes
 from benchmarks.common.workload import Workload
 from benchmarks.serving.comparisons import TRANSPORTS, Settings, comparisons, ratios
 from benchmarks.serving.report import absolute_table, ratio_table, write_report
-from peft_prefix_ext.checkpoint.format import read_prefix
+from peft_prefix_ext.checkpoint.reader import read_prefix
 
 SETTINGS = Settings("tiny", lengths=(16, 50), mixes=(1, 8), loras=(1, 8), ranks=(8, 16), rounds=3)
 

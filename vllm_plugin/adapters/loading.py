@@ -18,9 +18,9 @@ from peft_prefix_ext.checkpoint.format import (
     PrefixCheckpointError,
     PrefixNotFoundError,
     magnitude,
-    read_prefix,
 )
 from peft_prefix_ext.checkpoint.hub import resolve
+from peft_prefix_ext.checkpoint.reader import read_prefix
 from vllm_plugin.adapters.adapter_kinds import holds_lora
 from vllm_plugin.adapters.base_lora import confuses_slots, find_base_lora
 from vllm_plugin.adapters.registry import Adapter, Shapes

@@ -1,0 +1,194 @@
+"""Reads and checks an adapter in the format of `format.py`, and stock PEFT's prefixes as well."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from peft_prefix_ext.checkpoint.atomic_save import config_of
+from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter, read_base_adapters
+from peft_prefix_ext.checkpoint.format import (
+    ATTENTIONS,
+    CONFIG_NAME,
+    DECODER,
+    FLOAT_DTYPES,
+    FORMAT_VERSION,
+    STOCK_TYPES,
+    WEIGHTS_NAME,
+    LayerKV,
+    PrefixCheckpoint,
+    PrefixCheckpointError,
+    PrefixNotFoundError,
+    is_of_prefix,
+    is_stock_encoder_decoder,
+    layer_key,
+    magnitude,
+)
+
+
+def read_prefix(path: str | Path) -> PrefixCheckpoint:
+    """Reads and checks the adapter in the folder `path`.
+
+    Raises:
+        PrefixCheckpointError: In one sentence, what is wrong with it and what to do.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    peft_type = config["peft_type"]
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        other = " (adapter_model.bin is a pickle and is never read)" if (folder / "adapter_model.bin").exists() else ""
+        raise PrefixCheckpointError(f"No {WEIGHTS_NAME} in {folder}{other}; save the adapter with safetensors.")
+    p = config.get("num_virtual_tokens")
+    if not isinstance(p, int) or isinstance(p, bool) or p < 1:
+        raise PrefixCheckpointError(f"`num_virtual_tokens` in {folder / CONFIG_NAME} must be >= 1, got {p!r}.")
+    digest = hashlib.sha256()
+    try:
+        with weights.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        with safe_open(weights, framework="pt") as tensors:
+            _refuse_other_weights(tensors, weights)
+            read = _read_stock if peft_type in STOCK_TYPES else _read_prefix_ext
+            layers = read(tensors, config, p, folder)
+    except (SafetensorError, OSError) as error:
+        raise PrefixCheckpointError(f"{weights} cannot be read as safetensors ({error}); copy it again.") from error
+    for index, layer in layers.items():
+        for kind, tensor in zip(layer._fields, layer, strict=True):
+            if not math.isfinite(magnitude(tensor)):
+                raise PrefixCheckpointError(
+                    f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again."
+                )
+    return PrefixCheckpoint(
+        path=folder,
+        peft_type=peft_type,
+        num_virtual_tokens=p,
+        layers=layers,
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        base_fingerprint=config.get("base_fingerprint") or {},
+        digest=digest.hexdigest(),
+        modules={} if peft_type in STOCK_TYPES else {row["index"]: row["module"] for row in config["prefix_layers"]},
+        base_adapters=_base_adapters(config, folder),
+        config=config,
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise PrefixNotFoundError(f"No prefix adapter at {folder}: there is no such folder.")
+    try:
+        try:
+            text = config_of(folder).read_text(encoding="utf-8")
+        except FileNotFoundError:  # or it was put in its place in this moment
+            text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+        config = json.loads(text)
+    except FileNotFoundError as error:
+        raise PrefixNotFoundError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
+    except (OSError, ValueError) as error:
+        raise PrefixCheckpointError(
+            f"{folder / CONFIG_NAME} cannot be read as JSON ({error}); copy it again."
+        ) from error
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if peft_type != "PREFIX_EXT" and peft_type not in STOCK_TYPES:
+        raise PrefixCheckpointError(
+            f"The adapter in {folder} is of type {peft_type!r}, not a prefix: expected PREFIX_EXT, PREFIX_TUNING or "
+            "CARTRIDGE."
+        )
+    version = config.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise PrefixCheckpointError(
+            f"The adapter in {folder} has format version {version!r}, this release reads {FORMAT_VERSION}: upgrade "
+            "peft-prefix-ext."
+        )
+    return config
+
+
+def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, ...]:
+    try:
+        return read_base_adapters(config.get("base_adapters") or [])
+    except ValueError as error:
+        raise PrefixCheckpointError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
+
+
+def _refuse_other_weights(tensors: Any, weights: Path) -> None:
+    """A prefix alone is not the whole adapter when modules of the base were trained or resized with it."""
+    others = [name for name in tensors.keys() if not is_of_prefix(name) and name != "prompt_embeddings"]
+    if others:
+        raise PrefixCheckpointError(
+            f"{weights} holds weights of the base model beside the prefix ({others[0]}), which a prefix cannot bring "
+            "along; train without `modules_to_save`, `trainable_token_indices` or resized embeddings."
+        )
+
+
+def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
+    table = config.get("prefix_layers")
+    if not isinstance(table, list) or not table:
+        raise PrefixCheckpointError(f"`prefix_layers` is missing from {folder / CONFIG_NAME}; save the adapter again.")
+    layers: dict[int, LayerKV] = {}
+    for row in table:
+        try:
+            index, module = row["index"], row["module"]
+            shapes = {kind: list(row[f"{kind}_shape"]) for kind in ("key", "value")}
+            well_formed = type(index) is int and index >= 0 and index not in layers and isinstance(module, str)
+            well_formed = well_formed and all(len(shape) == 3 for shape in shapes.values())
+            well_formed = well_formed and row.get("attention", DECODER) in ATTENTIONS
+        except (KeyError, TypeError):
+            well_formed = False
+        if not well_formed:
+            raise PrefixCheckpointError(f"`prefix_layers` in {folder / CONFIG_NAME} has a malformed row: {row!r}.")
+        pair = [_checked(tensors, layer_key(module, kind), shapes[kind], folder) for kind in ("key", "value")]
+        (key_heads, key_tokens, _), (value_heads, value_tokens, _) = (tensor.shape for tensor in pair)
+        if (key_heads, key_tokens) != (value_heads, value_tokens) or key_tokens != p:
+            raise PrefixCheckpointError(
+                f"Layer {index} of the adapter in {folder} has keys {shapes['key']} and values {shapes['value']}, which "
+                f"do not fit together as [num_kv_heads, {p}, head_dim]."
+            )
+        layers[index] = LayerKV(*pair)
+    return layers
+
+
+def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
+    """Splits PEFT's flat layout as `PeftModel.get_prompt` does (peft 0.21, peft_model.py)."""
+    sizes: list[Any] = [config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[2] % sizes[1]:
+        raise PrefixCheckpointError(
+            f"`num_layers`, `num_attention_heads` and `token_dim` in {folder / CONFIG_NAME} must say the shape of the "
+            f"prefix, got {sizes}."
+        )
+    if config.get("num_transformer_submodules") not in (None, 1, 2):
+        raise PrefixCheckpointError(
+            f"`num_transformer_submodules` in {folder / CONFIG_NAME} must be 1 or 2, got "
+            f"{config['num_transformer_submodules']!r}."
+        )
+    num_layers, num_heads, token_dim = sizes
+    flat = _checked(tensors, "prompt_embeddings", [p, num_layers * 2 * token_dim], folder)
+    kv = flat.view(p, num_layers, 2, num_heads, token_dim // num_heads).permute(1, 2, 3, 0, 4)
+    # For an encoder-decoder model `get_prompt` repeats the rows for a cross-attention, whose prefix it then drops: a layer of
+    # the decoder is left with every other row.
+    rows = [2 * index % num_layers if is_stock_encoder_decoder(config) else index for index in range(num_layers)]
+    return {index: LayerKV(kv[row, 0].contiguous(), kv[row, 1].contiguous()) for index, row in enumerate(rows)}
+
+
+def _checked(tensors: Any, name: str, shape: list[int], folder: Path) -> torch.Tensor:
+    """Reads one tensor after its header agreed with the config, so that a lying file never decides an allocation."""
+    try:
+        header = tensors.get_slice(name)
+    except SafetensorError as error:
+        # Not asked beforehand: the list of all names is made anew each time.
+        if name in tensors.keys():
+            raise
+        raise PrefixCheckpointError(
+            f"{folder / WEIGHTS_NAME} has no tensor {name!r}; save the adapter again."
+        ) from error
+    if header.get_shape() != shape or header.get_dtype() not in FLOAT_DTYPES:
+        raise PrefixCheckpointError(
+            f"{name!r} in {folder / WEIGHTS_NAME} is {header.get_dtype()} {header.get_shape()}, expected floats of shape "
+            f"{shape}."
+        )
+    return tensors.get_tensor(name)
