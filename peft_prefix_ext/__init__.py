@@ -1,7 +1,7 @@
 """Prefix tuning for PEFT, from training to production.
 
-`import peft_prefix_ext` is all it takes for PEFT to know the type `PREFIX_EXT`. Exports load lazily, so that a serving
-process that only reads checkpoints imports neither peft nor transformers.
+`import peft_prefix_ext` registers the type `PREFIX_EXT` with PEFT. Exports load lazily, so that a server that only reads
+checkpoints imports neither peft nor transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, read_prefix
+    from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError
+    from peft_prefix_ext.checkpoint.reader import read_prefix
     from peft_prefix_ext.checkpoint.writer import write_prefix
     from peft_prefix_ext.config import PrefixExtConfig
     from peft_prefix_ext.conversion.compose import compose
@@ -22,16 +23,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Where each name is imported from; the model's module registers with PEFT.
+# What needs PEFT.
+_METHOD = ("architectures", "config", "initialization", "injection", "tuner")
+# The module of each export.
 _EXPORTS = {
     "PrefixCheckpoint": "checkpoint.format",
     "PrefixCheckpointError": "checkpoint.format",
-    "PrefixExtConfig": "tuner.model",
+    "PrefixExtConfig": "config",
     "PrefixExtModel": "tuner.model",
     "compose": "conversion.compose",
     "export_to_peft": "conversion.stock_peft",
     "import_from_peft": "conversion.stock_peft",
-    "read_prefix": "checkpoint.format",
+    "read_prefix": "checkpoint.reader",
     "write_prefix": "checkpoint.writer",
 }
 
@@ -58,13 +61,17 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-@wrapt.when_imported("peft")
-def _register(peft: Any) -> None:
-    """Registers the type as soon as there is a PEFT to register with.
+def _register(module: Any) -> None:
+    """Registers the type with PEFT, which the tuner does when it is imported.
 
     PEFT has no entry points for methods: without this, `PeftModel.from_pretrained` of our adapters is a KeyError.
     """
-    ours = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
-    # Where one of our own modules brought PEFT in, the model's is not far behind, and cannot come before it.
-    if not any(getattr(module.__spec__, "_initializing", False) for module in ours):
+    ours = [other for name, other in sys.modules.items() if name.startswith(f"{__name__}.") and other is not module]
+    # The tuner imports most of this package, so it must not come while one of these modules is half imported itself.
+    if not any(getattr(other.__spec__, "_initializing", False) for other in ours):
         import_module(f"{__name__}.tuner.model")
+
+
+# As soon as PEFT is imported, or something of this package that needs PEFT.
+for _name in ("peft", *(f"{__name__}.{part}" for part in _METHOD)):
+    wrapt.register_post_import_hook(_register, _name)

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import import_module
 from os import PathLike
 from typing import Any
 
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
-from peft_prefix_ext.arguments import check_at_least, check_integers, check_one_of
 from peft_prefix_ext.checkpoint.format import ATTENTIONS, CROSS, DECODER, ENCODER, FORMAT_VERSION
+from peft_prefix_ext.dataset_rows import are_records
 from peft_prefix_ext.peft_type import PREFIX_EXT
-from peft_prefix_ext.sources import ADAPTER_PARTS, AUTO, INITS, UNSAVED_FIELDS, check_sources, init_of_source
 
+# Every initialisation, with the argument that says what it starts from.
+INITS: dict[str, str | None] = {
+    "random": None,
+    "vocab": None,
+    "tokens": "init_token_ids",
+    "text": "init_text",
+    "exemplars": "init_exemplars",
+    "kv": "init_kv",
+    "adapter": "init_adapter",
+    "average": "init_adapter",
+}
+AUTO = "auto"
+# What does not go where an adapter is shared.
+UNSAVED_FIELDS = ("init_exemplars", "init_kv")
+ADAPTER_PARTS = ("all", "keys")
 REPARAMS = ("none", "mlp")
 
 
@@ -192,7 +206,6 @@ class PrefixExtConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        import_module("peft_prefix_ext.tuner.model")  # registers with PEFT, for who imported this module alone
         self.peft_type = PREFIX_EXT
         if isinstance(self.init_adapter, PathLike):
             self.init_adapter = str(self.init_adapter)
@@ -201,32 +214,32 @@ class PrefixExtConfig(PeftConfig):
         # What the tuner learns about the base model. It becomes part of the dict that is saved, not of the live config,
         # so that one config object can be used for several models.
         self._recorded: dict[str, Any] = {}
-        check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
+        _check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
         if self.init == AUTO:
-            self.init = init_of_source(self)
-        check_one_of("init", self.init, INITS)
+            self.init = _init_of_source(self)
+        _check_one_of("init", self.init, INITS)
         check_sources(self)
         if not self.init_std >= 0:
             raise ValueError(f"`init_std` must be >= 0, got {self.init_std}.")
-        check_at_least("num_frozen_tokens", self.num_frozen_tokens, 0)
+        _check_at_least("num_frozen_tokens", self.num_frozen_tokens, 0)
         if self.num_frozen_tokens >= self.num_virtual_tokens:
             raise ValueError(
                 "`num_frozen_tokens` must be < `num_virtual_tokens`, got "
                 f"{self.num_frozen_tokens} and {self.num_virtual_tokens}."
             )
-        check_one_of("reparam", self.reparam, REPARAMS)
+        _check_one_of("reparam", self.reparam, REPARAMS)
         for name in ("reparam_latent_size", "reparam_hidden_size", "reparam_num_layers"):
-            check_at_least(name, getattr(self, name), 1)
+            _check_at_least(name, getattr(self, name), 1)
         if self.reparam_activation not in ACT2FN:
             raise ValueError(f"`reparam_activation` must be one of {sorted(ACT2FN)}, got {self.reparam_activation!r}.")
         for name in ("reparam_dropout", "prefix_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.layers_to_train is not None:
-            check_integers("layers_to_train", self.layers_to_train)
+            _check_integers("layers_to_train", self.layers_to_train)
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
-            check_integers("trainable_token_indices", indices)
+            _check_integers("trainable_token_indices", indices)
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -252,3 +265,58 @@ class PrefixExtConfig(PeftConfig):
         shared = copy.copy(self)
         shared.forget_sources()
         return {**super(PrefixExtConfig, shared).to_dict(), **self._recorded}
+
+
+def _init_of_source(config: PrefixExtConfig) -> str:
+    """Returns the initialisation that uses what a config gives; of several things `check_sources` refuses all but one."""
+    if isinstance(config.init_adapter, list):
+        return "average"
+    given = [init for init, source in INITS.items() if source is not None and getattr(config, source) is not None]
+    return given[0] if given else "random"
+
+
+def check_sources(config: PrefixExtConfig) -> None:
+    """Raises `ValueError` if what the prefix starts from is missing, or of another initialisation."""
+    needed = INITS[config.init]
+    for name in dict.fromkeys(filter(None, INITS.values())):
+        given = getattr(config, name) is not None
+        if name == needed and not given and not config.is_saved:
+            raise ValueError(f"`{name}` must be given when `init={config.init!r}`.")
+        if name != needed and given:
+            uses = " or ".join(f"`init={init!r}`" for init, source in INITS.items() if source == name)
+            raise ValueError(f"`{name}` is only used with {uses}, got `init={config.init!r}`.")
+    if config.init_chat_template and config.init != "text":
+        raise ValueError(f"`init_chat_template` is only used with `init='text'`, got `init={config.init!r}`.")
+    _check_one_of("init_adapter_part", config.init_adapter_part, ADAPTER_PARTS)
+    if config.init_adapter_part != "all" and needed != "init_adapter":
+        raise ValueError(
+            f"`init_adapter_part` is only used with `init='adapter'` or `init='average'`, got `init={config.init!r}`."
+        )
+    if config.init_token_ids is not None:
+        _check_integers("init_token_ids", config.init_token_ids)
+    if config.init_exemplars is not None and not are_records(config.init_exemplars):
+        raise ValueError(
+            "`init_exemplars` must be rows, as a list, one split of a data set or a data frame, got "
+            f"{type(config.init_exemplars).__name__}."
+        )
+    if config.init == "adapter" and not isinstance(config.init_adapter, (str, type(None))):
+        raise ValueError(f"`init_adapter` must be a path or a repository, got {config.init_adapter!r}.")
+    if config.init == "average" and (isinstance(config.init_adapter, str) or config.init_adapter == []):
+        raise ValueError(
+            f"`init_adapter` must be a list of paths or repositories for `init='average'`, got {config.init_adapter!r}."
+        )
+
+
+def _check_at_least(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}.")
+
+
+def _check_integers(name: str, value: Any) -> None:
+    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
+        raise ValueError(f"`{name}` must be a list of integers, got {value!r}.")
+
+
+def _check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {value!r}.")

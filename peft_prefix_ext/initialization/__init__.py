@@ -8,12 +8,11 @@ from transformers import PreTrainedModel
 
 from peft_prefix_ext.base_model.layers import ProbedLayer, record_layers
 from peft_prefix_ext.checkpoint.format import LayerKV
-from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.config import PrefixExtConfig, check_sources
 from peft_prefix_ext.initialization.adapters import adapter_kv
 from peft_prefix_ext.initialization.exemplars import exemplar_tokens
 from peft_prefix_ext.initialization.past_key_values import given_kv
 from peft_prefix_ext.initialization.tokens import given_tokens, text_tokens, vocabulary_tokens
-from peft_prefix_ext.sources import check_sources
 
 
 class Initial(NamedTuple):
