@@ -1,6 +1,6 @@
-"""`python -m peft_prefix_ext` is `prefix-ext`."""
+"""`python -m peft_prefix_ext` runs `prefix-ext`."""
 
-from peft_prefix_ext.cli.parser import main
+from peft_prefix_ext.cli import main
 
 if __name__ == "__main__":
     main()

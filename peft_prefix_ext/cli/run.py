@@ -1,11 +1,12 @@
-"""`prefix-ext run`: other Python programs in this process, where PEFT knows the type `PREFIX_EXT`.
+"""`prefix-ext run`: runs another Python program in this process, where PEFT knows the type `PREFIX_EXT`.
 
-PEFT has no entry points for methods, so where nothing imports this package, as in a program that takes the path of any
-adapter, one of ours ends in `KeyError: 'PREFIX_EXT'`. Here it is imported already, and registers once PEFT is.
+PEFT has no entry points for methods. A program that loads any adapter but never imports this package ends in
+`KeyError: 'PREFIX_EXT'`. Here the package is imported before the program, and registers once PEFT is imported.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import shutil
@@ -14,18 +15,49 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from peft_prefix_ext.cli.common import add_command, refuse
 
 Program = Callable[[], object]
 
 
-def find_program(words: Sequence[str]) -> Program:
-    """Returns what runs `PROGRAM ARGUMENT ...`, `SCRIPT.py ARGUMENT ...` or `-m MODULE ARGUMENT ...` as `__main__`.
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(
+        subparsers,
+        "run",
+        run,
+        summary="run another Python program that loads prefixes",
+        description="Runs a command of this environment, a script or a module in this process, with PREFIX_EXT registered in\n"
+        "PEFT. Use it for programs that load any adapter and fail with KeyError: 'PREFIX_EXT'. Processes that the\n"
+        "program starts must import peft_prefix_ext themselves; with a launcher, run each of them with it:\n"
+        "torchrun -m peft_prefix_ext run train.py",
+        examples="  prefix-ext run lm_eval --model hf --model_args pretrained=BASE,peft=./restaurant --tasks hellaswag\n"
+        "  prefix-ext run generate.py --adapter ./restaurant\n  prefix-ext run -m package.module --option",
+        exit_codes="exit codes: those of the program; 1 if there is no such program",
+    )
+    parser.usage = "prefix-ext run [-h] (PROGRAM | SCRIPT.py | -m MODULE) [ARGUMENT ...]"
+    parser.add_argument(
+        "program", metavar="PROGRAM", nargs="+", help="the program and its arguments, which are passed on unchanged"
+    )
 
-    What it returns leaves `sys.argv` and `sys.path` as `python` would, and raises what the program raises: `SystemExit`
-    with its exit code.
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        program = find_program(args.program)
+    except ValueError as error:
+        refuse("run", error)
+    program()  # its errors and exit codes are its own
+
+
+def find_program(words: Sequence[str]) -> Program:
+    """Finds what `PROGRAM ARGUMENT ...`, `SCRIPT.py ARGUMENT ...` or `-m MODULE ARGUMENT ...` would run as `__main__`.
+
+    The program sets `sys.argv` and `sys.path` as `python` would. It raises `SystemExit` with its exit code, and its own
+    errors.
 
     Raises:
-        ValueError: If there is no such program, or it is none that runs in this process.
+        ValueError: If there is no such program, or it cannot run in this process.
     """
     name, *arguments = words
     if name == "-m":
@@ -50,8 +82,8 @@ def _script(path: str, arguments: Sequence[str]) -> Program:
         raise ValueError(f"There is no file {path!r}.")
     if os.path.isfile(path) and not path.endswith(".py") and not _is_python(path):
         raise ValueError(
-            f"{path!r} is no Python program, and would run in a process of its own: name a command that is one, a SCRIPT.py, "
-            "or -m MODULE."
+            f"{path!r} is no Python program, and would run in a process of its own: name a Python command, a SCRIPT.py, or "
+            "-m MODULE."
         )
     folder = os.path.dirname(os.path.realpath(path))
     return _as_main(path, arguments, lambda: runpy.run_path(path, run_name="__main__"), folder)
@@ -70,7 +102,7 @@ def _module(name: str, *arguments: str) -> Program:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = find_spec(f"{name}.__main__")
     except ModuleNotFoundError as error:
-        # A parent that is not there; not what a parent that is there imports.
+        # Only a missing parent package; not an import that fails inside an existing one.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         spec = None

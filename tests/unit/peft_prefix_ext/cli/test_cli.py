@@ -200,7 +200,7 @@ def test_only_warnings_of_our_own_are_shown(run, monkeypatch, caplog):
         warnings.warn_explicit("of ours", UserWarning, "ours.py", 1, module="peft_prefix_ext.checkpoint.compatibility")
         library.error("out of memory")
 
-    monkeypatch.setattr("peft_prefix_ext.cli.parser._inspect", noisy)
+    monkeypatch.setattr("peft_prefix_ext.cli.inspect.run", noisy)
     before = python_logging.root.manager.disable
     assert run("inspect", "ours") == (0, "", "prefix-ext: warning: of ours\n")
     assert caplog.messages == ["out of memory"]
