@@ -1,6 +1,6 @@
-"""`adapter_names` in forward and generate: a batch whose rows have different adapters.
+"""PEFT's `adapter_names` in `forward` and `generate`: a batch whose rows have different adapters.
 
-Checks and messages are those of PEFT's LoRA (peft 0.21, tuners/lora/model.py).
+Checks and messages follow PEFT's LoRA (peft 0.21, tuners/lora/model.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from peft_prefix_ext.injection.decoder_hook import decoder_hooks_of
 
 @contextmanager
 def use_adapter_names(model: PreTrainedModel, names: Any, call: dict[str, Any]) -> Iterator[None]:
-    """Gives row i of every batch the adapter `names[i]`, none where that is `"__base__"`, until the context ends.
+    """Gives row i of each batch the adapter `names[i]`, and none if that is `"__base__"`.
 
     Args:
         model: The model with the adapters.
         names: `adapter_names`, one for each input.
-        call: The other arguments of `forward` or `generate`, which say how many rows become of an input.
+        call: The other arguments of `forward` or `generate`, which say how many rows each input is expanded to.
 
     Raises:
         ValueError: If the model is in training mode, or has no such adapter.
@@ -40,19 +40,19 @@ def use_adapter_names(model: PreTrainedModel, names: Any, call: dict[str, Any]) 
         )
     if any(counts_columns(module) for module in model.modules()):
         raise ValueError(f"`adapter_names` is not supported for {describe(model)}; use `set_adapter` for the batch.")
-    (runtime,) = decoder_hooks_of(model)
-    if unknown := set(names) - runtime.num_virtual_tokens.keys() - {BASE}:
+    (hook,) = decoder_hooks_of(model)
+    if unknown := set(names) - hook.num_virtual_tokens.keys() - {BASE}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             _check_wrapper(name, module, names)
-            runtime.give_rows_to(module)
-    with runtime.mixed(BatchAdapters.mixed(names, runtime.num_virtual_tokens, model.device, _rows_per_input(call))):
+            hook.give_rows_to(module)
+    with hook.mixed(BatchAdapters.mixed(names, hook.num_virtual_tokens, model.device, _rows_per_input(call))):
         yield
 
 
 def _rows_per_input(call: dict[str, Any]) -> int:
-    """Returns how often `generate` repeats each input."""
+    """Returns how many rows `generate` makes of each input."""
     given = [call, vars(call["generation_config"])] if call.get("generation_config") is not None else [call]
     return max(
         next((values[name] for values in given if values.get(name) is not None), 1)

@@ -1,20 +1,23 @@
-"""What is settled about an adapter before the model is touched: where it goes, and what it starts as."""
+"""What is decided about an adapter before the model changes: where its prefixes go and what they start as."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.architectures.encoder_decoder import embedded_positions
-from peft_prefix_ext.architectures.shared_kv import find_shared
+from peft_prefix_ext.architectures.encoder_decoder import PrefixStackHook, embedded_positions
+from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
+from peft_prefix_ext.attention.flash import attention_of
 from peft_prefix_ext.base_model.layers import ProbedLayer, probe_layers
 from peft_prefix_ext.base_model.tensor_parallel import share
 from peft_prefix_ext.checkpoint.format import DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.initialization import initial_kv
-from peft_prefix_ext.injection.decoder_hook import without_prefixes
+from peft_prefix_ext.injection.caller_positions import modules_around
+from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook, without_prefixes
 from peft_prefix_ext.injection.layer import reachable_arguments
 from peft_prefix_ext.injection.reparam import PrefixMLP, new_reparam
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
@@ -25,21 +28,21 @@ from peft_prefix_ext.tuner.requirements import (
     check_length,
     check_modules_to_save,
     find_decoder,
-    record,
+    model_record,
 )
 from peft_prefix_ext.tuner.saved_adapters import check_saved_adapter, warn_of_other_base_name
-from peft_prefix_ext.tuner.self_test import check_prefix_matches_text
+from peft_prefix_ext.tuner.self_test import check_decoder_matches_text, check_prefix_matches_text
 
 
 @dataclass(frozen=True)
 class InjectionPlan:
-    """Where one adapter goes.
+    """Where the prefixes of one adapter go.
 
     Args:
-        stacks: The names of the stacks (the decoder, and the encoder if any) by kind of attention.
+        stacks: The module names of the stacks (the decoder, and the encoder if any) by kind of attention.
         layers: The attention layers by module name.
-        initial: The K/V that each of them starts at, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
-        mlps: The reparameterization of each stack, by its name; `None` without one.
+        initial: The initial K/V of each layer, `[num_kv_heads, num_virtual_tokens, head_dim]` each, by module name.
+        mlps: The reparameterization of each stack by its module name; `None` without one.
     """
 
     stacks: dict[str, str]
@@ -49,43 +52,55 @@ class InjectionPlan:
 
 
 def make_injection_plan(config: PrefixExtConfig, model: PreTrainedModel) -> InjectionPlan:
-    """Finds the attention layers and the initial K/V; `config` learns what is recorded of them.
+    """Finds the attention layers and the initial K/V, and records in `config` what is saved about the model.
 
     Raises:
-        ValueError: If the model has no place for this prefix, or is not the one that it was trained on.
+        ValueError: If the model cannot have this prefix, or is not the one that a saved prefix was trained on.
     """
     with without_prefixes(model):
-        recorded = [layer for layer in probe_layers(model) if layer.attention in config.attentions]
-        check_attentions(config, model, recorded)
+        probed = [layer for layer in probe_layers(model) if layer.attention in config.attentions]
+        check_attentions(config, model, probed)
         check_length(config, model)
-        config._recorded = record(config, model, recorded)
+        config._recorded = model_record(config, model, probed)
         check_saved_adapter(config, model, config._recorded["prefix_layers"])
         warn_of_other_base_name(config, model)
         warn_of_other_adapters(config, model)
-        check_layers_to_train(config, recorded)
-        check_modules_to_save(config.modules_to_save, model, _at_work(model, recorded))
-        for layer in recorded:
+        check_layers_to_train(config, probed)
+        check_modules_to_save(config.modules_to_save, model, _hooked_modules(model, probed))
+        for layer in probed:
             reachable_arguments(model.get_submodule(layer.module))
         if not model.config.is_encoder_decoder and not _has_prefix(model):
-            check_prefix_matches_text(model, model.get_submodule(find_decoder(model, recorded, DECODER)))
-        initial, config.init_report = initial_kv(config, model, recorded)
+            check_prefix_matches_text(model, model.get_submodule(find_decoder(model, probed, DECODER)))
+        initial, config.init_report = initial_kv(config, model, probed)
     share(model, *(state for kv in initial for state in kv))
-    config.forget_sources()  # a model is copied and pickled without them
-    stacks = {attention: find_decoder(model, recorded, attention) for attention in config.attentions}
+    config.forget_sources()  # so that the model is copied and pickled without them
+    stacks = {attention: find_decoder(model, probed, attention) for attention in config.attentions}
     mlps = {}
     for stack in dict.fromkeys(stacks.values()):
-        inside = [number for number, layer in enumerate(recorded) if stacks[layer.attention] == stack]
-        mlps[stack] = new_reparam(config, [recorded[n] for n in inside], [initial[n] for n in inside])
+        inside = [number for number, layer in enumerate(probed) if stacks[layer.attention] == stack]
+        mlps[stack] = new_reparam(config, [probed[n] for n in inside], [initial[n] for n in inside])
         share(model, *(mlp.parameters() if (mlp := mlps[stack]) is not None else ()))
     return InjectionPlan(
         stacks,
-        {layer.module: layer for layer in recorded},
-        {layer.module: kv for layer, kv in zip(recorded, initial, strict=True)},
+        {layer.module: layer for layer in probed},
+        {layer.module: kv for layer, kv in zip(probed, initial, strict=True)},
         mlps,
     )
 
 
-def _at_work(model: PreTrainedModel, layers: list[ProbedLayer]) -> set[nn.Module]:
+def create_hook(model: PreTrainedModel, stack: Any, plan: InjectionPlan) -> PrefixDecoderHook:
+    """Creates the hook of a stack of `model`, without any adapter."""
+    hook_class = PrefixStackHook if model.config.is_encoder_decoder else PrefixDecoderHook
+    hook = hook_class(stack, modules_around(stack, model))
+    hook.tested_attention.add(attention_of(stack.config))  # when the plan was made
+    if not model.config.is_encoder_decoder:
+        hook.test_attention = check_decoder_matches_text
+    hook.device = next(iter(plan.layers.values())).kv.key.device  # not that of the weights, which may be offloaded
+    hook.shared_layers = [SharedKVLayer(module, owner, hook) for module, owner in find_shared(model, plan.layers)]
+    return hook
+
+
+def _hooked_modules(model: PreTrainedModel, layers: list[ProbedLayer]) -> set[nn.Module]:
     """Returns the modules that the prefixes of `layers` will have hooks on."""
     stacks = {model.get_submodule(find_decoder(model, layers, layer.attention)) for layer in layers}
     embeddings = {embedding for stack in stacks if (embedding := embedded_positions(stack)) is not None}

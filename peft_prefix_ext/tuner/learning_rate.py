@@ -1,7 +1,7 @@
-"""One warning where an optimizer would hardly move a prefix.
+"""One warning if the learning rate is too low for a prefix.
 
-What trainers take by default is meant for weights: at the 5e-5 of `Trainer` or the 2e-5 of `SFTTrainer` a prefix learns
-next to nothing, and nothing else would say so.
+Trainers' defaults are meant for weights: at the 5e-5 of `Trainer` or the 2e-5 of `SFTTrainer` a prefix learns next to
+nothing, and nothing else would say so.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
-# With an MLP, and without: what Adam moves too little at, and what to take.
+# With and without an MLP: the rate below which to warn, and the one to recommend.
 LOWEST = {True: 1e-4, False: 1e-3}
 RECOMMENDED = {True: "2e-3", False: "2e-2"}
 
 
 class _Watch:
-    """A hook on the steps of all optimizers, until each model that it waits for has been seen in training, or is gone."""
+    """A hook on the steps of all optimizers, until each model that it waits for has been trained or deleted."""
 
     def __init__(self) -> None:
         self._models: WeakSet[nn.Module] = WeakSet()
@@ -51,7 +51,7 @@ class _Watch:
             }
             if rates or not parameters:
                 self._models.discard(model)
-            if "adam" in type(optimizer).__name__.lower():  # others count in other units
+            if "adam" in type(optimizer).__name__.lower():  # other optimizers need other rates
                 _check(rates)
         if not self._models and self._handle is not None:
             self._handle.remove()
@@ -59,7 +59,7 @@ class _Watch:
 
 
 def _trained(model: nn.Module) -> dict[int, bool]:
-    """Returns the trainable parameters of the prefixes of `model` by identity, and whether they are those of an MLP."""
+    """Maps the id of each trainable prefix parameter of `model` to whether it belongs to an MLP."""
     return {
         id(parameter): isinstance(module, PrefixDecoderHook)
         for module in model.modules()
@@ -70,9 +70,9 @@ def _trained(model: nn.Module) -> dict[int, bool]:
 
 
 def _rate(group: dict[str, Any]) -> float:
-    """Returns the rate of a group without the warm-up that a scheduler begins with."""
+    """Returns the learning rate of a group without the warm-up of a scheduler."""
     rates = [group[name] for name in ("lr", "initial_lr", "max_lr") if group.get(name) is not None]
-    return max(map(float, rates), default=inf)  # Adafactor finds its own
+    return max(map(float, rates), default=inf)  # Adafactor may have none
 
 
 def _check(rates: set[tuple[bool, float]]) -> None:
@@ -86,5 +86,5 @@ def _check(rates: set[tuple[bool, float]]) -> None:
             return
 
 
-# Warns once, at the first step of a model that was handed to it; keeps no model alive, and costs nothing afterwards.
+# Warns at most once per model, at its first optimizer step. Keeps no model alive, and costs nothing afterwards.
 watch_learning_rate = _Watch().wait_for

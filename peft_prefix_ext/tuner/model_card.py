@@ -1,4 +1,4 @@
-"""The model card of a repository with prefixes: what they are, what they start from, how they are served."""
+"""The model card of a repository with prefixes: what they are, how they were initialized, how to serve them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 CARD_NAME = "README.md"
 TAGS = ("peft-prefix-ext", "prefix-tuning")
 _START, _END = "<!-- peft-prefix-ext -->", "<!-- /peft-prefix-ext -->"
-# Both PEFT and transformers fill in this template, which says nothing about the model.
+# The title of the template of PEFT and transformers, which says nothing about the model.
 _TEMPLATE_TITLE = "# Model Card for Model ID"
 
 
 def write_card(model: PeftModel, folder: str | Path, repo: str | None = None) -> None:
     """Adds the prefixes of `model` to the card that PEFT wrote into `folder`.
 
-    What is not the template's stays, such as a card of one's own or one by `Trainer`.
+    Replaces the template, and keeps all other text, such as a card by the user or by `Trainer`.
 
     Args:
         model: The model.
-        folder: Where it is.
+        folder: The folder of the card.
         repo: The repository that the folder is about to be uploaded to, if known.
     """
     path = Path(folder) / CARD_NAME
     card = ModelCard.load(path, ignore_metadata_errors=True)
     configs = {name: config for name, config in model.peft_config.items() if isinstance(config, PrefixExtConfig)}
     name: Any = model.get_base_model().name_or_path or None
-    # PEFT writes a path as it was given to it; the adapters know which folder that is.
+    # PEFT writes a relative path as it was given; the adapters record the absolute one.
     base = next((config.base_model_name_or_path for config in configs.values() if config.base_model_name_or_path), name)
     if base and card.data.base_model in (None, name):
         card.data.base_model = base
@@ -59,14 +59,14 @@ def _name(repo: str | None) -> str | None:
 
 
 def _section(model: PeftModel, name: str, config: PrefixExtConfig, base: str, repo: str | None) -> str:
-    recorded = config.to_dict()
-    rows = recorded["prefix_layers"] or []
-    is_encoder_decoder = bool((recorded["base_fingerprint"] or {}).get("is_encoder_decoder"))
+    saved = config.to_dict()
+    rows = saved["prefix_layers"] or []
+    is_encoder_decoder = bool((saved["base_fingerprint"] or {}).get("is_encoder_decoder"))
     served = sum(math.prod(row[shape]) for row in rows for shape in ("key_shape", "value_shape"))
     trained = _num_trained(model, name)
-    beside = [f"`{module}`" for module in config.modules_to_save or []]
+    also_trained = [f"`{module}`" for module in config.modules_to_save or []]
     if config.trainable_token_indices is not None:
-        beside.append("embeddings of some tokens")
+        also_trained.append("embeddings of some tokens")
     reparam = f"`{config.reparam}`, folded into the K/V when saved" if config.reparam != "none" else "`none`"
     facts = {
         "base model": f"`{base}`",
@@ -80,27 +80,27 @@ def _section(model: PeftModel, name: str, config: PrefixExtConfig, base: str, re
         "parameters in training": f"{trained:,}" if trained else None,
         "parameters of the prefix": f"{served:,} (the K/V of {len(rows)} layers)",
         "on top of": _others(model),
-        "trained with it": ", ".join(beside) or None,
+        "trained with it": ", ".join(also_trained) or None,
     }
     folder = "" if name == "default" else f"/{name}"
     source = f"{repo or 'PATH_OR_REPO'}{folder}"
     serving = f"""
-Serve it with [vLLM](https://github.com/vllm-project/vllm) (`pip install ".[serve]"` in a clone of peft-prefix-ext) beside the
-base model:
+Serve it with [vLLM](https://github.com/vllm-project/vllm) (`pip install ".[serve]"` in a clone of peft-prefix-ext) together
+with the base model:
 
 ```bash
 vllm serve {base} --prefix-adapter {(_name(repo) if name == "default" else name) or "NAME"}={source}
 ```
 """
     if is_encoder_decoder:
-        serving = "\nIt is of an encoder-decoder model, which vLLM does not serve.\n"
-    elif beside or _others(model):
-        serving = "\nIt needs more than the base model and the prefix, and is not served by vLLM as it is.\n"
+        serving = "\nvLLM does not serve it: the base model is an encoder-decoder model.\n"
+    elif also_trained or _others(model):
+        serving = "\nvLLM cannot serve it as it is: it needs more than the base model and the prefix.\n"
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value is not None)
     return f"""
 ## Prefix `{name}`
 
-Keys and values that stand before the input in every attention layer; no weight of the base model changes.
+Trained keys and values that precede the input in every attention layer; the base model is unchanged.
 
 | | |
 | --- | --- |
@@ -116,8 +116,8 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "{source}")
 ```
 
-`KeyError: 'PREFIX_EXT'` means that nothing imported `peft_prefix_ext` in that process. `prefix-ext run` starts any Python
-program with it imported, be it a command, `SCRIPT.py` or `-m MODULE`:
+`KeyError: 'PREFIX_EXT'` means that nothing imported `peft_prefix_ext` in that process. `prefix-ext run` imports it and then
+runs any Python program, given as a command, `SCRIPT.py` or `-m MODULE`:
 
 ```bash
 prefix-ext run lm_eval --model hf --model_args pretrained={base},peft={source} --tasks TASK
@@ -126,7 +126,7 @@ prefix-ext run lm_eval --model hf --model_args pretrained={base},peft={source} -
 
 
 def _num_trained(model: PeftModel, name: str) -> int:
-    """Counts the parameters of an adapter that take a gradient."""
+    """Returns the number of trainable parameters of an adapter."""
     return sum(
         parameter.numel()
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""The adapters at work in a live model besides its prefixes, such as LoRA under a prefix."""
+"""The active adapters of a live model that are not prefixes, such as LoRA under a prefix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 
 def active_base_adapters(model: Any) -> list[BaseAdapter]:
-    """Returns the adapters at work in a base model, or in what PEFT wrapped around one, besides its prefixes."""
+    """Returns the active adapters of a base model, in a `PeftModel` or not, except its prefixes."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    # `disable_adapter` turns off all there are for a while, the prefix as well.
+    # `disable_adapter` temporarily disables all adapters, the prefix as well.
     all_off = any(isinstance(layer, PrefixTunerLayer) and layer.disable_adapters for layer in layers)
-    at_work = dict.fromkeys(
+    active = dict.fromkeys(
         name
         for layer in layers
         if not isinstance(layer, PrefixTunerLayer) and (all_off or not layer.disable_adapters)
@@ -36,14 +36,14 @@ def active_base_adapters(model: Any) -> list[BaseAdapter]:
         BaseAdapter(
             name, config.peft_type.value, base_model_name_or_path=config.base_model_name_or_path, **_digests(base, name)
         )
-        for name in at_work
+        for name in active
         for config in [base.peft_config[name]]
-        if not isinstance(config, PrefixExtConfig)  # a prefix has layers of PEFT's own where it trains tokens
+        if not isinstance(config, PrefixExtConfig)  # a prefix that trains tokens has layers of PEFT too
     ]
 
 
 def _digests(base: nn.Module, name: str) -> dict[str, str]:
-    # Not by `state_dict`, which other processes would have to call as well where a model is sharded.
+    # Not `state_dict`, which all processes of a sharded model would have to call.
     parameters: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False))
     parameters |= base.named_buffers(remove_duplicate=False)
     state = get_peft_model_state_dict(base, parameters, name, save_embedding_layers=False)
@@ -59,9 +59,9 @@ def _sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def warn_of_other_adapters(config: PrefixExtConfig, model: nn.Module) -> None:
-    """Warns if the prefix of `config`, a saved one, was trained with other adapters below it than `model` has now.
+    """Warns if a saved prefix was trained with other base adapters than `model` has now.
 
-    No error: they may come later, and of LoRA that was merged into the weights there is no trace.
+    Not an error: they may be loaded later, and LoRA that was merged into the weights leaves no trace.
     """
     if config.base_adapters is None:  # saved by an earlier release
         return

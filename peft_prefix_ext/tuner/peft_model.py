@@ -1,4 +1,4 @@
-"""What prefixes add to methods of `PeftModel` that call no hook of a tuner: every wrap of PEFT is here."""
+"""Wrappers of `PeftModel` methods that call no hook of a tuner. No other module wraps PEFT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peft_prefix_ext.tuner.saved_adapters import check_saved_adapter
 
 
 def wrap_peft_model() -> None:
-    """Wraps the methods, of which the last is transformers' own and private: without it, cards are just not extended."""
+    """Wraps the methods. The last one is private to transformers; without it, uploaded model cards are not extended."""
     for name, wrapper in {
         "__init__": _init,
         "from_pretrained": _from_pretrained,
@@ -54,7 +54,7 @@ def _init(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None
 
 
 def _from_pretrained(wrapped: Any, cls: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """PEFT takes a model that is offloaded apart before the prefix can look at it."""
+    """Keeps an offloaded model dispatched, which PEFT would undo before the prefix is added."""
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     base = call["model"]
     if getattr(base, "hf_device_map", None) is None or not _is_prefix(call):
@@ -64,24 +64,24 @@ def _from_pretrained(wrapped: Any, cls: Any, args: tuple, kwargs: dict[str, Any]
 
 
 def _is_prefix(call: dict[str, Any]) -> bool:
-    """Whether the adapter of this call of `from_pretrained` is a prefix."""
+    """Whether the adapter of a call of `from_pretrained` is a prefix."""
     if isinstance(call.get("config"), PeftConfig):
         return call["config"].peft_type == PREFIX_EXT
     hub_options, _ = PeftModel._split_kwargs(call.get("kwargs", {}))
     try:
         return PeftConfig._get_peft_type(call["model_id"], **hub_options) == PREFIX_EXT
-    except (OSError, ValueError):  # which PEFT has its own words for
+    except (OSError, ValueError):  # PEFT raises it again
         return False
 
 
 def _check_beside_prefix(config: PeftConfig, base: Any) -> None:
-    """Of a prefix this is checked once it is known where it goes."""
+    """Checks an adapter of another type; for a prefix, the injection plan does this."""
     if config.peft_type != PREFIX_EXT:
         check_modules_to_save(getattr(config, "modules_to_save", None), base, at_work_in(base))
 
 
 def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """PEFT says that adapters of two types cannot be combined in one `PeftModel`, but not how they can."""
+    """Refuses adapters of two types in one `PeftModel` as PEFT does, and says how to combine them."""
     config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["peft_config"]
     if config.peft_type != model.peft_type and PREFIX_EXT in (config.peft_type, model.peft_type):
         raise ValueError(
@@ -94,7 +94,7 @@ def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) 
 
 
 def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """PEFT reads no config where the adapter exists, so that weights of another base model would go unnoticed."""
+    """Checks the saved config even if the adapter exists, when PEFT would not read it."""
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     live = model.peft_config.get(call["adapter_name"])
     if isinstance(live, PrefixExtConfig):
@@ -105,7 +105,7 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
             saved = None  # weights alone
         if isinstance(saved, PrefixExtConfig):
             check_saved_adapter(saved, model.get_base_model(), layers=None)
-            if saved.base_adapters != live.base_adapters:  # else it was said when this one was put on
+            if saved.base_adapters != live.base_adapters:  # otherwise the live one already warned
                 warn_of_other_adapters(saved, model)
     try:
         with left_where_it_is(model.get_base_model()) if _has_prefix(model) else nullcontext():
@@ -121,7 +121,7 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
 
 
 def _save_pretrained(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """PEFT writes over the files of an adapter; who is killed there leaves neither the old nor the new one."""
+    """Replaces the files atomically: PEFT overwrites them, and a process killed meanwhile would leave a broken adapter."""
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     folder = Path(call.arguments["save_directory"])
     if not _has_prefix(model) or not call.arguments.get("is_main_process", True) or folder.is_file():
@@ -150,7 +150,7 @@ def _create_or_update_model_card(wrapped: Any, model: Any, args: tuple, kwargs: 
 
 
 def _upload_modified_files(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`push_to_hub` writes a template of its own over the card before it uploads; only here is the repository known."""
+    """Writes the card again: `push_to_hub` overwrites it with a template, and only here is the repository known."""
     if _has_prefix(model):
         call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         model.create_or_update_model_card(call["working_dir"])

@@ -1,4 +1,4 @@
-"""Where in a model a prefix stands, whether this one fits there, and what a saved adapter records of it."""
+"""What a prefix requires of the model, where in the model it goes, and what is saved about the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import CROSS, DECODER, ENCODER, FORMAT_VERSION
 from peft_prefix_ext.config import PrefixExtConfig
 
-# What PEFT calls the heads that it trains with an adapter, by task type.
+# The names of the heads that PEFT trains with an adapter, by task type.
 HEADS: dict[Any, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
@@ -29,9 +29,9 @@ HEADS: dict[Any, tuple[str, ...]] = {
 
 
 def find_decoder(model: PreTrainedModel, layers: list[ProbedLayer], attention: str) -> str:
-    """Returns the name of the innermost module around all layers of a kind that is given tokens, positions and the cache.
+    """Returns the name of the innermost module around all layers of a kind that takes tokens, positions and the cache.
 
-    The encoder of an encoder-decoder model has no cache, and its stacks count positions by themselves.
+    The encoder of an encoder-decoder model takes no cache, and both of its stacks compute positions themselves.
     """
     names = [layer.module for layer in layers if layer.attention == attention]
     name = names[0]
@@ -50,8 +50,8 @@ def find_decoder(model: PreTrainedModel, layers: list[ProbedLayer], attention: s
             if not model.config.is_encoder_decoder and has_bias(attention_module):
                 return name
     raise ValueError(
-        f"{describe(model)} does not take `position_ids` and a cache, so that a prefix cannot stand before "
-        "its input; PREFIX_EXT does not support it."
+        f"{describe(model)} does not take `position_ids` and a cache, which a prefix before its input needs; PREFIX_EXT "
+        "does not support it."
     )
 
 
@@ -65,7 +65,7 @@ def check_attentions(config: PrefixExtConfig, model: PreTrainedModel, layers: li
 
 
 def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
-    """Checks that the model has what PEFT's task type and `modules_to_save` ask for, which PEFT itself would go without."""
+    """Checks that the model has what `task_type` and `modules_to_save` ask for; PEFT itself ignores what is missing."""
     name, task_type = type(model).__name__, TaskType(config.task_type).value if config.task_type else None
     if task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
         if not hasattr(model, "prepare_inputs_for_generation"):
@@ -75,7 +75,7 @@ def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
             raise ValueError(f"`task_type` must be {fitting.value} for {name}, got {task_type}.")
     modules = [module for module, _ in model.named_modules(remove_duplicate=False)]
     heads = HEADS.get(config.task_type, ())
-    # TRL's `RewardTrainer` asks for the head of a language model, too, where a chat template brings tokens.
+    # TRL's `RewardTrainer` also asks for `lm_head`, which a classifier lacks, if a chat template adds tokens.
     own = set(config.modules_to_save or ()).difference(*HEADS.values(), ["lm_head"] if heads else [])
     if missing := sorted(name for name in own if not any(module.endswith(name) for module in modules)):
         raise ValueError(f"`modules_to_save` must be modules of {name}, got {missing}.")
@@ -86,10 +86,10 @@ def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
         )
 
 
-def check_modules_to_save(wanted: Iterable[str] | None, model: nn.Module, at_work: Collection[nn.Module]) -> None:
-    """Raises `ValueError` if PEFT would copy modules in which a prefix is at work: the copies would go without it."""
+def check_modules_to_save(wanted: Iterable[str] | None, model: nn.Module, hooked: Collection[nn.Module]) -> None:
+    """Raises `ValueError` if PEFT would copy modules that contain one of `hooked`: the copies would have no prefix."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if name.endswith(tuple(wanted or ())) and any(inner in at_work for inner in module.modules()):
+        if name.endswith(tuple(wanted or ())) and any(inner in hooked for inner in module.modules()):
             raise ValueError(
                 f"`modules_to_save` must not be modules with a prefix in them, got {sorted(wanted or ())}, of which {name!r} "
                 "is one: name modules beside the attention, or its linear layers."
@@ -107,7 +107,7 @@ def check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
     rope = getattr(text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         warnings.warn(
-            f"{type(model).__name__} turns its keys by how long the text is (rope_type={rope['rope_type']!r}): a prefix is "
+            f"{type(model).__name__} rotates its keys by the length of the text (rope_type={rope['rope_type']!r}): a prefix is "
             "exact only up to the length that its frequencies were computed for.",
             stacklevel=2,
         )
@@ -119,7 +119,8 @@ def check_layers_to_train(config: PrefixExtConfig, layers: list[ProbedLayer]) ->
         raise ValueError(f"`layers_to_train` must be among the layers with a prefix, {indices}, got {unknown}.")
 
 
-def record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> dict[str, Any]:
+def model_record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> dict[str, Any]:
+    """Returns the config fields that describe the model, as they are saved with the adapter."""
     rows = []
     for layer in layers:
         key, value = layer.shapes(config.num_virtual_tokens)

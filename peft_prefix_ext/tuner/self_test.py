@@ -1,8 +1,8 @@
-"""A last look before a prefix is attached: the prefix of a short text must do what the text itself does.
+"""The test that a model passes before it gets a prefix: the prefix of a short text must act like the text itself.
 
-It needs no knowledge of the architecture, and so finds the ones whose positions, masks, caches or attention function a prefix
-would silently get wrong. Where layers are recurrent, a text does more than its K/V; there only the passes with and without a
-cache must agree.
+It knows nothing of the architecture, so it finds all models whose positions, masks, caches or attention function a prefix
+would silently break. With recurrent layers a text does more than its K/V; there, only the passes with and without a cache
+must agree.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 NUM_TEXT, NUM_NEW, NUM_PADDING = 4, 4, 3
-_NAME = "rehearsal"
+_NAME = "self_test"
 
 
 @torch.no_grad()
 def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> None:
-    """Runs the frozen `model`, whose inner `decoder` takes the cache, on a few tokens after a text and after its prefix.
+    """Compares the outputs of a frozen model for a few tokens after a text with those after the prefix of that text.
+
+    Args:
+        model: The model.
+        decoder: The module within it that takes the cache.
 
     Raises:
-        ValueError: If the two differ.
+        ValueError: If they differ.
     """
     name = describe(model)
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = [token for token in range(NUM_TEXT + NUM_NEW + 1) if token != padding][: NUM_TEXT + NUM_NEW]
-    said: list[torch.Tensor] = []
-    handle = decoder.register_forward_hook(lambda module, args, output: said.append(output[0]))
+    outputs: list[torch.Tensor] = []
+    handle = decoder.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     device = device_of(model)
     new = torch.tensor([ids[NUM_TEXT:]], device=device)
     padded = torch.cat([new[:, :1].expand(1, NUM_PADDING), new], dim=1)
     mask = (torch.arange(NUM_PADDING + NUM_NEW, device=device) >= NUM_PADDING).long()[None]
     cache = DynamicCache(config=model.config)
     cache_name = cache_argument(model) or cache_argument(decoder)
-    assert cache_name is not None  # or else it would be no decoder that a prefix can be given to
+    assert cache_name is not None  # checked by `find_decoder`
     try:
         layers = record_layers(model, ids)
         with evaluating(model), _prefix_of_text(model, decoder, layers):
@@ -66,15 +70,15 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
         raise ValueError(f"{name} does not run with a prefix, so PREFIX_EXT does not support it: {reason}") from error
     finally:
         handle.remove()
-    text, at_once, prefill, decoded, behind_padding, alone, alone_padded = said
+    text, at_once, prefill, decoded, behind_padding, alone, alone_padded = outputs
     in_steps = torch.cat([prefill, decoded], dim=1)
-    # Half precision and quantized weights round: there a single expert chosen otherwise must not matter.
+    # Half precision and quantized weights round: then one token that is routed to another expert must not matter.
     is_exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
     pairs = [(in_steps, at_once)]
     if not layers[0].in_hybrid:
         pairs += [(at_once, text[:, NUM_TEXT:]), (in_steps, text[:, NUM_TEXT:])]
     limit = 0.01 if is_exact else 0.15
-    # Of a model that goes by columns, and of none else, padding changes what it says without a prefix, too.
+    # Only in models that count distances in columns does padding change the outputs without a prefix as well.
     if not layers[0].in_hybrid and _difference(alone_padded[:, NUM_PADDING:], alone, is_exact) <= limit:
         pairs += [(behind_padding[:, NUM_PADDING:], at_once)]
     difference = max(_difference(some, others, is_exact) for some, others in pairs)
@@ -86,41 +90,41 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
 
 
 def check_decoder_matches_text(decoder: PreTrainedModel) -> None:
-    """Does so with the decoder alone, which was told to run another attention function since.
+    """Tests a decoder alone, after its attention implementation was changed.
 
     Raises:
-        ValueError: As `check_prefix_matches_text`, or for what a short text does not show.
+        ValueError: As `check_prefix_matches_text`, or if the implementation is known not to work.
     """
     refuse_unsupported(decoder)
     check_prefix_matches_text(decoder, decoder)
 
 
 def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> float:
-    """The relative difference of the tokens' vectors: the largest, or else the median one."""
+    """Returns the relative difference of the tokens' vectors: the largest one if exact, else the median."""
     by_token = ((some - others).float().norm(dim=-1) / others.float().norm(dim=-1).clamp(min=1e-6)).flatten()
     return float(by_token.max() if is_exact else by_token.median())
 
 
 @contextmanager
 def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[ProbedLayer]) -> Iterator[None]:
-    """Lets hooks alone give `model` the prefix that was recorded: no module becomes a part of it."""
+    """Gives `model` the prefix of the text in `layers`, by hooks only: no module is added to it."""
     config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
-    runtime = PrefixDecoderHook(decoder, modules_around(decoder, model))
-    runtime.num_virtual_tokens[_NAME] = NUM_TEXT
-    runtime.prefix_dropout[_NAME] = 0.0
-    runtime.tested_attention.add(attention_of(model.config))  # by this very test
-    hooked: list[PrefixDecoderHook | PrefixExtLayer] = [runtime]
-    for recorded in layers:
-        attention = model.get_submodule(recorded.module)
-        layer = layer_class(attention, recorded)(attention, recorded, runtime)
-        kv = LayerKV(*(state[:, :NUM_TEXT] for state in recorded.kv))
+    hook = PrefixDecoderHook(decoder, modules_around(decoder, model))
+    hook.num_virtual_tokens[_NAME] = NUM_TEXT
+    hook.prefix_dropout[_NAME] = 0.0
+    hook.tested_attention.add(attention_of(model.config))  # by this very test
+    hooked: list[PrefixDecoderHook | PrefixExtLayer] = [hook]
+    for probed in layers:
+        attention = model.get_submodule(probed.module)
+        layer = layer_class(attention, probed)(attention, probed, hook)
+        kv = LayerKV(*(state[:, :NUM_TEXT] for state in probed.kv))
         layer.update_layer(_NAME, kv, config, has_reparam=False)
-        # Under `low_cpu_mem_usage` the parameters are without data.
-        own = LayerKV(*(recorded.own(state) for state in kv))
-        layer.materialize = functools.partial(_given, own)  # type: ignore[method-assign]
+        # With `low_cpu_mem_usage` the parameters have no data.
+        own = LayerKV(*(probed.own(state) for state in kv))
+        layer.materialize = functools.partial(_return_kv, own)  # type: ignore[method-assign]
         hooked.append(layer)
     by_module = {layer.module: layer for layer in layers}
-    runtime.shared_layers = [SharedKVLayer(module, owner, runtime) for module, owner in find_shared(model, by_module)]
+    hook.shared_layers = [SharedKVLayer(module, owner, hook) for module, owner in find_shared(model, by_module)]
     for tuner_layer in hooked:
         tuner_layer.set_adapter(_NAME)
         tuner_layer.eval()
@@ -131,5 +135,5 @@ def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[Pro
             tuner_layer.detach()
 
 
-def _given(kv: LayerKV, *args: object) -> LayerKV:
+def _return_kv(kv: LayerKV, *args: object) -> LayerKV:
     return kv

@@ -1,8 +1,8 @@
-"""Between the parameters of a live adapter and the tensors of its checkpoint (see `checkpoint.py` for the format).
+"""Converts the parameters of a live adapter to the tensors of its checkpoint and back (format: `checkpoint/format.py`).
 
-Saved beside the K/V when there is a reparameterization and `save_reparam` is on: its own parameters under `REPARAM` (an
-encoder's under that name of its own, see `LiveStack`), and what it adds to, as `prefix_ext_init_key` and
-`prefix_ext_init_value` of each layer, unless it yields the K/V by itself.
+A reparameterization is saved beside the K/V if `save_reparam` is on: its parameters under the name `REPARAM` (with a suffix
+for an encoder, see `LiveStack`), and, if it is residual, the initial K/V that its output is added to, as
+`prefix_ext_init_key` and `prefix_ext_init_value` of each layer.
 """
 
 from __future__ import annotations
@@ -22,64 +22,66 @@ from peft_prefix_ext.injection.layer import PrefixExtLayer, assemble
 from peft_prefix_ext.injection.reparam import PrefixMLP
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
-WRAPPED = "base_model.model."  # what `PeftModel` and a tuner add to the names of the model within
+WRAPPED = "base_model.model."  # the prefix of the base model's names in a `PeftModel`
 REPARAM = f"{WRAPPED}prefix_ext.prefix_ext_reparam"
 State = dict[str, torch.Tensor]
 
 
 class LiveStack(NamedTuple):
-    """Where the parts of an adapter are within a decoder or an encoder, by their names in the model's state dict.
+    """The parts of an adapter in a decoder or an encoder.
 
-    Its reparameterization is on disk under `reparam`.
+    Args:
+        hook_name: The name of the hook in the model's state dict.
+        hook: The hook.
+        layers: The layers by their names in the state dict.
+        reparam: The name of the reparameterization in the file.
     """
 
-    runtime_name: str
-    runtime: PrefixDecoderHook
+    hook_name: str
+    hook: PrefixDecoderHook
     layers: dict[str, PrefixExtLayer]
     reparam: str
 
 
 def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
-    """Finds the stacks in which a model has an adapter, wrapped in a `PeftModel` or not."""
+    """Returns the stacks of a model, in a `PeftModel` or not, that have the adapter."""
     modules = {_without_wrappers(name): module for name, module in model.named_modules()}
     stacks = []
-    for runtime_name, runtime in modules.items():
-        if isinstance(runtime, PrefixDecoderHook) and adapter_name in runtime.num_virtual_tokens:
+    for hook_name, hook in modules.items():
+        if isinstance(hook, PrefixDecoderHook) and adapter_name in hook.num_virtual_tokens:
             layers = {
                 name: layer
                 for name, layer in modules.items()
-                if isinstance(layer, PrefixExtLayer)
-                and layer.runtime is runtime
-                and adapter_name in layer.prefix_ext_key
+                if isinstance(layer, PrefixExtLayer) and layer.runtime is hook and adapter_name in layer.prefix_ext_key
             }
             is_encoder = any(layer.attention == ENCODER for layer in layers.values())
-            stacks.append(LiveStack(runtime_name, runtime, layers, REPARAM + "_encoder" * is_encoder))
+            stacks.append(LiveStack(hook_name, hook, layers, REPARAM + "_encoder" * is_encoder))
     return stacks
 
 
 def _without_wrappers(name: str) -> str:
-    """Takes out what sharding and checkpointing wrap around a module, which they leave out of a state dict's keys too."""
+    """Removes the wrappers of sharding and checkpointing from a name, as they do in the keys of a state dict."""
     return ".".join(
         part for part in name.split(".") if part not in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
     )
 
 
 def refuse_parts(model: nn.Module, state_dict: State, prefix: str, *args: Any) -> None:
-    """Looks at what `load_state_dict` is about to bring, at `prefix`, before it does.
+    """Refuses incomplete adapters in `load_state_dict`, as a pre-hook of the model.
 
     Raises:
-        RuntimeError: If it is what an adapter trains, without what stays as it is: what an MLP adds to was drawn at random, or
-            read off a text that may have changed, and what another training run starts from is something else.
+        RuntimeError: If the state dict has the trained tensors of an adapter without its constant ones. Those differ between
+            runs: an MLP adds to initial K/V that were drawn at random or computed from a text that may have changed.
     """
     given = {_without_wrappers(name.removeprefix(prefix)) for name in state_dict if name.startswith(prefix)}
     trained: dict[str, list[str]] = {}
-    kept: dict[str, list[str]] = {}
+    constant: dict[str, list[str]] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, PrefixTunerLayer):
             for adapter_name, name, trains in _parts(module):
-                by_adapter = trained if trains else kept
+                by_adapter = trained if trains else constant
                 by_adapter.setdefault(adapter_name, []).append(f"{_without_wrappers(module_name)}.{name}")
-    for adapter_name, names in kept.items():
+    for adapter_name, names in constant.items():
         missing = [name for name in names if name not in given]
         if missing and not given.isdisjoint(trained.get(adapter_name, ())):
             raise RuntimeError(
@@ -89,29 +91,39 @@ def refuse_parts(model: nn.Module, state_dict: State, prefix: str, *args: Any) -
 
 
 def _parts(module: PrefixTunerLayer) -> Iterator[tuple[str, str, bool]]:
-    """Yields the adapter and the name of each tensor of a layer or runtime that is not known beforehand; whether it trains."""
+    """Yields `(adapter name, tensor name, whether it trains)` for each tensor of a layer or hook that can have any value."""
     for container in module.adapter_layer_names + module.other_param_names:
         for adapter_name, part in getattr(module, container).items():
             if isinstance(part, nn.Module):
                 yield from ((adapter_name, f"{container}.{adapter_name}.{name}", True) for name in part.state_dict())
                 continue
-            is_zero = container in module.adapter_layer_names and _is_yielded(module, adapter_name)
+            is_zero = container in module.adapter_layer_names and _has_full_mlp(module, adapter_name)
             if not is_zero:
                 yield adapter_name, f"{container}.{adapter_name}", isinstance(part, nn.Parameter)
 
 
-def _is_yielded(module: Any, adapter_name: str) -> bool:
-    """Whether an MLP yields the K/V of a layer all by itself."""
-    runtime = module.runtime
-    mlp = runtime.prefix_ext_reparam[adapter_name] if adapter_name in runtime.prefix_ext_reparam else None
-    return mlp is not None and not mlp.is_residual and module.module_name in runtime.layer_names[adapter_name]
+def _has_full_mlp(module: Any, adapter_name: str) -> bool:
+    """Whether the K/V of a layer are the output of an MLP, and not a sum with it."""
+    hook = module.runtime
+    mlp = hook.prefix_ext_reparam[adapter_name] if adapter_name in hook.prefix_ext_reparam else None
+    return mlp is not None and not mlp.is_residual and module.module_name in hook.layer_names[adapter_name]
 
 
 @torch.no_grad()
 def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, state: State) -> State:
-    """Returns the checkpoint of an adapter whose parameters are in `state`, a state dict of `model`."""
+    """Returns the checkpoint of an adapter.
+
+    Args:
+        model: The model, in a `PeftModel` or not.
+        config: The config of the adapter.
+        adapter_name: The name of the adapter.
+        state: The state dict of `model`; empty in the processes of a sharded model that do not save.
+
+    Raises:
+        ValueError: If the parameters are spread over processes and were not gathered.
+    """
     saved: State = {}
-    if not state:  # of a sharded model, which one process saves and the others call with nothing
+    if not state:
         return saved
     if any(is_partitioned(parameter) for parameter in model.parameters()) and not all(
         tensor.numel()
@@ -128,16 +140,14 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
 
 
 def _to_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str, state: State) -> State:
-    runtime_name, runtime, layers, reparam = stack
+    hook_name, hook, layers, reparam = stack
     saved: State = {}
     residuals: dict[str, LayerKV] = {}
-    if adapter_name in runtime.prefix_ext_reparam:
-        mlp: Any = runtime.prefix_ext_reparam[adapter_name]
-        parameters = {
-            name: state[f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}"] for name in mlp.state_dict()
-        }
+    if adapter_name in hook.prefix_ext_reparam:
+        mlp: Any = hook.prefix_ext_reparam[adapter_name]
+        parameters = {name: state[f"{hook_name}.prefix_ext_reparam.{adapter_name}.{name}"] for name in mlp.state_dict()}
         outputs = mlp.evaluate(config, parameters)
-        residuals = dict(zip(runtime.layer_names[adapter_name], outputs, strict=True))
+        residuals = dict(zip(hook.layer_names[adapter_name], outputs, strict=True))
         if config.save_reparam:
             saved |= {f"{reparam}.{name}": tensor for name, tensor in parameters.items()}
     for name, layer in layers.items():
@@ -154,7 +164,7 @@ def _to_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str,
 
 
 def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, saved: State) -> State:
-    """Returns the part of a state dict of `model` that `saved`, a checkpoint, gives an adapter; keeps other tensors.
+    """Converts a checkpoint to a state dict of `model`; tensors that are not of the prefix stay as they are.
 
     Raises:
         ValueError: If the checkpoint lacks a layer, or has other shapes than the adapter.
@@ -166,7 +176,7 @@ def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str
 
 
 def _from_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str, saved: State) -> State:
-    runtime_name, runtime, layers, reparam = stack
+    hook_name, hook, layers, reparam = stack
     state: State = {}
     frozen, starts = {}, {}
     for layer in layers.values():
@@ -174,17 +184,17 @@ def _from_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: st
         num_frozen = config.num_virtual_tokens - layer.prefix_ext_key[adapter_name].shape[1]
         frozen[layer.module_name] = LayerKV(*(kv[:, :num_frozen].contiguous() for kv in full)) if num_frozen else None
         starts[layer.module_name] = LayerKV(*(kv[:, num_frozen:].contiguous() for kv in full))
-    if adapter_name in runtime.prefix_ext_reparam:
-        mlp: Any = runtime.prefix_ext_reparam[adapter_name]
-        trained = {name: starts[name] for name in runtime.layer_names[adapter_name]}
+    if adapter_name in hook.prefix_ext_reparam:
+        mlp: Any = hook.prefix_ext_reparam[adapter_name]
+        trained = {name: starts[name] for name in hook.layer_names[adapter_name]}
         parameters, added_to = _resume(mlp, config, trained, adapter_name, saved, reparam)
-        state |= {f"{runtime_name}.prefix_ext_reparam.{adapter_name}.{name}": parameters[name] for name in parameters}
+        state |= {f"{hook_name}.prefix_ext_reparam.{adapter_name}.{name}": parameters[name] for name in parameters}
         starts |= added_to
     for name, layer in layers.items():
         for number, kind in enumerate(LayerKV._fields):
             state[f"{name}.prefix_ext_{kind}.{adapter_name}"] = starts[layer.module_name][number]
-            if (kept := frozen[layer.module_name]) is not None:
-                state[f"{name}.prefix_ext_frozen_{kind}.{adapter_name}"] = kept[number]
+            if (frozen_kv := frozen[layer.module_name]) is not None:
+                state[f"{name}.prefix_ext_frozen_{kind}.{adapter_name}"] = frozen_kv[number]
     return state
 
 
@@ -213,15 +223,15 @@ def _resume(
     saved: State,
     reparam: str,
 ) -> tuple[State, dict[str, LayerKV]]:
-    """Returns the parameters that a reparameterization goes on with, and what it adds to, by attention module.
+    """Returns the parameters of a reparameterization and the K/V that it adds to, by attention module.
 
     Args:
-        mlp: The reparameterization, whose values do not matter.
+        mlp: The reparameterization, for its shapes.
         config: The config of the adapter.
-        trained: The K/V that it yielded, by attention module.
+        trained: The K/V that it was saved with, by attention module.
         adapter_name: The name of the adapter.
         saved: The checkpoint.
-        reparam: What its parameters are called there.
+        reparam: The name of the reparameterization in the checkpoint.
     """
     zeros = {name: LayerKV(*(torch.zeros_like(state) for state in kv)) for name, kv in trained.items()}
     init_keys = {name: [layer_key(name, f"init_{kind}") for kind in LayerKV._fields] for name in trained}
@@ -234,7 +244,7 @@ def _resume(
         return parameters, zeros | added_to
     warnings.warn(
         f"The checkpoint of adapter {adapter_name!r} has no reparameterization of this form (`save_reparam=False`, or "
-        "other settings): its K/V are kept, and training goes on from them with a new one.",
+        "other settings): its K/V are kept, and training continues from them with a new one.",
         stacklevel=2,
     )
     new = PrefixMLP(config, [(list(kv.key.shape), list(kv.value.shape)) for kv in trained.values()])

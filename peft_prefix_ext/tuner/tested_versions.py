@@ -1,7 +1,7 @@
-"""Which releases of other packages this one was tested with, and one warning beyond them.
+"""The releases of other packages that this one was tested with, and one warning for all others.
 
-They are the extra `tested` in pyproject.toml, so that who wants one of these can have it installed. No dependency has an
-upper bound: a release that comes later mostly works, and a prefix is put to the test on each model that it is added to.
+They are the extra `tested` in pyproject.toml, so that they can be installed. Dependencies have no upper bounds: most later
+releases work, and the self-test decides for each model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TESTED = "tested"  # the extra
 
 
 def tested_requirements() -> list[Requirement]:
-    """Returns what was tested, one requirement for each package; none if this package is not installed."""
+    """Returns one requirement for each tested package; none if this package is not installed."""
     try:
         declared = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # run from its sources
@@ -27,7 +27,7 @@ def tested_requirements() -> list[Requirement]:
 
 
 def untested(requirements: list[Requirement]) -> list[str]:
-    """Returns a few words for each installed package whose version none of `requirements` has in its range."""
+    """Returns a phrase for each installed package whose version is out of its range in `requirements`."""
     found = []
     for requirement in requirements:
         try:
@@ -41,11 +41,10 @@ def untested(requirements: list[Requirement]) -> list[str]:
 
 @cache
 def warn_of_untested_versions() -> None:
-    """Warns, once in a process, of packages in versions that no test has seen."""
+    """Warns once in each process if packages are installed in untested versions."""
     if found := untested(tested_requirements()):
         warnings.warn(
             f"{DISTRIBUTION} was not tested with {', '.join(found)}. Whether a prefix works is put to the test on each model "
-            f"that it is added to, and that test decides; the extra `{TESTED}` of {DISTRIBUTION} installs versions that were "
-            "tested.",
+            f"that it is added to, and that test decides; the extra `{TESTED}` of {DISTRIBUTION} installs tested versions.",
             stacklevel=3,
         )

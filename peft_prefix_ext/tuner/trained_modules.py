@@ -1,6 +1,6 @@
-"""What trains beside a prefix: whole modules of the base model, such as a head, and the embeddings of some tokens.
+"""What trains beside a prefix: modules of the base model, such as a head, and the embeddings of some tokens.
 
-PEFT wraps the modules, trains, saves and loads them.
+PEFT wraps, trains, saves and loads them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from peft_prefix_ext.config import PrefixExtConfig
 
 
 def settle_trained_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> None:
-    """Checks `trainable_token_indices`, before PEFT does so in a model that is changed already.
+    """Checks `trainable_token_indices`; PEFT would do so after the model was changed.
 
     Raises:
-        ValueError: If the model has no such tokens, or trains all embeddings anyhow.
+        ValueError: If the model has no such tokens, or all of its embeddings train.
     """
     given = config.trainable_token_indices
     if given is not None:
@@ -45,9 +45,9 @@ def _check(config: PrefixExtConfig, by_module: dict[str, list[int]], model: PreT
 
 
 def _leave_tied_head(config: PrefixExtConfig, given: Any, model: PreTrainedModel) -> None:
-    """Takes a head that is tied to embeddings with trained tokens out of `modules_to_save`, where TRL always puts it.
+    """Removes a head that is tied to embeddings with trained tokens from `modules_to_save`, where TRL always puts it.
 
-    PEFT trains the tokens of both together, and would wrap the copy of the head, too, which then does not run.
+    PEFT trains the tokens of both together. It would also wrap the copy of the head, which then fails to run.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     wanted = config.modules_to_save
@@ -60,23 +60,23 @@ def _leave_tied_head(config: PrefixExtConfig, given: Any, model: PreTrainedModel
     if kept != wanted:
         config.modules_to_save = kept or None
         warnings.warn(
-            f"{paths[head]!r} has the weights of the embeddings: of it, too, `trainable_token_indices` train, and not all "
-            "of it, as `modules_to_save` says.",
+            f"{paths[head]!r} has the weights of the embeddings, so only the tokens of `trainable_token_indices` train in it, "
+            "and not all of it as `modules_to_save` says.",
             stacklevel=2,
         )
 
 
 def complete_tied_head(model: PreTrainedModel) -> None:
-    """Gives a tied head with trained tokens the bias that it has not: TRL's losses ask it for both, weight and bias."""
+    """Sets the missing bias of a tied head with trained tokens to `None`: TRL's losses read its weight and its bias."""
     head: Any = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
         head.register_parameter("bias", None)
 
 
 def unwrap(model: nn.Module, configs: dict[str, Any], names: set[str]) -> None:
-    """Takes what the adapters `names` train off the model: as ever in PEFT, a head that was trained stays in its place.
+    """Removes PEFT's wrappers of the adapters `names`; as always in PEFT, trained modules stay in the model.
 
-    What another of the adapters of `configs` trains as well, such as LoRA's head, is that adapter's again.
+    A module that another adapter of `configs` trains as well, such as LoRA's head, is left to that adapter.
     """
     for path, module in list(model.named_modules()):
         if not isinstance(module, AuxiliaryTrainingWrapper):

@@ -1,4 +1,4 @@
-"""What PEFT offers for methods that change weights, and why there is no such thing for a prefix."""
+"""PEFT methods for adapters that change weights; a prefix changes none, and refuses them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 
 class UnmergeableTuner(BaseTuner):
-    """A tuner that changes no weight, and says so."""
+    """A tuner that refuses to merge."""
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         raise ValueError(
@@ -18,7 +18,7 @@ class UnmergeableTuner(BaseTuner):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            'Prefixes are no weights that could be added up, as those of LoRA are; start a new one with `init="average"`.'
+            'Prefixes cannot be added up as LoRA weights can; start a new one from several with `init="average"`.'
         )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
