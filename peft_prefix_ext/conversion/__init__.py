@@ -1,1 +1,1 @@
-"""From one form of adapter to another: stock PEFT's, several prefixes as one, keys at other positions."""
+"""Converts adapters: to and from stock PEFT, several prefixes to one, keys to other positions."""

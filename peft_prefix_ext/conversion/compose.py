@@ -1,4 +1,4 @@
-"""Several prefixes behind one another, as one."""
+"""Concatenates several prefixes into one."""
 
 from __future__ import annotations
 
@@ -31,34 +31,35 @@ def compose(
 ) -> PrefixCheckpoint:
     """Concatenates prefixes of one base model (Eyuboglu et al. 2025, Cartridges, https://arxiv.org/abs/2506.06266).
 
-    Real tokens start behind all of them, at the sum of their lengths. What the keys say of their own positions is a
-    choice:
+    Real tokens start after all of them, at the sum of their lengths. `positions` decides where the keys are:
 
-    - `"keep"`, as in the paper and in PEFT: each prefix's keys are still those of positions 0.., so that all prefixes
-      seem to stand at the same place, and every one of them farther from the text than when it was trained.
-    - `"shift"`: the keys of each prefix are turned by the lengths of those before it, so that they are what they would be
-      if its tokens had been read there: the last prefix is as far from the text as when it was trained, and two prefixes
-      of two texts are the texts behind one another, except that the second was read without the first.
+    - `"keep"`, as in the paper and in PEFT: the keys of each prefix stay at positions 0.., so that all prefixes overlap, and
+      each is farther from the text than in training.
+    - `"shift"`: the keys of each prefix are rotated by the lengths of those before it, as if its tokens had been read there.
+      The last prefix is as far from the text as in training. Two prefixes of two texts act like the texts one after the
+      other, except that the second was read without the first.
 
-    Prefixes that were trained apart did not learn to share attention: measure the result. With frozen tokens, only the
-    first prefix's stay frozen.
+    Prefixes that were trained separately did not learn to share attention: evaluate the result. Frozen tokens stay frozen
+    only in the first prefix.
 
     Args:
-        sources: Adapters' folders or Hub repositories, ours or stock PEFT's, checkpoints, or live `PeftModel`s.
-        folder: Where to write the `PREFIX_EXT` adapter, made if need be; it may be one of `sources`.
+        sources: Folders or Hub repositories of adapters, ours or stock PEFT's, checkpoints, or live `PeftModel`s.
+        folder: The folder of the new `PREFIX_EXT` adapter; it is created if needed and may be one of `sources`.
         positions: `"keep"` or `"shift"`.
-        base_model: The model they were trained on: for `"shift"`, which measures on it how keys turn
-            (in float32 for exactness), and when all sources are stock adapters.
+        base_model: The model they were trained on. Needed for `"shift"`, which measures the rotation of its keys (load it in
+            float32 for exactness), and if all sources are stock adapters.
 
     Raises:
-        ValueError: If the prefixes are not of one base model, or its keys cannot be turned.
+        ValueError: If the prefixes are of different base models, or the keys of the model cannot be shifted.
     """
     if positions not in POSITIONS:
         raise ValueError(f"`positions` must be one of {POSITIONS}, got {positions!r}.")
     if isinstance(sources, (str, Path)) or not sources:
         raise ValueError(f"`sources` must be a list of prefixes, got {sources!r}.")
     if positions == "shift" and base_model is None:
-        raise ValueError("`base_model` must be given with `positions='shift'`: how its keys turn is measured on it.")
+        raise ValueError(
+            "`base_model` must be given with `positions='shift'`: the rotation of the keys is measured on it."
+        )
     prefixes = [read_source(source) for source in sources]
     modules, base_fingerprint = _common_base(prefixes, base_model)
     parts, length = [], 0
@@ -93,7 +94,7 @@ def compose(
 def _common_base(
     prefixes: list[PrefixCheckpoint], base_model: PreTrainedModel | None
 ) -> tuple[dict[int, str], dict[str, Any]]:
-    """Returns the attention modules by layer index and the fingerprint of the base model that all prefixes have."""
+    """Returns the attention modules by layer index, and the fingerprint, of the one base model of all prefixes."""
     first = prefixes[0]
     for other in prefixes[1:]:
         found = differences(first.base_fingerprint, other.base_fingerprint)
@@ -111,12 +112,12 @@ def _common_base(
         one, two = first.base_model_name_or_path, other.base_model_name_or_path
         if one and two and Path(one).name != Path(two).name:
             warnings.warn(
-                f"The prefixes were trained on {one} and {two}: the architecture fits, but only with the same "
-                "weights do they mean the same.",
+                f"The prefixes were trained on {one} and {two}: the architecture fits, but only the same weights give the same "
+                "answers.",
                 stacklevel=3,
             )
     if base_model is not None:
-        return next(iter([check_fits(prefix, base_model) for prefix in prefixes]))
+        return [check_fits(prefix, base_model) for prefix in prefixes][0]
     ours = next((prefix for prefix in prefixes if prefix.modules), None)
     if ours is None:
         raise ValueError(

@@ -1,10 +1,9 @@
-"""Moving keys to later positions, by a rotation that is measured on the model itself.
+"""Moves keys to later positions, by a rotation that is measured on the model itself.
 
-Rotary embeddings turn pairs of a key's entries by angles that grow with its position, so that a key at position m becomes
-the one at position m + n by a rotation R(n) that does not depend on m or the token. Which entries are pairs, which of
-them turn at all, and how fast, is for every architecture (and, in Gemma 3 or SmolLM3, every layer) another matter, and is
-therefore read off keys that the model made: of single tokens, once at position 0 and once at position n. Tokens that
-were not used for it, at another position, are the proof.
+Rotary embeddings rotate pairs of entries of a key by angles that grow with its position, so a rotation R(n) that depends
+neither on the token nor on m moves a key from position m to m + n. Which entries form pairs, which of them rotate and how
+fast differs between architectures, and in Gemma 3 or SmolLM3 between layers. So R(n) is fitted to keys that the model
+computes for single tokens at positions 0 and n, and verified with other tokens at another position.
 """
 
 from __future__ import annotations
@@ -21,52 +20,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NUM_TOKENS = 8
-EXACT = 1e-6  # relative, of float32 keys after their arithmetic
+EXACT = 1e-6  # relative error of float32 keys
 
 
 class Rotation(NamedTuple):
-    """Turns pairs of entries: `[num_pairs]` each, the indices of both entries and the angle in radians."""
+    """A rotation of pairs of entries: the indices of both entries and the angle in radians, `[num_pairs]` each."""
 
     first: torch.Tensor
     second: torch.Tensor
     angle: torch.Tensor
 
     def __call__(self, keys: torch.Tensor) -> torch.Tensor:
-        """Returns the turned keys, `[..., head_dim]` in float64."""
-        turned = keys.double()
-        pairs = torch.complex(turned[..., self.first], turned[..., self.second])
+        """Returns the rotated keys, `[..., head_dim]` in float64."""
+        keys = keys.double()
+        pairs = torch.complex(keys[..., self.first], keys[..., self.second])
         pairs = pairs * torch.polar(torch.ones_like(self.angle), self.angle)
-        turned = turned.clone()
-        turned[..., self.first], turned[..., self.second] = pairs.real, pairs.imag
-        return turned
+        rotated = keys.clone()
+        rotated[..., self.first], rotated[..., self.second] = pairs.real, pairs.imag
+        return rotated
 
 
 def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) -> dict[int, LayerKV]:
-    """Returns K/V, `[num_kv_heads, num_virtual_tokens, head_dim]` each, as of tokens that stand `offset` positions later.
+    """Returns the K/V of tokens that stand `offset` positions later, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
 
-    Exact up to float rounding on a model in float32; on one in a lower precision up to that precision.
+    Exact up to rounding in the dtype of the model.
 
     Raises:
-        ValueError: If the model's keys do not turn with their position, as with learned absolute positions, or turn by how
-            long the text is, or if it has no such positions.
+        ValueError: If no rotation moves the keys of the model (learned absolute positions, or a rotation that depends on the
+            length of the text), or if the model has no such positions.
     """
     name = describe(model)
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{name} is not given positions, at which its keys could be measured: compose with `positions='keep'`."
+            f"{name} takes no positions, so the rotation of its keys cannot be measured: compose with `positions='keep'`."
         )
     last = max(layer.key.shape[1] for layer in layers.values()) - 1
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and offset + last >= limit:
         raise ValueError(f"{name} has {limit} positions, which {offset + last + 1} virtual tokens do not fit into.")
-    before, after = _record(model, 0), _record(model, offset)
-    checks_before, checks_after = _record(model, last, seed=1), _record(model, offset + last, seed=1)
+    before, after = _measure_kv(model, 0), _measure_kv(model, offset)
+    checks_before, checks_after = _measure_kv(model, last, seed=1), _measure_kv(model, offset + last, seed=1)
     shifted = {}
     for index, layer in layers.items():
         moved = []
-        # Latent attention caches what turns as the values, and what does not as the keys.
+        # Multi-head latent attention caches the part that rotates as values, and the other part as keys.
         for number, state in enumerate(layer):
-            rotation = _measure(before[index][number], after[index][number])
+            rotation = _fit_rotation(before[index][number], after[index][number])
             if not _is_close(rotation(checks_before[index][number]), checks_after[index][number]):
                 raise ValueError(
                     f"{name} does not place what layer {index} caches by a rotation that could move it {offset} positions: "
@@ -77,8 +76,8 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
     return shifted
 
 
-def _record(model: PreTrainedModel, position: int, seed: int = 0) -> dict[int, LayerKV]:
-    """Returns `[num_kv_heads, NUM_TOKENS, head_dim]` by layer, of random tokens that each stand alone at `position`."""
+def _measure_kv(model: PreTrainedModel, position: int, seed: int = 0) -> dict[int, LayerKV]:
+    """Returns the K/V of random tokens, each alone at `position`, by layer: `[num_kv_heads, NUM_TOKENS, head_dim]` each."""
     from peft_prefix_ext.base_model.layers import record_layers
     from peft_prefix_ext.injection.decoder_hook import without_prefixes
 
@@ -96,11 +95,11 @@ def _record(model: PreTrainedModel, position: int, seed: int = 0) -> dict[int, L
     }
 
 
-def _measure(before: torch.Tensor, after: torch.Tensor) -> Rotation:
-    """Returns the rotation that best takes the keys `before` to those `after`, `[num_kv_heads, num_tokens, head_dim]`."""
-    # The one of no pairs, for what does not turn.
-    nothing = torch.empty(0, dtype=torch.long)
-    best, least = Rotation(nothing, nothing, torch.empty(0, dtype=torch.double)), _relative_error(before, after)
+def _fit_rotation(before: torch.Tensor, after: torch.Tensor) -> Rotation:
+    """Returns the rotation that best maps the keys `before` to those `after`, `[num_kv_heads, num_tokens, head_dim]` each."""
+    # Without pairs, for keys that do not rotate.
+    no_pairs = torch.empty(0, dtype=torch.long)
+    best, least = Rotation(no_pairs, no_pairs, torch.empty(0, dtype=torch.double)), _relative_error(before, after)
     if least < EXACT:
         return best
     for first, second in _pairings(before.shape[-1]):
@@ -115,7 +114,7 @@ def _measure(before: torch.Tensor, after: torch.Tensor) -> Rotation:
 
 
 def _pairings(head_dim: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields the conventions there are: all entries turn, or the first or last of them, in halves or next to each other."""
+    """Yields the known conventions: all entries rotate, or the first or last ones; pairs are halves apart or adjacent."""
     for size in range(head_dim - head_dim % 2, 0, -2):
         for start in sorted({0, head_dim - size}):
             entries = torch.arange(start, start + size)

@@ -1,7 +1,7 @@
-"""To and from stock PEFT: a prefix that PEFT loads without this package, and PEFT's own prefixes as ours.
+"""Exports prefixes to stock PEFT, and imports PEFT's own prefixes.
 
-PEFT keeps a prefix as one flat `prompt_embeddings`, `[num_virtual_tokens, num_layers * 2 * num_kv_heads * head_dim]`: all
-layers of a model alike, keys as wide as values. Positions are the same on both sides: real tokens start behind the
+PEFT stores a prefix as one flat `prompt_embeddings`, `[num_virtual_tokens, num_layers * 2 * num_kv_heads * head_dim]`: all
+layers have one shape, and keys are as wide as values. Positions are the same in both formats: real tokens start after the
 prefix.
 """
 
@@ -31,18 +31,18 @@ def export_to_peft(
     adapter_name: str | None = None,
     task_type: str | None = None,
 ) -> PrefixCheckpoint:
-    """Writes an adapter that stock PEFT loads, with equal logits, in a process that never imports this package.
+    """Writes an adapter that stock PEFT loads without this package, with equal logits.
 
     Args:
-        source: An adapter's folder or Hub repository, a checkpoint that was read, or a live `PeftModel`.
-        folder: Where to write it, made if need be.
-        peft_type: `"PREFIX_TUNING"`, or `"CARTRIDGE"`, which keeps `num_frozen_tokens` as well.
+        source: The folder or Hub repository of an adapter, a checkpoint that was read, or a live `PeftModel`.
+        folder: The folder to write to; it is created if needed.
+        peft_type: `"PREFIX_TUNING"`, or `"CARTRIDGE"`, which also keeps `num_frozen_tokens`.
         adapter_name: The adapter of a live model; its active one by default.
-        task_type: PEFT's task type, for an adapter that has none; stock prefixes cannot do without.
+        task_type: PEFT's task type, which stock prefixes require, if the adapter has none.
 
     Raises:
-        ValueError: If stock PEFT has no place for this prefix: layers that differ or are left out, values of another
-            width than keys, or shapes that it does not expect of this base model.
+        ValueError: If stock PEFT cannot represent this prefix: layers that differ or are missing, values that are not as
+            wide as keys, or shapes other than the base model's config says.
     """
     if peft_type not in STOCK_TYPES:
         raise ValueError(f"`peft_type` must be one of {STOCK_TYPES}, got {peft_type!r}.")
@@ -59,7 +59,7 @@ def export_to_peft(
         )
     task_type = prefix.config.get("task_type") or task_type
     if task_type is None:
-        raise ValueError("`task_type` must be given: stock PEFT has no prefixes without, and the adapter has none.")
+        raise ValueError("`task_type` must be given: stock PEFT requires one, and the adapter has none.")
     num_heads, head_dim = _uniform_shape(prefix)
     num_layers, p = len(prefix.layers), prefix.num_virtual_tokens
     config: dict[str, Any] = {
@@ -89,17 +89,17 @@ def import_from_peft(
 ) -> PrefixCheckpoint:
     """Writes a stock `PREFIX_TUNING` or `CARTRIDGE` adapter as a `PREFIX_EXT` one, with equal logits.
 
-    `PeftModel.from_pretrained(base_model, folder)` loads it, and `is_trainable=True` goes on training it, with
-    everything that stock PEFT refuses: gradient checkpointing, static caches, packing.
+    `PeftModel.from_pretrained(base_model, folder)` loads it, and `is_trainable=True` continues its training, also with what
+    stock PEFT refuses: gradient checkpointing, static caches, packing.
 
     Args:
-        source: The adapter's folder or Hub repository, a checkpoint that was read, or a live `PeftModel`.
-        folder: Where to write it, made if need be.
-        base_model: The model it was trained on. Prefixes that it has already do not matter.
+        source: The folder or Hub repository of the adapter, a checkpoint that was read, or a live `PeftModel`.
+        folder: The folder to write to; it is created if needed.
+        base_model: The model it was trained on. Prefixes that are already on it are ignored.
         adapter_name: The adapter of a live model; its active one by default.
 
     Raises:
-        ValueError: If it is no stock prefix, or not one of this base model.
+        ValueError: If it is not a stock prefix, or was trained on another base model.
     """
     prefix = read_source(source, adapter_name)
     if prefix.peft_type not in STOCK_TYPES:
@@ -113,13 +113,13 @@ def import_from_peft(
         **kept | {"base_model_name_or_path": kept["base_model_name_or_path"] or base_model.name_or_path or None},
         base_fingerprint=base_fingerprint,
         init_report=f"{prefix.num_virtual_tokens} virtual tokens: those of a stock {prefix.peft_type} adapter",
-        # A cartridge may be frozen as a whole; with us there is always a token to train.
+        # A cartridge may be completely frozen; PREFIX_EXT has at least one token that trains.
         num_frozen_tokens=min(prefix.config.get("num_frozen_tokens", 0), prefix.num_virtual_tokens - 1),
     )
 
 
 def _uniform_shape(prefix: PrefixCheckpoint) -> tuple[int, int]:
-    """Returns the number of KV heads and their size, which stock PEFT has one of for all layers."""
+    """Returns the number of KV heads and their size, which are the same for all layers in stock PEFT."""
     shapes = {(*layer.key.shape[::2], layer.value.shape[2]) for layer in prefix.layers.values()}
     num_heads, head_dim, value_dim = min(shapes)
     refusal = f"The prefix in {prefix.path} cannot be exported to stock PEFT, which"
@@ -136,7 +136,7 @@ def _uniform_shape(prefix: PrefixCheckpoint) -> tuple[int, int]:
             f"{refusal} does not work on hybrid models: this one has a prefix for layers {sorted(prefix.layers)} beside "
             "recurrent ones."
         )
-    # PEFT corrects the shapes in an adapter's config by what the base model's says (`_prepare_prompt_learning_config`).
+    # PEFT overwrites the shapes in an adapter's config with those of the base model (`_prepare_prompt_learning_config`).
     expected = prefix.base_fingerprint.get("num_key_value_heads"), prefix.base_fingerprint.get("head_dim")
     if expected[0] is not None and (num_heads, head_dim) != (expected[0], expected[1] or head_dim):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether an adapter is right for a base model: what a server relies on, checked on the model itself."""
+"""Verifies an adapter on its base model: everything that a server relies on."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ NUM_TOKENS = 16
 
 @torch.no_grad()
 def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -> Iterator[str]:
-    """Yields what was found to be right, one sentence for each check.
+    """Runs all checks and yields one sentence for each that passes.
 
     Raises:
         ValueError: At the first check that fails, with what is wrong in one sentence.
     """
-    # Not at the top: PEFT is told of our type when it is imported, unless by a module of ours that is half imported itself.
+    # Imported late: the type is registered with PEFT once it is imported, but not while one of our modules is.
     from peft import PeftModel
 
     from peft_prefix_ext.tuner.other_adapters import active_base_adapters
 
     prefix = read_source(source)
     p, num_layers = prefix.num_virtual_tokens, len(prefix.layers)
-    yield f"the file is whole: {p} virtual tokens for {num_layers} layers, all of them finite"
+    yield f"the file is valid: {p} virtual tokens in {num_layers} layers, all finite"
 
     check_fits(prefix, base_model)
-    recorded = "architecture and shapes are" if prefix.base_fingerprint else "shapes are (it records no architecture)"
+    compared = "architecture and shapes" if prefix.base_fingerprint else "shapes (the adapter records no architecture)"
     present = active_base_adapters(base_model)
     if not are_alike(prefix.base_adapters, present):
         raise ValueError(
             f"The prefix in {prefix.path} was trained on {model_with(prefix.base_adapters)}, and this is "
             f"{model_with(present)}."
         )
-    yield f"the base model fits: {recorded} the ones it was trained on"
+    yield f"the base model fits: it has the {compared} that the adapter was trained with"
 
     tokens = torch.arange(NUM_TOKENS, device=base_model.device)[None] % base_model.config.get_text_config().vocab_size
     inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if base_model.config.is_encoder_decoder else {})}
@@ -54,7 +54,7 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
         for kind, on_disk, in_use in zip(layer._fields, layer, used.layers[index], strict=True):
             if not torch.equal(on_disk.to(in_use.dtype), in_use):
                 raise ValueError(f"The model does not use the {kind} of layer {index} that is in {prefix.path}.")
-    yield "the model loads it, and uses the K/V on disk to the bit"
+    yield "the model loads it and uses exactly the K/V on disk"
 
     logits = model(**inputs).logits.float()
     if not logits.isfinite().all():
@@ -62,4 +62,4 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
     change = float((logits - alone).abs().max())
     if change == 0:
         raise ValueError(f"The prefix in {prefix.path} does not change the logits of {type(base_model).__name__}.")
-    yield f"it works: logits stay finite, and change by up to {change:.3g} over {NUM_TOKENS} tokens"
+    yield f"it works: the logits of {NUM_TOKENS} tokens are finite and change by up to {change:.3g}"
