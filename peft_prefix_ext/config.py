@@ -1,4 +1,4 @@
-"""`PrefixExtConfig`: every choice of a prefix, in PEFT's config format."""
+"""`PrefixExtConfig`: the configuration of a prefix, in PEFT's format."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from peft_prefix_ext.checkpoint.format import ATTENTIONS, CROSS, DECODER, ENCODER, FORMAT_VERSION
-from peft_prefix_ext.dataset_rows import are_records
+from peft_prefix_ext.dataset_rows import are_rows
 from peft_prefix_ext.peft_type import PREFIX_EXT
 
-# Every initialisation, with the argument that says what it starts from.
+# Each value of `init`, with the argument that it needs.
 INITS: dict[str, str | None] = {
     "random": None,
     "vocab": None,
@@ -27,7 +27,7 @@ INITS: dict[str, str | None] = {
     "average": "init_adapter",
 }
 AUTO = "auto"
-# What does not go where an adapter is shared.
+# Data of the user, which is never saved with the adapter.
 UNSAVED_FIELDS = ("init_exemplars", "init_kv")
 ADAPTER_PARTS = ("all", "keys")
 REPARAMS = ("none", "mlp")
@@ -42,106 +42,108 @@ class PrefixExtConfig(PeftConfig):
         num_virtual_tokens (`int`):
             The length p of the prefix. Real tokens start at position p.
         init (`str`):
-            Where the prefix starts. As the K/V that a prefill of the frozen base model writes for token ids: `"vocab"`
-            (drawn at random), `"tokens"` (`init_token_ids`), `"text"` (the words of `init_text`) or `"exemplars"` (the
-            rows of `init_exemplars`). As K/V: `"random"` (normal with `init_std`), `"kv"` (`init_kv`), `"adapter"`
-            (another prefix, `init_adapter`) or `"average"` (the mean of several). `"auto"` is what uses the one of these
-            arguments that is given, or `"random"`. What is drawn follows `torch.manual_seed`.
+            What to initialize the prefix from. Four options are token ids, whose K/V the frozen base model computes:
+            `"vocab"` (drawn at random), `"tokens"` (`init_token_ids`), `"text"` (`init_text`) and `"exemplars"` (the rows of
+            `init_exemplars`). The others are K/V: `"random"` (normal with `init_std`), `"kv"` (`init_kv`), `"adapter"`
+            (another prefix, `init_adapter`) and `"average"` (the mean of several). The default `"auto"` uses the argument
+            that is given, or else `"random"`. Random values follow `torch.manual_seed`.
         init_token_ids (`list[int]`, *optional*):
-            The token ids for `init="tokens"`, taken as they are: repeated when shorter than the prefix, cut when longer.
+            The token ids for `init="tokens"`: repeated if shorter than the prefix, truncated if longer.
         init_text (`str`, *optional*):
-            The words of the task, for `init="text"`. They come behind the beginning-of-sequence token, if the tokenizer
-            adds one, and are repeated when they are shorter than the prefix, cut when longer.
+            The task description for `init="text"`. It follows the beginning-of-sequence token, if the tokenizer adds one. It
+            is repeated if shorter than the prefix, truncated if longer.
         init_chat_template (`bool`):
-            Whether `init_text` is rendered as a system message by the tokenizer's chat template. What is repeated or cut
-            are the words inside of the message, so that the prefix is one whole message of its length; only where what
-            opens and closes it leaves no room for a word, the end is cut off.
+            Whether to render `init_text` as a system message with the tokenizer's chat template. Only the text within the
+            message is repeated or truncated, so that the prefix is one complete message. If the template alone fills the
+            prefix, its end is truncated.
         init_exemplars (`Iterable`, *optional*):
-            Rows of the task's data set, for `init="exemplars"`, packed in their order: a list, one split of `datasets` or
-            a data frame, of strings or of dicts with `text`, `prompt` and `completion`, or `messages`. They come behind
-            the beginning-of-sequence token, if the tokenizer adds one; all but messages end with its end-of-sequence
-            token. The last row is cut; too few are repeated. Never saved.
+            Dataset rows for `init="exemplars"`, packed in their order: a list, one split of `datasets` or a data frame, of
+            strings or of dicts with `text`, `prompt` and `completion`, or `messages`. They follow the beginning-of-sequence
+            token, if the tokenizer adds one; each row but `messages` ends with the end-of-sequence token. The last row is
+            truncated; too few rows are repeated. Never saved.
         init_kv (`Cache`, `list` or `dict`, *optional*):
-            The K/V for `init="kv"`, keys after rotary embedding at positions 0..p-1: the `past_key_values` of one
-            sequence, a list of pairs of K and V, one for each attention layer, or a dict of them by layer index, each
-            `[num_kv_heads, num_virtual_tokens, head_dim]`, with a batch dimension of 1 or without. Never saved.
+            The K/V for `init="kv"`, with keys after rotary embedding at positions 0..p-1: the `past_key_values` of one
+            sequence, a list of (K, V) pairs with one for each attention layer, or a dict of them by layer index, each
+            `[num_kv_heads, num_virtual_tokens, head_dim]`, optionally with a batch dimension of 1. Never saved.
         init_adapter (`str` or `list[str]`, *optional*):
             The folder or Hub repository (`owner/name[@revision]`) of another prefix of the same base model for
-            `init="adapter"`, or of several for `init="average"`: ours, or stock PEFT's `PREFIX_TUNING` or `CARTRIDGE`.
-            Of a longer prefix the first tokens are taken, a shorter one is refused.
+            `init="adapter"`, or of several for `init="average"`: a `PREFIX_EXT` adapter, or stock PEFT's `PREFIX_TUNING` or
+            `CARTRIDGE`. A longer prefix is truncated, a shorter one is refused.
         init_adapter_part (`str`):
-            `"all"`, or `"keys"`: keys alone, which transfer between tasks (arXiv:2508.17032), beside values that are
-            random with `init_std`.
+            `"all"`, or `"keys"` for the keys only, which transfer between tasks (arXiv:2508.17032), with random values of
+            `init_std`.
         init_std (`float`):
-            The standard deviation of what is random.
+            The standard deviation of random K/V.
         tokenizer_name_or_path (`str`, *optional*):
-            The tokenizer of text, rows and vocabulary; the base model's when not given.
+            The tokenizer for text, rows and vocabulary; that of the base model by default.
         reparam (`str`):
-            `"mlp"` trains an MLP that yields the K/V, `"none"` the K/V themselves, which wants a learning rate about ten
-            times as large. Any initialisation is exact at step 0.
+            `"mlp"` trains an MLP whose output is the K/V, `"none"` trains the K/V themselves, which needs a learning rate
+            about ten times as high. Both start exactly at the initial K/V.
         reparam_residual (`bool`):
-            Whether the MLP's output is added to the initial K/V (its last layer starts at zero), or is the K/V (its last
-            layer starts at the least squares solution, which needs a `reparam_hidden_size` well above the number of
-            tokens that train).
+            Whether the output of the MLP is added to the initial K/V (its last layer is initialized to zero). Otherwise it is
+            the K/V (its last layer is initialized by least squares, which needs a `reparam_hidden_size` well above the
+            number of trainable tokens).
         reparam_latent_size (`int`):
             The size of the MLP's trainable input, one row per virtual token.
         reparam_hidden_size (`int`):
-            The width of the MLP.
+            The hidden size of the MLP.
         reparam_num_layers (`int`):
-            The depth of the MLP: its number of hidden layers.
+            The number of hidden layers of the MLP.
         reparam_activation (`str`):
-            The activation of the MLP, any name that transformers knows.
+            The activation function of the MLP, any name that transformers knows.
         reparam_dropout (`float`):
-            The dropout after each hidden layer of the MLP.
+            The dropout probability after each hidden layer of the MLP.
         reparam_shared_trunk (`bool`):
-            Whether all layers of the model share the MLP's hidden layers, or each has its own.
+            Whether all layers of the model share the hidden layers of the MLP.
         reparam_joint_kv (`bool`):
-            Whether keys and values share the MLP's hidden layers.
+            Whether keys and values share the hidden layers of the MLP.
         prefix_dropout (`float`):
-            The dropout of the elements of the K/V that train, drawn once for each forward pass, for all rows of a batch
-            alike.
+            The dropout probability of the elements of the trainable K/V. One mask is drawn per forward pass and shared by all
+            rows of a batch.
         num_frozen_tokens (`int`):
-            How many virtual tokens, from the first, stay at their initial K/V (an attention sink).
+            The number of virtual tokens, from the first, that keep their initial K/V (an attention sink).
         layers_to_train (`list[int]`, *optional*):
-            The indices of the layers whose K/V train, all by default. The others stay at their initial K/V.
+            The indices of the layers whose K/V train; all by default. The others keep their initial K/V.
         encoder_prefix (`bool`):
-            Whether the self-attention of an encoder-decoder model's encoder has a prefix, too. The self-attention of the
-            decoder always has one.
+            Whether the encoder's self-attention of an encoder-decoder model also has a prefix. The decoder's self-attention
+            always has one.
         cross_prefix (`bool`):
-            Whether the cross-attention of an encoder-decoder model has a prefix, too, before what the encoder says.
+            Whether the cross-attention of an encoder-decoder model also has a prefix, before the encoder's output.
         modules_to_save (`list[str]`, *optional*):
-            Modules of the base model, apart from the prefix, to train and save as a whole, such as the head of a
-            classifier; none that holds an attention with a prefix. An adapter with such modules cannot be served.
+            Modules of the base model to train and save besides the prefix, such as the head of a classifier. They must not
+            contain an attention layer with a prefix. An adapter with such modules cannot be served.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Tokens whose embeddings train and are saved, too, such as those that TRL's `chat_template_path` adds: of the
+            Tokens whose embeddings are also trained and saved, such as those that TRL's `chat_template_path` adds: of the
             input embeddings, or by module. An adapter with such tokens cannot be served.
         save_reparam (`bool`):
-            Whether `save_pretrained` keeps the MLP beside the K/V, so that training can go on from the checkpoint.
-            Serving never needs it.
+            Whether `save_pretrained` keeps the MLP beside the K/V, so that training can continue from the checkpoint.
+            Serving does not need it.
         init_report (`str`, *optional*):
-            Recorded by the tuner, not to be set: what the prefix was initialised from.
+            Set by the tuner: what the prefix was initialized from.
         prefix_layers (`list[dict]`, *optional*):
-            Recorded when saved, not to be set: the index, attention module and K/V shapes of each layer.
+            Set when saving: the index, attention module and K/V shapes of each layer.
         base_fingerprint (`dict`, *optional*):
-            Recorded when saved, not to be set: the architecture of the base model.
+            Set when saving: the architecture of the base model.
         base_adapters (`list[dict]`, *optional*):
-            Recorded when saved, not to be set: which other adapters were at work in the base model, such as LoRA.
+            Set when saving: the other active adapters of the base model, such as LoRA.
         format_version (`int`):
-            Recorded when saved, not to be set: the version of the checkpoint format.
+            Set when saving: the version of the checkpoint format.
     """
 
     num_virtual_tokens: int = field(default=64, metadata={"help": "The length of the prefix."})
     init: str = field(
         default=AUTO,
-        metadata={"help": f"Where the prefix starts, one of {tuple(INITS)}; by default as the source given says."},
+        metadata={
+            "help": f"What to initialize the prefix from, one of {tuple(INITS)}; by default by the argument given."
+        },
     )
     init_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids, for `init='tokens'`."})
-    init_text: str | None = field(default=None, metadata={"help": "The words of the task, for `init='text'`."})
+    init_text: str | None = field(default=None, metadata={"help": "The task description, for `init='text'`."})
     init_chat_template: bool = field(
-        default=False, metadata={"help": "Whether `init_text` is rendered as a system message."}
+        default=False, metadata={"help": "Whether to render `init_text` as a system message."}
     )
     init_exemplars: Any = field(
-        default=None, repr=False, compare=False, metadata={"help": "Rows of a data set, for `init='exemplars'`."}
+        default=None, repr=False, compare=False, metadata={"help": "Dataset rows, for `init='exemplars'`."}
     )
     init_kv: Any = field(
         default=None, repr=False, compare=False, metadata={"help": "The K/V of one sequence, for `init='kv'`."}
@@ -152,56 +154,67 @@ class PrefixExtConfig(PeftConfig):
     init_adapter_part: str = field(
         default="all", metadata={"help": f"What to take of `init_adapter`, one of {ADAPTER_PARTS}."}
     )
-    init_std: float = field(default=0.02, metadata={"help": "The standard deviation of what is random."})
+    init_std: float = field(default=0.02, metadata={"help": "The standard deviation of random K/V."})
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "The tokenizer of text and rows; the base model's when not given."}
+        default=None,
+        metadata={"help": "The tokenizer for text, rows and vocabulary; that of the base model by default."},
     )
     reparam: str = field(default="mlp", metadata={"help": f"How the K/V are parameterized, one of {REPARAMS}."})
     reparam_latent_size: int = field(default=64, metadata={"help": "The size of the MLP's trainable input."})
-    reparam_hidden_size: int = field(default=256, metadata={"help": "The width of the MLP."})
+    reparam_hidden_size: int = field(default=256, metadata={"help": "The hidden size of the MLP."})
     reparam_num_layers: int = field(default=1, metadata={"help": "The number of hidden layers of the MLP."})
-    reparam_activation: str = field(default="tanh", metadata={"help": "The activation of the MLP."})
-    reparam_dropout: float = field(default=0.0, metadata={"help": "The dropout after each hidden layer of the MLP."})
-    reparam_residual: bool = field(
-        default=True, metadata={"help": "Whether the MLP's output is added to the initial K/V."}
+    reparam_activation: str = field(default="tanh", metadata={"help": "The activation function of the MLP."})
+    reparam_dropout: float = field(
+        default=0.0, metadata={"help": "The dropout probability after each hidden layer of the MLP."}
     )
-    reparam_shared_trunk: bool = field(default=True, metadata={"help": "Whether all layers share the MLP's trunk."})
-    reparam_joint_kv: bool = field(default=True, metadata={"help": "Whether keys and values share the MLP's trunk."})
-    prefix_dropout: float = field(default=0.0, metadata={"help": "The dropout of the elements of the K/V."})
+    reparam_residual: bool = field(
+        default=True, metadata={"help": "Whether the output of the MLP is added to the initial K/V."}
+    )
+    reparam_shared_trunk: bool = field(
+        default=True, metadata={"help": "Whether all layers share the hidden layers of the MLP."}
+    )
+    reparam_joint_kv: bool = field(
+        default=True, metadata={"help": "Whether keys and values share the hidden layers of the MLP."}
+    )
+    prefix_dropout: float = field(default=0.0, metadata={"help": "The dropout probability of the elements of the K/V."})
     num_frozen_tokens: int = field(
-        default=0, metadata={"help": "How many virtual tokens, from the first, stay at their initial K/V."}
+        default=0, metadata={"help": "The number of virtual tokens, from the first, that keep their initial K/V."}
     )
     layers_to_train: list[int] | None = field(
-        default=None, metadata={"help": "The indices of the layers whose K/V train; all when not given."}
+        default=None, metadata={"help": "The indices of the layers whose K/V train; all by default."}
     )
     encoder_prefix: bool = field(
-        default=False, metadata={"help": "Whether the encoder of an encoder-decoder model has a prefix, too."}
+        default=False, metadata={"help": "Whether the encoder of an encoder-decoder model also has a prefix."}
     )
     cross_prefix: bool = field(
-        default=False, metadata={"help": "Whether the cross-attention of an encoder-decoder model has a prefix, too."}
+        default=False, metadata={"help": "Whether the cross-attention of an encoder-decoder model also has a prefix."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules of the base model to train and save as a whole, such as a classifier."}
+        default=None,
+        metadata={"help": "Modules of the base model to train and save besides the prefix, such as a classifier."},
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embeddings train, too: of the input embeddings, or by module."}
+        default=None,
+        metadata={"help": "Tokens whose embeddings are also trained: of the input embeddings, or by module."},
     )
-    save_reparam: bool = field(default=True, metadata={"help": "Whether to save the MLP, to go on training."})
+    save_reparam: bool = field(
+        default=True, metadata={"help": "Whether to save the MLP, so that training can continue."}
+    )
     init_report: str | None = field(
-        default=None, metadata={"help": "Recorded by the tuner: what the prefix was initialised from."}
+        default=None, metadata={"help": "Set by the tuner: what the prefix was initialized from."}
     )
     prefix_layers: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Recorded when saved: index, module and K/V shapes of each layer."}
+        default=None, metadata={"help": "Set when saving: index, module and K/V shapes of each layer."}
     )
     base_fingerprint: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Recorded when saved: the architecture of the base model."}
+        default=None, metadata={"help": "Set when saving: the architecture of the base model."}
     )
     base_adapters: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Recorded when saved: the other adapters at work in the base model."}
+        default=None, metadata={"help": "Set when saving: the other active adapters of the base model."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "The version of the checkpoint format."})
 
-    # PEFT's injection reads it from every config; the attention layers are found by a probe instead.
+    # PEFT reads it from every config; the attention layers are found by a probe instead.
     target_modules = None
 
     def __post_init__(self) -> None:
@@ -211,9 +224,9 @@ class PrefixExtConfig(PeftConfig):
             self.init_adapter = str(self.init_adapter)
         elif isinstance(self.init_adapter, (list, tuple)):
             self.init_adapter = [str(source) for source in self.init_adapter]
-        # What the tuner learns about the base model. It becomes part of the dict that is saved, not of the live config,
-        # so that one config object can be used for several models.
-        self._recorded: dict[str, Any] = {}
+        # Facts about the base model, set by the tuner. They are part of the saved dict but not of the live config, so that
+        # one config object can be used for several models.
+        self._saved_fields: dict[str, Any] = {}
         _check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
         if self.init == AUTO:
             self.init = _init_of_source(self)
@@ -243,32 +256,32 @@ class PrefixExtConfig(PeftConfig):
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """Which kinds of attention have a prefix."""
+        """The kinds of attention that have a prefix."""
         wanted = {DECODER: True, CROSS: self.cross_prefix, ENCODER: self.encoder_prefix}
         return tuple(attention for attention in ATTENTIONS if wanted[attention])
 
     @property
     def is_saved(self) -> bool:
-        """Whether this config was read from a saved adapter, whose weights are about to be loaded."""
+        """Whether this config belongs to a saved adapter, whose weights are loaded later."""
         return self.prefix_layers is not None
 
     def trains(self, layer_index: int) -> bool:
-        """Whether the K/V of a layer train, by `layers_to_train`."""
+        """Whether `layers_to_train` includes a layer."""
         return self.layers_to_train is None or layer_index in self.layers_to_train
 
     def forget_sources(self) -> None:
-        """Lets go of the data that the prefix started from."""
+        """Releases the data that the prefix is initialized from."""
         for name in UNSAVED_FIELDS:
             setattr(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:
         shared = copy.copy(self)
         shared.forget_sources()
-        return {**super(PrefixExtConfig, shared).to_dict(), **self._recorded}
+        return {**super(PrefixExtConfig, shared).to_dict(), **self._saved_fields}
 
 
 def _init_of_source(config: PrefixExtConfig) -> str:
-    """Returns the initialisation that uses what a config gives; of several things `check_sources` refuses all but one."""
+    """Returns the `init` of the argument that is given. If several are given, `check_sources` refuses all but one."""
     if isinstance(config.init_adapter, list):
         return "average"
     given = [init for init, source in INITS.items() if source is not None and getattr(config, source) is not None]
@@ -276,7 +289,7 @@ def _init_of_source(config: PrefixExtConfig) -> str:
 
 
 def check_sources(config: PrefixExtConfig) -> None:
-    """Raises `ValueError` if what the prefix starts from is missing, or of another initialisation."""
+    """Raises `ValueError` if the argument of `init` is missing, or one of another `init` is given."""
     needed = INITS[config.init]
     for name in dict.fromkeys(filter(None, INITS.values())):
         given = getattr(config, name) is not None
@@ -294,7 +307,7 @@ def check_sources(config: PrefixExtConfig) -> None:
         )
     if config.init_token_ids is not None:
         _check_integers("init_token_ids", config.init_token_ids)
-    if config.init_exemplars is not None and not are_records(config.init_exemplars):
+    if config.init_exemplars is not None and not are_rows(config.init_exemplars):
         raise ValueError(
             "`init_exemplars` must be rows, as a list, one split of a data set or a data frame, got "
             f"{type(config.init_exemplars).__name__}."

@@ -1,7 +1,7 @@
-"""The member `PREFIX_EXT` of PEFT's enum `PeftType`.
+"""Adds the member `PREFIX_EXT` to PEFT's enum `PeftType`.
 
-`register_peft_method` only accepts names that are members, and PEFT has no hook to add one (huggingface/peft#2273), so it
-is added here, in the way that `aenum.extend_enum` does.
+`register_peft_method` only accepts members of it, and PEFT has no hook to add one (huggingface/peft#2273). This does the
+same as `aenum.extend_enum`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _add_member() -> PeftType:
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member
-    # Python 3.11 finds members through the metaclass' __getattr__, later ones as attributes of the class.
+    # Python 3.11 finds members through the `__getattr__` of the metaclass, later versions as attributes of the class.
     type.__setattr__(PeftType, NAME, member)
     return member
 

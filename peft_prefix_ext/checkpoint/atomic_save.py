@@ -1,8 +1,8 @@
-"""An adapter's files replaced as one: a process that is killed while it saves leaves the old adapter or the new one.
+"""Replaces the files of an adapter atomically: a process that is killed while it saves leaves the old adapter or the new one.
 
-A file can be replaced at once, two cannot. So both are written to a folder of their own within the adapter's, and then the
-weights are moved: from here on the adapter is the new one. A config that is still in that folder, where no weights are
-any more, is the one that goes with the weights.
+One file can be replaced atomically, two cannot. So config and weights are written to a pending folder within the adapter's
+folder, and the weights are moved first; from then on the adapter is the new one. A pending folder with a config but no
+weights means that this config belongs to the weights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME
 
-# Of files that are being written, and of those that are complete; who writes them is in the rest of the name.
+# Prefixes of folders that are being written and that are complete; node and process id of the writer follow.
 _WRITING, _PENDING = ".adapter-writing-", ".adapter-pending-"
 
 
 def config_of(folder: Path) -> Path:
-    """Returns where the config is that goes with the weights in `folder`; a first adapter is none before it is complete."""
+    """Returns the path of the config that belongs to the weights in `folder`."""
     config = folder / CONFIG_NAME
-    with suppress(OSError):  # such as that of a folder which is gone in this moment
+    with suppress(OSError):  # the folder may disappear meanwhile
+        # Without a config in `folder`, its first adapter is not complete yet.
         for pending in folder.glob(f"{_PENDING}*") if config.is_file() else ():
             if (pending / CONFIG_NAME).is_file() and not _has_weights(pending):
                 return pending / CONFIG_NAME
@@ -34,12 +35,12 @@ def config_of(folder: Path) -> Path:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder; what is written there replaces, file by file, what is in `folder`, made if need be.
+    """Yields an empty folder, whose files replace those of the same names in `folder` at the end of the context.
 
-    Each folder within it is an adapter of its own. After an error nothing is replaced.
+    `folder` is created if needed. Each folder within it is another adapter. After an error nothing is replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _finish_what_was_killed(folder)
+    _recover(folder)
     new = Path(tempfile.mkdtemp(prefix=f"{_WRITING}{platform.node()}-{os.getpid()}-", dir=folder))
     new.chmod(stat.S_IMODE(folder.stat().st_mode))
     pending = new.name.replace(_WRITING, _PENDING)
@@ -48,7 +49,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         for adapter in sorted(path for path in new.iterdir() if path.is_dir()):
             target = folder / adapter.name
             target.mkdir(exist_ok=True)
-            _finish_what_was_killed(target)
+            _recover(target)
             _replace(adapter, target, pending)
         _replace(new, folder, pending)
     finally:
@@ -56,7 +57,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def _replace(new: Path, folder: Path, pending: str) -> None:
-    """Replaces files in `folder` by those in `new`, which goes; meanwhile it is a folder in there, called `pending`."""
+    """Moves the files of `new` to `folder`, by way of a folder in it called `pending`, and removes `new`."""
     same = [path / CONFIG_NAME for path in (new, folder)]
     if all(path.is_file() for path in same) and same[0].read_bytes() == same[1].read_bytes():
         same[0].unlink()
@@ -66,22 +67,22 @@ def _replace(new: Path, folder: Path, pending: str) -> None:
     complete.rmdir()
 
 
-def _finish_what_was_killed(folder: Path) -> None:
-    """Completes or drops what processes left behind that are no more."""
+def _recover(folder: Path) -> None:
+    """Completes or removes the folders of writers that no longer run."""
     for left in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_PENDING}*")]:
         if _is_alive(left):
             continue
         config = left / CONFIG_NAME
         if left.name.startswith(_PENDING) and config.is_file():
             if _has_weights(left):
-                config.unlink()  # first, or else it would go with the weights in `folder`
+                config.unlink()  # before the weights: alone, it would belong to the weights in `folder`
             else:
                 config.replace(folder / CONFIG_NAME)
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_alive(left: Path) -> bool:
-    """Whether the process that made this folder may still be at it."""
+    """Whether the process that writes this folder may still run."""
     node, process, _ = left.name.removeprefix(_WRITING).removeprefix(_PENDING).rsplit("-", 2)
     if node != platform.node() or os.name != "posix":
         return True

@@ -1,4 +1,4 @@
-"""What a prefix records of the adapters that its base model had besides it, such as LoRA: it is wrong without them."""
+"""What a prefix records about the other adapters of its base model, such as LoRA; without them it is wrong."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 
 class BaseAdapter(NamedTuple):
-    """An adapter that was at work in the base model when a prefix was saved.
+    """An adapter that was active in the base model when a prefix was saved.
 
     Args:
-        name: What it was called there; it may be called otherwise elsewhere.
+        name: Its name in that model; other models may use another name.
         peft_type: Its type in PEFT, such as `LORA`.
-        digest: SHA-256, in hex, of its weights as PEFT saves them in `adapter_model.safetensors`; `None` where they were
-            not at hand, as those of a sharded model are not.
-        base_model_name_or_path: What it was trained on itself, as PEFT records it.
-        rounded_digest: The same of the weights rounded to bfloat16, in which they may have been loaded since.
+        digest: SHA-256, in hex, of its weights as PEFT saves them in `adapter_model.safetensors`; `None` if they were not
+            available, as in a sharded model.
+        base_model_name_or_path: The model that it was trained on, as PEFT records it.
+        rounded_digest: The same for the weights rounded to bfloat16, in case they are loaded in bfloat16.
     """
 
     name: str
@@ -29,14 +29,14 @@ class BaseAdapter(NamedTuple):
         return f"{self.peft_type} adapter {self.name!r}{digest}"
 
     def is_like(self, other: BaseAdapter) -> bool:
-        """Whether it could be the same adapter as `other`, whatever they are called."""
+        """Whether it may be the same adapter as `other`, under any name."""
         digests = [(self.digest, other.digest), (self.rounded_digest, other.rounded_digest)]
         known = [one == another for one, another in digests if one and another]
         return self.peft_type == other.peft_type and (any(known) or not known)
 
 
 def read_base_adapters(rows: list[dict[str, Any]]) -> tuple[BaseAdapter, ...]:
-    """Returns what the `base_adapters` of an `adapter_config.json` are.
+    """Reads the `base_adapters` of an `adapter_config.json`.
 
     Raises:
         ValueError: If a row is malformed.
@@ -54,7 +54,7 @@ def read_base_adapters(rows: list[dict[str, Any]]) -> tuple[BaseAdapter, ...]:
 
 
 def are_alike(some: Sequence[BaseAdapter], others: Sequence[BaseAdapter]) -> bool:
-    """Whether these could be the same adapters, in whatever order."""
+    """Whether these may be the same adapters, in any order."""
     order = [
         sorted(adapters, key=lambda adapter: (adapter.peft_type, adapter.rounded_digest or adapter.digest or ""))
         for adapters in (some, others)
@@ -63,5 +63,5 @@ def are_alike(some: Sequence[BaseAdapter], others: Sequence[BaseAdapter]) -> boo
 
 
 def model_with(adapters: Sequence[BaseAdapter]) -> str:
-    """Returns the phrase for a base model with these adapters."""
+    """Returns a phrase for a base model with these adapters."""
     return f"the base model with {' and '.join(map(str, adapters))}" if adapters else "the base model alone"

@@ -1,7 +1,7 @@
-"""The fingerprint of a base model's architecture: what must agree for a prefix to mean the same thing on it.
+"""The fingerprint of a base model's architecture, which must match for a prefix to work.
 
-Duck-typed on a transformers config, so that the training half (transformers) and the serving half (vLLM's `hf_config`)
-compute it alike without this module importing either. Weights are not part of it.
+Computed from any object with the attributes of a transformers config, so that training (transformers) and serving (vLLM's
+`hf_config`) agree without this module importing either. Weights are not part of it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-# Everything that changes the shape of the K/V, where they stand, or which of them a query sees. The vocabulary is left
-# out on purpose: resized embeddings do not touch the prefix.
+# Everything that changes the shape of the K/V, their positions, or which of them a query sees. Not the vocabulary: resized
+# embeddings do not affect the prefix.
 FIELDS = (
     "model_type",
     "hidden_size",
@@ -26,22 +26,22 @@ FIELDS = (
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
-    """Returns the JSON-ready fingerprint of a transformers config (of its text part, for a multimodal one)."""
+    """Returns the fingerprint of a transformers config, ready for JSON; for a multimodal model, that of its text part."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = {name: _plain(_get(text_config, name)) for name in FIELDS}
-    # Qwen2-MoE says 0 where there is no window, and vLLM makes that None.
+    # Qwen2-MoE uses 0 for no window, which vLLM changes to None.
     values["sliding_window"] = values["sliding_window"] or None
     known = {name: value for name, value in values.items() if value is not None}
     if getattr(config, "is_encoder_decoder", False):
         known["is_encoder_decoder"] = True
-    # Where there could be a window, none at all is as much a fact as one.
+    # If the architecture supports a window, record that there is none.
     return {"sliding_window": None, **known} if hasattr(text_config, "sliding_window") else known
 
 
 def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """Says, one phrase each, where a recorded fingerprint disagrees with the one of the base model at hand.
+    """Returns one phrase for each field in which the fingerprint of an adapter differs from that of a base model.
 
-    A field that only one side knows is no disagreement: config classes gain and lose fields between releases.
+    Fields that only one of them has are ignored: config classes gain and lose fields between releases.
     """
     return [
         f"{path} is {expected!r} in the adapter and {found!r} in the model"
@@ -62,7 +62,7 @@ def _get(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
     except Exception:
-        # A config whose layers differ (Gemma 4) refuses to answer for all of them; their shapes are recorded anyhow.
+        # A config whose layers differ (Gemma 4) raises for fields that are per layer; the shapes are recorded anyway.
         return None
 
 

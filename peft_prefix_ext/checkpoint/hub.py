@@ -1,4 +1,4 @@
-"""From what a user calls an adapter, `PATH_OR_REPO`, to its folder."""
+"""Resolves a `PATH_OR_REPO` to the folder of an adapter."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revis
 
 
 def resolve(source: str | Path) -> Path:
-    """Returns the folder of an adapter: `source` itself, or a download from the Hub, `owner/name[/folder][@revision]`.
+    """Returns the folder of an adapter: `source` itself, or a download of the Hub repository `owner/name[/folder][@revision]`.
 
     Raises:
-        PrefixNotFoundError: If it is neither.
+        PrefixNotFoundError: If there is neither.
     """
     try:
         folder = Path(source).expanduser()
         if folder.exists():
             return folder
     except (OSError, RuntimeError) as error:
-        # A home of nobody, a name that is too long, a folder that may not be looked into.
+        # An unknown user's home, a name that is too long, a folder without permission.
         raise PrefixNotFoundError(f"No prefix adapter at {str(source)!r} ({error}).") from error
     place = _REPO.fullmatch(str(source))
     if place is None:
         raise PrefixNotFoundError(f"No prefix adapter at {str(source)!r}: it is neither a folder nor a Hub repository.")
     from huggingface_hub import snapshot_download
 
-    # PEFT saves an adapter that is not called "default" in a folder of its own.
+    # PEFT saves an adapter that is not called "default" in a subfolder.
     subfolder = place["folder"].lstrip("/")
     files = [str(PurePosixPath(subfolder, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
         return Path(snapshot_download(place["repo"], revision=place["revision"], allow_patterns=files)) / subfolder
     except Exception as error:
-        # The Hub's errors are many, of several packages; a type's name says more than some of their first lines.
+        # Several packages raise errors here; the name of the type says more than some of their messages.
         reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise PrefixNotFoundError(
             f"No prefix adapter at {str(source)!r}: there is no such folder, and the Hub has no such repository or "

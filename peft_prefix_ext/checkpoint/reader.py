@@ -1,4 +1,4 @@
-"""Reads and checks an adapter in the format of `format.py`, and stock PEFT's prefixes as well."""
+"""Reads and checks adapters: those in the format of `format.py`, and stock PEFT's prefixes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
     """Reads and checks the adapter in the folder `path`.
 
     Raises:
-        PrefixCheckpointError: In one sentence, what is wrong with it and what to do.
+        PrefixCheckpointError: If it cannot be used; the message says in one sentence what is wrong and what to do.
     """
     folder = Path(path)
     config = _read_config(folder)
@@ -85,7 +85,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         try:
             text = config_of(folder).read_text(encoding="utf-8")
-        except FileNotFoundError:  # or it was put in its place in this moment
+        except FileNotFoundError:  # a pending config was just moved into place
             text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
         config = json.loads(text)
     except FileNotFoundError as error:
@@ -117,12 +117,12 @@ def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, .
 
 
 def _refuse_other_weights(tensors: Any, weights: Path) -> None:
-    """A prefix alone is not the whole adapter when modules of the base were trained or resized with it."""
+    """Raises `PrefixCheckpointError` if modules of the base model were trained or resized with the prefix."""
     others = [name for name in tensors.keys() if not is_of_prefix(name) and name != "prompt_embeddings"]
     if others:
         raise PrefixCheckpointError(
-            f"{weights} holds weights of the base model beside the prefix ({others[0]}), which a prefix cannot bring "
-            "along; train without `modules_to_save`, `trainable_token_indices` or resized embeddings."
+            f"{weights} holds weights of the base model beside the prefix ({others[0]}), which are not part of a "
+            "prefix; train without `modules_to_save`, `trainable_token_indices` or resized embeddings."
         )
 
 
@@ -154,7 +154,7 @@ def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path)
 
 
 def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
-    """Splits PEFT's flat layout as `PeftModel.get_prompt` does (peft 0.21, peft_model.py)."""
+    """Splits PEFT's flat layout like `PeftModel.get_prompt` (peft 0.21, peft_model.py)."""
     sizes: list[Any] = [config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
     if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[2] % sizes[1]:
         raise PrefixCheckpointError(
@@ -169,18 +169,18 @@ def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> d
     num_layers, num_heads, token_dim = sizes
     flat = _checked(tensors, "prompt_embeddings", [p, num_layers * 2 * token_dim], folder)
     kv = flat.view(p, num_layers, 2, num_heads, token_dim // num_heads).permute(1, 2, 3, 0, 4)
-    # For an encoder-decoder model `get_prompt` repeats the rows for a cross-attention, whose prefix it then drops: a layer of
-    # the decoder is left with every other row.
+    # For an encoder-decoder model `get_prompt` repeats the rows for the cross-attention, whose prefix it then drops, so that
+    # the decoder layers get every other row.
     rows = [2 * index % num_layers if is_stock_encoder_decoder(config) else index for index in range(num_layers)]
     return {index: LayerKV(kv[row, 0].contiguous(), kv[row, 1].contiguous()) for index, row in enumerate(rows)}
 
 
 def _checked(tensors: Any, name: str, shape: list[int], folder: Path) -> torch.Tensor:
-    """Reads one tensor after its header agreed with the config, so that a lying file never decides an allocation."""
+    """Reads one tensor after comparing its header with the config, so that a malformed file cannot cause an allocation."""
     try:
         header = tensors.get_slice(name)
     except SafetensorError as error:
-        # Not asked beforehand: the list of all names is made anew each time.
+        # Not checked beforehand: `keys()` builds the list of all names each time.
         if name in tensors.keys():
             raise
         raise PrefixCheckpointError(

@@ -1,4 +1,4 @@
-"""What there is to say about an adapter, for people and for programs."""
+"""Summaries of an adapter, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
 
-# What a config tells of how an adapter was made.
+# The config fields that say how an adapter was made.
 MADE = ("init", "init_report", "reparam", "save_reparam")
 
 
 def as_dict(prefix: PrefixCheckpoint) -> dict[str, Any]:
-    """Returns everything there is to say, ready for JSON."""
+    """Returns all facts about an adapter, ready for JSON."""
     config = prefix.config
     return {
         "path": str(prefix.path),
@@ -35,7 +35,7 @@ def as_dict(prefix: PrefixCheckpoint) -> dict[str, Any]:
                 "key_shape": list(layer.key.shape),
                 "value_shape": list(layer.value.shape),
                 "dtype": str(layer.key.dtype).removeprefix("torch."),
-                # The mean length of a vector, over heads and virtual tokens.
+                # The mean norm over heads and virtual tokens.
                 "key_norm": round(float(layer.key.float().norm(dim=-1).mean()), 4),
                 "value_norm": round(float(layer.value.float().norm(dim=-1).mean()), 4),
             }
@@ -45,7 +45,7 @@ def as_dict(prefix: PrefixCheckpoint) -> dict[str, Any]:
 
 
 def as_text(prefix: PrefixCheckpoint) -> str:
-    """Returns a few lines: what it is, for which base model, how large, how it was made."""
+    """Returns a few lines: type, base model, shapes, size and origin."""
     facts = as_dict(prefix)
     layers, base, made = facts["layers"], facts["base_fingerprint"], facts["made"]
     shapes: dict[str, list[int]] = {}
@@ -71,7 +71,7 @@ def as_text(prefix: PrefixCheckpoint) -> str:
 
 
 def _ranges(indices: Iterable[int]) -> str:
-    """Returns sorted indices as in "0-3, 7"."""
+    """Formats sorted indices as in "0-3, 7"."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][-1] + 1:

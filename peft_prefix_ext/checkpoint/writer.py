@@ -1,4 +1,4 @@
-"""Writes adapters of plain K/V, in the format of `checkpoint.py`."""
+"""Writes adapters of plain K/V in the format of `format.py`."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def write_prefix(
     attentions: Mapping[int, str] | None = None,
     **config: Any,
 ) -> PrefixCheckpoint:
-    """Writes a `PREFIX_EXT` adapter, as `save_pretrained` writes one without a reparameterization, and reads it back.
+    """Writes a `PREFIX_EXT` adapter, like `save_pretrained` without a reparameterization, and reads it back.
 
     Args:
-        path: The folder, made if need be. A prefix that is there already is replaced, even if `layers` were read from it.
+        path: The folder; it is created if needed. An existing prefix is replaced, even if `layers` were read from it.
         layers: K/V by layer index, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
-        modules: The name of each layer's attention module within the base model.
-        attentions: The kind of each layer, one of `ATTENTIONS`; the decoder's self-attention where it is not said.
-        config: Further fields of `adapter_config.json`; `base_model_name_or_path`, `base_fingerprint` and `task_type` are
-            what loading it with PEFT and serving it ask for.
+        modules: The name of each layer's attention module in the base model.
+        attentions: The kind of attention of each layer, one of `ATTENTIONS`; the decoder's self-attention by default.
+        config: Further fields of `adapter_config.json`. Loading it with PEFT and serving it need
+            `base_model_name_or_path`, `base_fingerprint` and `task_type`.
 
     Raises:
-        PrefixCheckpointError: If what was written is not a prefix: shapes that do not fit together, NaN or Inf; or if
-            something else is in its place, see `check_place`.
+        PrefixCheckpointError: If this is not a prefix (shapes that do not match, NaN or Inf), or if `path` holds something
+            else, see `check_place`.
     """
     kinds = dict(attentions or {})
     rows: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def write_prefix(
         for kind, tensor in zip(layer._fields, layer, strict=True):
             rows[-1][f"{kind}_shape"] = list(tensor.shape)
             tensors[layer_key(modules[index], kind)] = tensor
-    recorded = {
+    format_fields = {
         "peft_type": "PREFIX_EXT",
         "num_virtual_tokens": rows[0]["key_shape"][1],
         "prefix_layers": rows,
@@ -71,16 +71,18 @@ def write_prefix(
         "format_version": FORMAT_VERSION,
         "inference_mode": True,
     }
-    write_adapter(path, {**config, **recorded}, tensors)
+    write_adapter(path, {**config, **format_fields}, tensors)
     return read_prefix(path)
 
 
 def check_place(folder: str | Path, replaced: Sequence[str] = PREFIX_TYPES) -> None:
-    """Raises `PrefixCheckpointError` if an adapter written into `folder` would destroy something else.
+    """Raises `PrefixCheckpointError` if writing an adapter to `folder` would destroy something else.
+
+    That is the case for an adapter of another type, which would be lost, and for a model, whose folder would be taken for
+    that of the adapter. Unrelated files stay.
 
     Args:
-        folder: Where it would be written. Files that are none of an adapter's stay. An adapter of another type would be
-            lost, and a model's folder would be taken for the adapter's from then on.
+        folder: The folder to write to.
         replaced: The types of adapters that may be replaced.
     """
     folder = Path(folder)
@@ -105,14 +107,14 @@ def check_place(folder: str | Path, replaced: Sequence[str] = PREFIX_TYPES) -> N
 def write_adapter(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes a folder in PEFT's layout: `config` as JSON, `tensors` as safetensors.
 
-    Tensors may be mapped to a file that is replaced.
+    The tensors may be memory-mapped from the file that is replaced.
 
     Raises:
-        PrefixCheckpointError: If something else is in its place, see `check_place`.
+        PrefixCheckpointError: If `path` holds something else, see `check_place`.
     """
     check_place(path)
-    recorded = {**config, "base_model_name_or_path": absolute_if_local(config.get("base_model_name_or_path"))}
+    fields = {**config, "base_model_name_or_path": absolute_if_local(config.get("base_model_name_or_path"))}
     with replacing(Path(path)) as folder:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(recorded, indent=2, sort_keys=True), encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")

@@ -117,7 +117,8 @@ def _common_base(
                 stacklevel=3,
             )
     if base_model is not None:
-        return [check_fits(prefix, base_model) for prefix in prefixes][0]
+        fits = [check_fits(prefix, base_model) for prefix in prefixes]
+        return fits[0]
     ours = next((prefix for prefix in prefixes if prefix.modules), None)
     if ours is None:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.dataset_rows import records
+from peft_prefix_ext.dataset_rows import iter_rows
 from peft_prefix_ext.initialization.tokens import SourceTokens, beginning, counted, encode, fill, load_tokenizer, render
 
 
@@ -24,7 +24,7 @@ def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTo
     begin = beginning(tokenizer)
     rows: list[int] = []
     number = 0
-    for row in records(config.init_exemplars):
+    for row in iter_rows(config.init_exemplars):
         rows += row_tokens(row, tokenizer, f"init_exemplars[{number}]")
         number += 1
         if len(begin) + len(rows) >= config.num_virtual_tokens:

@@ -61,8 +61,8 @@ def make_injection_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Inje
         probed = [layer for layer in probe_layers(model) if layer.attention in config.attentions]
         check_attentions(config, model, probed)
         check_length(config, model)
-        config._recorded = model_record(config, model, probed)
-        check_saved_adapter(config, model, config._recorded["prefix_layers"])
+        config._saved_fields = model_record(config, model, probed)
+        check_saved_adapter(config, model, config._saved_fields["prefix_layers"])
         warn_of_other_base_name(config, model)
         warn_of_other_adapters(config, model)
         check_layers_to_train(config, probed)

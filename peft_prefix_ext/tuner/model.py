@@ -273,7 +273,7 @@ class PrefixExtModel(UnmergeableTuner):
     ) -> State:
         if state_dict:  # empty in processes that do not save
             # The config is saved right after this. Record the other adapters as they are now, in case they were trained too.
-            config._recorded["base_adapters"] = [adapter._asdict() for adapter in active_base_adapters(model)]
+            config._saved_fields["base_adapters"] = [adapter._asdict() for adapter in active_base_adapters(model)]
         saved = to_checkpoint(model, config, adapter_name, state_dict)
         # Without a `PeftModel` around the model, transformers adds this part of the names itself.
         return saved if isinstance(model, PeftModel) else {name.removeprefix(WRAPPED): saved[name] for name in saved}

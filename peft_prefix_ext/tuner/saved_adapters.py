@@ -89,7 +89,7 @@ def rename_to_model_modules(config: PrefixExtConfig, saved: dict[str, torch.Tens
         config: The config of the live adapter.
         saved: The checkpoint.
     """
-    live = [row["module"] for row in config._recorded["prefix_layers"]]
+    live = [row["module"] for row in config._saved_fields["prefix_layers"]]
     found = {match["module"] for name in saved if (match := _LAYER.fullmatch(name))}
     if len(found) != len(live) or found == set(live):
         return saved
