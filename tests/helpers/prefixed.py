@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import DynamicCache, PreTrainedModel
 
+from helpers.tiny import tiny_model
 from peft_prefix_ext import PrefixExtConfig
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 
@@ -27,6 +28,13 @@ def perturb(model: torch.nn.Module, std: float = 0.3) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(std * torch.randn_like(parameter))
+
+
+def trained_model(name: str = "llama", **config: object) -> PeftModel:
+    """Returns a tiny model with a prefix that was moved from its start, with two frozen tokens."""
+    model = with_prefix(tiny_model(name), num_frozen_tokens=2, **config)
+    perturb(model)
+    return model
 
 
 # Ways to parameterize a prefix that every initialisation must be exact under.
