@@ -1,7 +1,7 @@
-"""Serves trained key/value prefixes on vLLM, one per request, beside the base model.
+"""Serves trained key/value prefixes on vLLM beside the base model, one prefix per request.
 
-`register` is vLLM's plugin entry point (`vllm.general_plugins`): vLLM calls it once in each of its processes, so this
-module imports nothing heavy. Offline use:
+`register` is vLLM's plugin entry point (`vllm.general_plugins`). vLLM calls it once in each of its processes, so importing
+this module must stay cheap. Offline use:
 
     llm = LLM(model=BASE, **prefix_adapters(name="path-or-repo"))
     llm.generate(prompts, params, lora_request=PrefixAdapterRequest("name"))
@@ -9,37 +9,28 @@ module imports nothing heavy. Offline use:
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_plugin.adapters.request import PrefixAdapterRequest
-    from vllm_plugin.adapters.spec import prefix_adapters
+    from vllm_plugin.offline import PrefixAdapterRequest, prefix_adapters
 
 __all__ = ["PrefixAdapterRequest", "prefix_adapters", "register"]
 
 
 def register() -> None:
-    """Attaches the plugin to vLLM; calling it again changes nothing."""
+    """Attaches the plugin to vLLM. Calling it again has no effect."""
     from vllm_plugin.patches.install import install
 
     install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__ and find_spec("vllm") is None:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec("vllm") is None:
         from vllm_plugin.errors import NO_VLLM
 
         raise ImportError(NO_VLLM)
-    if name == "prefix_adapters":
-        from vllm_plugin.adapters.spec import prefix_adapters
-
-        return prefix_adapters
-    if name == "PrefixAdapterRequest":
-        from vllm_plugin.adapters.request import PrefixAdapterRequest
-        from vllm_plugin.patches.install import require
-
-        # An engine without prefixes would take it for a LoRA.
-        require(server=False)
-        return PrefixAdapterRequest
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("vllm_plugin.offline"), name)

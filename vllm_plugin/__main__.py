@@ -1,4 +1,4 @@
-"""`python -m vllm_plugin MODEL --prefix-adapter NAME=PATH ...` is `prefix-serve MODEL ...`."""
+"""`python -m vllm_plugin` is `prefix-serve`."""
 
 from vllm_plugin.prefix_serve import main
 

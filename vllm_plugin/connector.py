@@ -1,15 +1,14 @@
-"""The KV connector that brings prefixes into vLLM's paged cache: a thin shell over `scheduler.py` and `worker.py`.
+"""The KV connector that loads prefixes into vLLM's paged cache: a thin layer over `scheduler/` and `worker/`.
 
-Loads are synchronous: the scheduler counts the virtual tokens as computed, and the worker writes them before the
-forward pass of the same step. vLLM registers the blocks as cached while it schedules that step, so a second request of
-the step finds them, and reads them after the write as well.
+Loads are synchronous: the scheduler counts the virtual tokens as computed, and the worker writes them before the forward
+pass of the same step. vLLM registers the blocks as cached while it schedules that step, so a second request of the step
+finds them, and it reads them after the write as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,14 +21,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from vllm_plugin.adapters.loading import check_shapes
 from vllm_plugin.adapters.registry import registry_in
-from vllm_plugin.adapters.spec import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
-from vllm_plugin.adapters.startup_log import log_cache, report
+from vllm_plugin.adapters.startup_log import log_adapters, log_cache
+from vllm_plugin.adapters.validation import check_shapes
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.kv_transfer_config import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
+from vllm_plugin.metadata import PrefixMetadata
 from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
 from vllm_plugin.patches.install import require
-from vllm_plugin.scheduler.scheduler import PrefixLoad, PrefixScheduler
+from vllm_plugin.scheduler.scheduler import PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
 from vllm_plugin.worker.prefix_manager import PrefixManager
@@ -44,19 +44,12 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-@dataclass
-class PrefixMetadata(KVConnectorMetadata):
-    """What the scheduler tells the workers of one step."""
-
-    loads: list[PrefixLoad] = field(default_factory=list)
-
-
 class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
-    """Loads trained prefixes; see the module's docstring."""
+    """Loads trained prefixes into the KV cache."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        # An engine in a process of its own has not made its config there.
+        # An engine in a process of its own does not create its config there.
         require(server=False)
         self.scheduler: PrefixScheduler | None = None
         self.writer: PrefixWriter | None = None
@@ -69,7 +62,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
         layers = cache_layers(kv_cache_config)
-        _check_in(vllm_config, layers, tp_rank)
+        _check_and_publish(vllm_config, layers, tp_rank)
         manager = PrefixManager(
             stacks_of(layers),
             tp_rank=tp_rank,
@@ -88,7 +81,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
-        return self.scheduler.num_loadable(request, num_computed_tokens), False
+        num_loadable = self.scheduler.num_loadable(request, num_computed_tokens)
+        if num_loadable:
+            self.scheduler.accept_load(request)
+        return num_loadable, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         assert self.scheduler is not None
@@ -96,7 +92,9 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self.scheduler is not None
-        return PrefixMetadata(self.scheduler.take_loads())
+        loads = self.scheduler.take_loads()
+        self.scheduler.end_step()
+        return PrefixMetadata(loads)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -111,7 +109,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self.scheduler is not None
         self.scheduler.other_connectors.update()
-        # vLLM does so for requests that still run: one that was aborted or preempted meanwhile has left blocks behind, too.
+        # vLLM evicts blocks of running requests only. Requests that were aborted or preempted meanwhile left some as well.
         if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
             self._kv_cache_manager.evict_blocks(
                 self.scheduler.recent_blocks.expand_to_requests(connector_output.invalid_block_ids)
@@ -168,31 +166,31 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _check_only_engine(vllm_config: VllmConfig) -> None:
-    """Raises `PrefixServeError` if the worker in this process, if any, has the connector of another engine.
+    """Raises `PrefixServeError` if another engine has its connector in this process.
 
-    vLLM keeps one per process: a second engine would have its prefixes written into the cache of the first.
+    vLLM keeps one connector per process, so prefixes of a second engine would be written into the cache of the first.
     """
     if not has_kv_transfer_group():
         return
     theirs, ours = get_kv_transfer_group()._vllm_config.kv_transfer_config, vllm_config.kv_transfer_config
     if theirs is None or ours is None or theirs.engine_id != ours.engine_id:
         raise PrefixServeError(
-            "Another engine with a KV connector runs in this process, and vLLM has room for one; shut it down, or leave "
+            "Another engine with a KV connector runs in this process, and vLLM supports only one; shut it down, or leave "
             "VLLM_ENABLE_V1_MULTIPROCESSING on."
         )
 
 
-def _check_in(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: int) -> None:
-    """Checks the adapters named at the start against a worker's real layers, and publishes these for later ones.
+def _check_and_publish(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: int) -> None:
+    """Checks the adapters against a worker's layers, and publishes the layers for adapters that are loaded later.
 
     Raises:
-        PrefixServeError: If one was not made for this model.
+        PrefixServeError: If an adapter does not fit this model.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     try:
         registry = registry_in(vllm_config.kv_transfer_config)
     except FileNotFoundError:
-        # On another machine than the server: the workers beside it do so.
+        # This worker runs on another machine than the server. The workers on the server's machine check the adapters.
         return
     assert registry is not None
     shapes = model_shapes(layers, parallel.tensor_parallel_size, model.get_total_num_kv_heads())
@@ -202,10 +200,10 @@ def _check_in(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: in
     if tp_rank == 0:
         block_size = math.lcm(*(layer.block_size for layer in layers))
         registry.add_layers(shapes, block_size)
-        # Of the first pipeline stage: one worker speaks for all.
+        # One worker of the first pipeline stage logs for all.
         if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
             log_cache(block_size)
-            report(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
+            log_adapters(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 
 def _block_size(kv_cache_config: KVCacheConfig) -> int:
@@ -214,5 +212,5 @@ def _block_size(kv_cache_config: KVCacheConfig) -> int:
 
 def _device(vllm_config: VllmConfig) -> torch.device:
     device = torch.device(cast(torch.device, vllm_config.device_config.device))
-    # A worker has made its own device the current one; the config names only the kind.
+    # The config names only the type of device. The worker has made its own device the current one.
     return torch.device(device.type, torch.accelerator.current_device_index()) if device.type != "cpu" else device

@@ -1,8 +1,6 @@
-"""What can go wrong: the server cannot start, a request cannot be served, or not at this moment."""
+"""Errors that stop an engine from starting with its prefix adapters. For errors of single requests, see `request_errors`."""
 
 from __future__ import annotations
-
-from functools import cache
 
 NO_VLLM = (
     "vLLM is not installed; install this package with its extra `serve` (`pip install '.[serve]'` in a clone), or `serve-cpu` "
@@ -11,27 +9,8 @@ NO_VLLM = (
 
 
 class PrefixServeError(ValueError):
-    """The engine cannot start with these prefix adapters: the message says why and what to do, in one sentence."""
+    """An adapter, an option or an engine is not usable. The message says in one sentence why, and what to do."""
 
 
 class AdapterNotFoundError(PrefixServeError):
-    """There is no adapter where one should be read."""
-
-
-@cache
-def request_error_type() -> type[ValueError]:
-    """Returns the exception of a refused request: HTTP 400 on a server, a `ValueError` offline.
-
-    Built on demand: vLLM's server tells client errors by a class of its own, and this module must import without vLLM.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    return type("PrefixRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})
-
-
-@cache
-def unavailable_error_type() -> type[Exception]:
-    """Returns the exception of a request whose prefix could not be read: HTTP 503, with its message, and no stack trace."""
-    from vllm.exceptions import RetryableRequestError
-
-    return type("PrefixUnavailableError", (RetryableRequestError,), {"__module__": __name__})
+    """There is no adapter at the given path or repository."""

@@ -1,6 +1,6 @@
-"""What is counted per adapter, on its way from an engine to the Prometheus registry of vLLM's server.
+"""Metrics per adapter, from an engine to the Prometheus registry of vLLM's server.
 
-vLLM sums the counts of an engine's scheduler and workers of each step and hands them to its loggers in the front end.
+In each step vLLM sums the counts of an engine's scheduler and workers, and passes them to its loggers in the front end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-# Name and documentation of each count, all of them by adapter.
+# Name and documentation of each count. All of them are per adapter.
 COUNTS = {
     "requests": "Requests that ran with the prefix adapter.",
     "loads": "Copies of the prefix, or of the part that was not cached, into the KV cache.",
@@ -20,12 +20,12 @@ COUNTS = {
     "block_hits": "Full blocks of the prefix that a request found in the KV cache.",
 }
 RESIDENT = "resident"
-# Adapters come and go at run time; a registry keeps each label it ever saw.
+# Adapters come and go at run time, but a Prometheus registry keeps every label forever.
 MAX_LABELS, OTHERS = 10_000, "(others)"
 
 
 class PrefixStats(KVConnectorStats):
-    """Counts since the last report, `{count: {adapter: number}}`, and how many prefixes the device holds, if it changed."""
+    """Counts since the last report, `{count: {adapter: number}}`, and the number of prefixes on the device, if it changed."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
         super().__init__(data or {})
@@ -38,7 +38,7 @@ class PrefixStats(KVConnectorStats):
             numbers[adapter] += number
 
     def take(self) -> PrefixStats | None:
-        """Returns what there is, if anything, and starts again."""
+        """Returns the counts and starts again from zero; returns None if there are none."""
         if self.is_empty():
             return None
         taken = PrefixStats(self.data)
@@ -54,14 +54,14 @@ class PrefixStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> PrefixStats:
         for count, numbers in other.data.items():
             if count == RESIDENT:
-                # Of workers of one engine, which hold the same prefixes.
+                # All workers of an engine hold the same prefixes.
                 self.data[count] = numbers
             else:
                 self.data[count] = Counter(self.data.get(count, {})) + Counter(numbers)
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """Sums up all adapters, for vLLM's log."""
+        """Returns the sums over all adapters, for vLLM's log."""
         totals = {f"prefix {count}": sum(self.data.get(count, {}).values()) for count in COUNTS}
         return totals | ({"prefixes resident": self.data[RESIDENT]} if RESIDENT in self.data else {})
 

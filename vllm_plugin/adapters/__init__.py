@@ -1,1 +1,1 @@
-"""Adapters as a server knows them: where they lie, what they hold, who may use them."""
+"""The adapters of an engine: how they are read, checked, named and registered."""

@@ -1,4 +1,4 @@
-"""Two kinds of adapters that look alike, LoRA and prefixes: whoever gives one where the other belongs is told where it goes."""
+"""LoRA adapters and prefixes look alike on disk: a user who gives one in place of the other is told where it belongs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME, STOCK_TYPES
-from vllm_plugin.errors import PrefixServeError, request_error_type
+from vllm_plugin.errors import PrefixServeError
 
-# A request for a LoRA is looked at once.
-_known: set[str] = set()
+# The folder of a LoRA request is read once.
+_known_paths: set[str] = set()
 
 
 def holds_prefix(path: str | Path) -> bool:
-    """Says whether there is a prefix in a local folder."""
+    """Returns whether a local folder holds a prefix."""
     return _peft_type(path) in ("PREFIX_EXT", *STOCK_TYPES)
 
 
 def holds_lora(path: str | Path) -> bool:
-    """Says whether there is a LoRA in a local folder."""
+    """Returns whether a local folder holds a LoRA adapter."""
     return _peft_type(path) == "LORA"
 
 
@@ -28,21 +28,23 @@ def check_modules(modules: Any) -> None:
     for module in modules or ():
         if holds_prefix(module.path):
             raise PrefixServeError(
-                f"{module.path} holds a prefix, not a LoRA; give it as --prefix-adapter {module.name}={module.path}, in the "
-                "place of --lora-modules."
+                f"{module.path} holds a prefix, not a LoRA; give it as --prefix-adapter {module.name}={module.path} instead of "
+                "--lora-modules."
             )
 
 
 def check_lora(request: Any) -> None:
-    """Raises `PrefixRequestError` if a `LoRARequest` stands for a prefix, which would end vLLM's engine."""
-    if not request.lora_path or request.lora_path in _known:
+    """Raises `PrefixRequestError` if a `LoRARequest` names a prefix, which would crash vLLM's engine."""
+    if not request.lora_path or request.lora_path in _known_paths:
         return
     if holds_prefix(request.lora_path):
-        raise request_error_type()(
+        from vllm_plugin.request_errors import PrefixRequestError
+
+        raise PrefixRequestError(
             f"{request.lora_path} holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({{{request.lora_name!r}: "
-            f"path}}))`, and ask with `PrefixAdapterRequest({request.lora_name!r})` instead of a `LoRARequest`."
+            f"path}}))`, and pass `PrefixAdapterRequest({request.lora_name!r})` instead of a `LoRARequest`."
         )
-    _known.add(request.lora_path)
+    _known_paths.add(request.lora_path)
 
 
 def _peft_type(path: str | Path) -> Any:

@@ -1,8 +1,8 @@
 """The adapters of one server, in a private folder that all of its API server processes share.
 
-The table is a journal to which each change appends a line; a process reads what was appended since it last looked. Whether
-anything was, says the length of the journal, which all have in memory that they share: a lookup is a look at that and one
-into a dict, without a system call, however many adapters there are. Names are never part of a path.
+The registry is a journal. Each change appends a line, and a process reads the lines it has not read yet. The length of the
+journal lies in memory that all processes share, so a lookup compares this length and reads a dict: no system call, whatever
+the number of adapters. Names are never part of a path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_plugin.adapters.spec import REGISTRY, PrefixSpec, settings_in
+from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.kv_transfer_config import REGISTRY, settings_in
 
 # `(layer index, num_kv_heads, key_size, value_size)` of each layer.
 Shapes = tuple[tuple[int, int, int, int], ...]
@@ -32,7 +33,7 @@ _NO_LENGTH = bytes(8)
 
 
 class NameTakenError(ValueError):
-    """An adapter of that name is there already."""
+    """There is an adapter of that name already."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,9 +41,9 @@ class Adapter:
     """One adapter as the front end knows it.
 
     Args:
-        spec: What its requests bring along to the engine.
-        base_model_name: The served model that `/v1/models` shows as its parent, if the operator named one.
-        shapes: Those of the layers of the prefix.
+        spec: What its requests carry to the engine.
+        base_model_name: The served model that `/v1/models` lists as its parent, if the operator named one.
+        shapes: The shapes of its layers.
     """
 
     spec: PrefixSpec
@@ -51,32 +52,32 @@ class Adapter:
 
 
 class Registry:
-    """The table of adapters of one server.
+    """The adapters of one server.
 
     Args:
-        folder: Where it lies; see `make_folder`.
+        folder: The registry's folder; see `make_folder`.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._journal = (self.folder / _JOURNAL).open("a+b", buffering=0)
         with (self.folder / _LENGTH).open("a+b") as length:
-            # It grows to this, and keeps what it holds.
+            # Keeps the content of a file that another process has made.
             os.ftruncate(length.fileno(), len(_NO_LENGTH))
             self._length = mmap.mmap(length.fileno(), len(_NO_LENGTH))
         self._lock = threading.Lock()
         self._adapters: dict[str, Adapter] = {}
-        # Adapters of one model have the same: kept once.
+        # Adapters of one model have the same shapes, which are kept once.
         self._shapes: dict[Shapes, Shapes] = {}
         self._seen, self._seen_length = 0, _NO_LENGTH
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing was ever added."""
+        """Whether no adapter was ever added."""
         return os.fstat(self._journal.fileno()).st_size == 0
 
     def get(self, name: str) -> Adapter | None:
-        """Returns the adapter of that name, if there is one now."""
+        """Returns the adapter of that name; None if there is none."""
         self._refresh()
         return self._adapters.get(name)
 
@@ -86,10 +87,10 @@ class Registry:
         return list(self._adapters.values())
 
     def add(self, adapters: Iterable[Adapter], *, replace: bool = False) -> None:
-        """Adds adapters, all of them or none.
+        """Adds all of the adapters, or none of them.
 
         Raises:
-            NameTakenError: If one has the name of another, and is not meant to replace it.
+            NameTakenError: If one has the name of another adapter, and `replace` is off.
         """
         with self._changing():
             new = {adapter.spec.name: adapter for adapter in adapters}
@@ -106,7 +107,7 @@ class Registry:
             )
 
     def remove(self, name: str) -> None:
-        """Removes an adapter; requests that run with it go on, since they have all that the engine needs.
+        """Removes an adapter. Running requests keep it: they carry all that the engine needs.
 
         Raises:
             KeyError: If there is none of that name.
@@ -117,19 +118,23 @@ class Registry:
             self._append([{"name": name, "spec": None}])
 
     def layers(self) -> Shapes | None:
-        """Returns the shapes of the engine's layers with a KV cache; None before it has started, or on another machine."""
+        """Returns the shapes of the engine's layers with a KV cache.
+
+        None before the engine has started, or if it runs on another machine.
+        """
         rows = self._layers()
         return tuple((row["index"], row["num_kv_heads"], row["key_size"], row["value_size"]) for row in rows) or None
 
     def block_size(self) -> int | None:
-        """Returns the tokens per block of the engine's cache, if it is known by now."""
+        """Returns the tokens per block of the engine's cache; None where `layers` returns None."""
         sizes = [row["block_size"] for row in self._layers() if "block_size" in row]
         return math.lcm(*sizes) if sizes else None
 
     def add_layers(self, layers: Shapes, block_size: int) -> None:
-        """Publishes the layers that a worker has: all of the model's, or those of one pipeline stage.
+        """Publishes the layers of a worker: all layers of the model, or those of one pipeline stage.
 
         Args:
+            layers: The shapes of the layers.
             block_size: Tokens per block of their cache.
         """
         fields = ("index", "num_kv_heads", "key_size", "value_size")
@@ -155,12 +160,12 @@ class Registry:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Keeps other threads and processes from changing the table, which is up to date within."""
+        """Locks the registry against changes by other threads and processes, and brings it up to date."""
         with self._lock:
             fcntl.flock(self._journal, fcntl.LOCK_EX)
             try:
                 self._read()
-                # What a process that died while it wrote has left behind.
+                # Removes an incomplete line, left by a process that died while it wrote.
                 os.ftruncate(self._journal.fileno(), self._seen)
                 yield
             finally:
@@ -171,14 +176,14 @@ class Registry:
         written = self._journal.write(lines)
         if written != len(lines):
             os.ftruncate(self._journal.fileno(), self._seen)
-            raise OSError(f"No room for the table of prefix adapters in {self.folder}.")
+            raise OSError(f"The registry of prefix adapters in {self.folder} cannot grow: the disk is full.")
         self._read()
         self._length[:] = self._seen_length
 
     def _read(self) -> None:
         self._journal.seek(self._seen)
         lines = self._journal.read()
-        # Up to the last whole line: another process may be writing.
+        # Only complete lines: another process may be writing.
         lines = lines[: lines.rfind(b"\n") + 1]
         for line in lines.splitlines():
             change = json.loads(line)
@@ -194,7 +199,7 @@ class Registry:
 
 
 def registry_in(kv_transfer_config: Any) -> Registry | None:
-    """Returns the registry of the server whose `KVTransferConfig` this is; None if it serves no prefixes."""
+    """Returns the registry of the server with this `KVTransferConfig`; None if it serves no prefixes."""
     settings = settings_in(kv_transfer_config)
     return None if settings is None else registry_at(settings[REGISTRY])
 
@@ -206,13 +211,13 @@ def registry_at(folder: str) -> Registry:
 
 
 def make_folder() -> str:
-    """Makes the folder of a new registry, for this user only; it goes when this process does."""
+    """Creates the folder of a new registry, private to this user. It is removed when this process exits."""
     folder = tempfile.mkdtemp(prefix="vllm-prefix-adapters-")
     atexit.register(_remove, folder, os.getpid())
     return folder
 
 
 def _remove(folder: str, owner: int) -> None:
-    # A fork of the process that made it runs this, too.
+    # Forks of the process run this as well.
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The object that picks a prefix in `LLM.generate(..., lora_request=...)`."""
+"""The object that selects a prefix in `LLM.generate(..., lora_request=...)`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from vllm_plugin.adapters.spec import PrefixSpec
 
 
 class PrefixAdapterRequest(LoRARequest, omit_defaults=True, array_like=True):
-    """Names the prefix adapter that a request runs with, where vLLM takes a `LoRARequest`.
+    """Names the prefix adapter of a request, wherever vLLM takes a `LoRARequest`.
 
-    It travels through vLLM's front end as a LoRA request does, and never reaches its LoRA code: the plugin takes it out
-    before the request is validated. The path is for those who run the engine: clients of a server send names only.
+    It passes through vLLM's front end like a LoRA request, but never reaches its LoRA code: the plugin takes it out before
+    vLLM validates the request. Only the caller of the engine sets a path; clients of a server send names.
 
     Args:
         lora_name: The name of the adapter.
-        lora_int_id: Without a meaning here; it is where `LoRARequest` has it.
-        lora_path: Folder or Hub repository, if the adapter is to be loaded under this name when it is not there yet.
-        load_inplace: Whether to read the adapter again, from `lora_path` or from where it came, and to put it in the place
-            of what has its name. Once per call, however many prompts that has.
-        spec: The adapter itself, once the front end has looked it up: a request goes on with it even if the name has
-            another meaning, or none, before it reaches the engine.
+        lora_int_id: Not used; `LoRARequest` has it at this position.
+        lora_path: Folder or Hub repository to load the adapter from, if it is not loaded yet.
+        load_inplace: Whether to load the adapter again, from `lora_path` or from where it came, in place of the one that has
+            this name. It is loaded once per call, whatever the number of prompts.
+        spec: The adapter itself, once the front end has looked it up. The request keeps it even if the name is replaced or
+            unloaded before the request reaches the engine.
     """
 
     lora_int_id: int = 1
@@ -34,10 +34,10 @@ class PrefixAdapterRequest(LoRARequest, omit_defaults=True, array_like=True):
     spec: PrefixSpec | None = None
 
     def __post_init__(self) -> None:
-        # In the place of vLLM's, which insists on a path.
+        # vLLM's own requires a path.
         self.lora_path = os.fspath(self.lora_path or "")
 
-    # vLLM keys its own tables by name; a prefix is never equal to the LoRA of the same name.
+    # vLLM keys its own tables by name. A prefix never equals the LoRA adapter of the same name.
     def __eq__(self, value: object) -> bool:
         return isinstance(value, PrefixAdapterRequest) and self.lora_name == value.lora_name
 

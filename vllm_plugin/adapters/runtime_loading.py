@@ -1,4 +1,4 @@
-"""Adapters that come while an engine runs: into the table of its server, or, offline, by a request that names their path."""
+"""Adapters that are loaded while an engine runs: through a server's endpoints or, offline, by a request with a path."""
 
 from __future__ import annotations
 
@@ -7,41 +7,51 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_plugin.adapters.loading import check_served_names, logger, open_adapter
+from vllm_plugin.adapters.loading import open_adapter
+from vllm_plugin.adapters.options import AdapterOption, check_name
 from vllm_plugin.adapters.registry import Adapter, Registry, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
-from vllm_plugin.adapters.startup_log import report
-from vllm_plugin.errors import PrefixServeError, request_error_type
-from vllm_plugin.front_end.cli_args import AdapterOption, check_name
+from vllm_plugin.adapters.startup_log import log_adapters
+from vllm_plugin.adapters.validation import check_served_names
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.logger import logger
+from vllm_plugin.request_errors import PrefixRequestError
 
-# Requests that name one path at a time read it once.
-_turn = threading.Lock()
-# Of an error message.
+# Held while loading, so that concurrent requests with one path read it once.
+_load_lock = threading.Lock()
+# An error message lists at most this many names.
 _MAX_NAMES = 20
 
 
 def publish(adapter: Adapter, registry: Registry, vllm_config: Any, *, replace: bool) -> None:
-    """Puts an adapter that was checked into the table, and tells the log.
+    """Adds a checked adapter to the registry, and logs it.
 
     Raises:
-        NameTakenError: If it has the name of another, and is not meant to replace it.
+        NameTakenError: If another adapter has its name, and `replace` is off.
     """
     registry.add([adapter], replace=replace)
     logger.info("Loaded prefix adapter: name '%s', path '%s'", adapter.spec.name, adapter.spec.source)
     if (block_size := registry.block_size()) is not None:
-        report([adapter], block_size, vllm_config.model_config.dtype.itemsize)
+        log_adapters([adapter], block_size, vllm_config.model_config.dtype.itemsize)
 
 
-def bound(requests: Sequence[Any], vllm_config: Any) -> Sequence[Any]:
-    """Returns the `lora_request` of each prompt of one call, those that load something with what they have loaded.
+def load_requested(requests: Sequence[Any], vllm_config: Any) -> Sequence[Any]:
+    """Loads the adapters that the requests of one call name by path, each of them once.
+
+    Args:
+        requests: The `lora_request` of each prompt.
+        vllm_config: The engine's config.
+
+    Returns:
+        The requests. Those that loaded an adapter hold its spec.
 
     Raises:
         PrefixRequestError: If there is no such adapter, or it cannot be served.
     """
     specs: dict[tuple[str, str, bool], PrefixSpec] = {}
 
-    def bind(request: Any) -> Any:
+    def with_spec(request: Any) -> Any:
         if not isinstance(request, PrefixAdapterRequest) or not (request.lora_path or request.load_inplace):
             return request
         key = request.lora_name, request.lora_path, request.load_inplace
@@ -49,11 +59,11 @@ def bound(requests: Sequence[Any], vllm_config: Any) -> Sequence[Any]:
             specs[key] = adapter_of(request, vllm_config)
         return PrefixAdapterRequest(request.lora_name, spec=specs[key])
 
-    return [bind(request) for request in requests]
+    return [with_spec(request) for request in requests]
 
 
 def adapter_of(request: PrefixAdapterRequest, vllm_config: Any) -> PrefixSpec:
-    """Returns the adapter that a request stands for, loading it first if that is what the request says.
+    """Returns the adapter of a request, and loads it first if the request asks for it.
 
     Raises:
         PrefixRequestError: If there is no such adapter, or it cannot be served.
@@ -61,9 +71,8 @@ def adapter_of(request: PrefixAdapterRequest, vllm_config: Any) -> PrefixSpec:
     if request.spec is not None:
         return request.spec
     name, registry = request.lora_name, registry_in(vllm_config.kv_transfer_config)
-    error = request_error_type()
     if registry is None:
-        raise error(
+        raise PrefixRequestError(
             f"The prefix adapter {name!r} does not exist; this engine has: none; start it with "
             "`LLM(..., **prefix_adapters(name=path))`."
         )
@@ -71,13 +80,13 @@ def adapter_of(request: PrefixAdapterRequest, vllm_config: Any) -> PrefixSpec:
     if not loads and (known := registry.get(name)) is not None:
         return known.spec
     if not loads:
-        raise error(_unknown(name, registry))
-    with _turn:
+        raise PrefixRequestError(_unknown(name, registry))
+    with _load_lock:
         return _load(request, registry, vllm_config).spec
 
 
 def names_in(registry: Registry) -> str:
-    """Lists the adapters of an engine for a message, or as many of them as one can read."""
+    """Returns the names of an engine's adapters for a message, cut to a readable length."""
     names = [adapter.spec.name for adapter in registry.adapters()]
     return ", ".join([*names[:_MAX_NAMES], "..."] if len(names) > _MAX_NAMES else names) or "none"
 
@@ -90,27 +99,27 @@ def _unknown(name: str, registry: Registry) -> str:
 
 
 def _load(request: PrefixAdapterRequest, registry: Registry, vllm_config: Any) -> Adapter:
-    name, known, error = request.lora_name, registry.get(request.lora_name), request_error_type()
+    name, known = request.lora_name, registry.get(request.lora_name)
     if known is not None and not request.load_inplace:
-        if request.lora_path == known.spec.source or _real(request.lora_path) == known.spec.path:
+        if request.lora_path == known.spec.source or _real_path(request.lora_path) == known.spec.path:
             return known
-        raise error(
+        raise PrefixRequestError(
             f"The prefix adapter {name!r} was loaded from {known.spec.source!r}; set `load_inplace=True` to replace it by "
             f"the one in {request.lora_path!r}, or choose another name."
         )
     path = request.lora_path or (known.spec.source if known is not None else "")
     if not path:
-        raise error(_unknown(name, registry))
+        raise PrefixRequestError(_unknown(name, registry))
     try:
         check_name(name)
         check_served_names([name], [vllm_config.model_config.served_model_name])
         option = AdapterOption(name, path, None if known is None else known.base_model_name)
         adapter = open_adapter(option, vllm_config, registry.layers())
-    except PrefixServeError as refusal:
-        raise error(str(refusal)) from refusal
+    except PrefixServeError as error:
+        raise PrefixRequestError(str(error)) from error
     publish(adapter, registry, vllm_config, replace=request.load_inplace)
     return adapter
 
 
-def _real(path: str) -> str:
+def _real_path(path: str) -> str:
     return os.path.realpath(os.path.expanduser(path))

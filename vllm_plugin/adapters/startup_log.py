@@ -1,20 +1,18 @@
-"""What an operator reads in the log of the adapters that an engine starts with, and of each that comes later."""
+"""What the log says of the adapters that an engine starts with, and of each adapter that is loaded later."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from vllm_plugin.adapters.registry import Adapter
+from vllm_plugin.logger import logger
 
-logger = logging.getLogger("vllm.prefix_adapters")
-
-# With more adapters than this, one line sums them up.
+# More adapters than this are summed up in one line.
 MAX_LINES = 20
 
 
 def log_cache(block_size: int) -> None:
-    """Logs what a prefix has to be a multiple of to fill whole blocks: vLLM's platforms and backends differ in that.
+    """Logs the block size, which differs by platform and backend. Prefixes of a multiple of it fill whole blocks.
 
     Args:
         block_size: Tokens per block of the cache.
@@ -22,10 +20,11 @@ def log_cache(block_size: int) -> None:
     logger.info("Blocks of the KV cache hold %d tokens (--block-size).", block_size)
 
 
-def report(adapters: Sequence[Adapter], block_size: int, itemsize: int) -> None:
-    """Logs a line per adapter, and warns of those whose last block is not full.
+def log_adapters(adapters: Sequence[Adapter], block_size: int, itemsize: int) -> None:
+    """Logs a line per adapter, and a warning with the adapters whose last block is not full.
 
     Args:
+        adapters: The adapters.
         block_size: Tokens per block of the cache.
         itemsize: Bytes per number of the model's dtype.
     """
@@ -58,13 +57,13 @@ def report(adapters: Sequence[Adapter], block_size: int, itemsize: int) -> None:
 
 
 def advise(adapter: Adapter, block_size: int) -> str:
-    """Names the nearest lengths that fill whole blocks."""
+    """Returns the nearest lengths that fill whole blocks."""
     p = adapter.spec.num_virtual_tokens
     lower = p // block_size * block_size
     return f"{adapter.spec.name!r} ({p}; better {f'{lower} or ' if lower else ''}{lower + block_size})"
 
 
 def num_bytes(adapter: Adapter, itemsize: int) -> int:
-    """Returns what the K/V of an adapter take in the model's dtype, on all workers together."""
+    """Returns the size of an adapter's K/V in the model's dtype, over all workers."""
     numbers = sum(heads * (key_size + value_size) for _, heads, key_size, value_size in adapter.shapes)
     return numbers * adapter.spec.num_virtual_tokens * itemsize

@@ -1,4 +1,4 @@
-"""`POST /v1/load_prefix_adapter` and `/v1/unload_prefix_adapter`: for prefixes what vLLM's endpoints are for LoRA."""
+"""`POST /v1/load_prefix_adapter` and `/v1/unload_prefix_adapter`, the counterparts of vLLM's endpoints for LoRA."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from pydantic import AliasChoices, BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from vllm_plugin.adapters.loading import logger
 from vllm_plugin.front_end.serving_models import PrefixModels, refusal
+from vllm_plugin.logger import logger
 
-# Beside vLLM's own for LoRA, which refuses several API server processes; and not with VLLM_ in front, since vLLM warns of
-# such variables, or refuses to start, if they are not its own.
+# vLLM's own variable for LoRA works as well, but does not allow several API server processes. Ours does not start with
+# VLLM_: vLLM warns of such variables, or refuses to start, if they are not its own.
 SWITCH = "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING"
 SWITCHES = (SWITCH, "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
-switched_off = APIRouter()
+disabled_router = APIRouter()
 
-
-# What was written for LoRA's endpoints says the same with `lora_`.
+# Clients written for LoRA's endpoints send the same fields with `lora_`.
 _NAME = Field(validation_alias=AliasChoices("prefix_name", "lora_name"))
 _PATH = Field(validation_alias=AliasChoices("prefix_path", "lora_path"))
 
@@ -43,16 +42,16 @@ class UnloadPrefixAdapterRequest(BaseModel):
 
 
 def attach(app: FastAPI) -> None:
-    """Adds the endpoints to a server with prefixes; they say how to switch them on if the operator has not."""
+    """Adds the endpoints to a server with prefixes. If they are disabled, they answer how to enable them."""
     if not getattr(app.state.args, "prefix_registry", None):
         return
     on = [switch for switch in SWITCHES if os.environ.get(switch, "0").strip().lower() in ("1", "true")]
     if not on:
-        app.include_router(switched_off)
+        app.include_router(disabled_router)
         return
     logger.warning(
-        "Prefix adapters can be loaded and unloaded at run time by anyone who reaches this server (%s is set): its paths "
-        "are read as this process can read them.",
+        "Anyone who can reach this server can load and unload prefix adapters (%s is set), from any path that this process "
+        "can read.",
         on[0],
     )
     app.include_router(router)
@@ -60,7 +59,7 @@ def attach(app: FastAPI) -> None:
 
 @router.post("/v1/load_prefix_adapter")
 async def load_prefix_adapter(request: LoadPrefixAdapterRequest, raw_request: Request) -> Response:
-    """Loads an adapter, or, with `load_inplace`, replaces the one of that name."""
+    """Loads an adapter. With `load_inplace`, replaces an adapter of that name."""
     return _response(
         await _models(raw_request).load(request.prefix_name, request.prefix_path, replace=request.load_inplace)
     )
@@ -72,10 +71,10 @@ async def unload_prefix_adapter(request: UnloadPrefixAdapterRequest, raw_request
     return _response(_models(raw_request).unload(request.prefix_name))
 
 
-@switched_off.post("/v1/load_prefix_adapter")
-@switched_off.post("/v1/unload_prefix_adapter")
-async def say_how_to_switch_on() -> Response:
-    """Answers for both where they are off."""
+@disabled_router.post("/v1/load_prefix_adapter")
+@disabled_router.post("/v1/unload_prefix_adapter")
+async def say_how_to_enable() -> Response:
+    """Answers both endpoints while they are disabled."""
     return _response(
         refusal(
             f"Prefix adapters of this server cannot be loaded or unloaded at run time; start it with {SWITCH}=1 in its "

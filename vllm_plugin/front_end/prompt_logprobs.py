@@ -1,9 +1,9 @@
-"""Log-probabilities of a prompt behind a prefix: rows of real tokens only.
+"""Prompt log-probabilities of a request with a prefix: only the rows of real tokens.
 
-Such a request has to run every real token, so it reads no blocks of real tokens from the cache, and still takes its
-prefix from the connector (`PrefixScheduler.num_loadable`). Its worker returns rows by position. Model runner V1 fills a
-table of all positions, and nothing ever wrote those of virtual tokens; model runner V2 returns the rows it computed.
-Either way the last L - 1 are those of the L real tokens, of which the first has none, as in vLLM without a prefix.
+Such a request runs every real token, so it skips the prefix cache but still loads its prefix (`PrefixScheduler.accept_load`).
+Its worker returns rows by position: model runner V1 a row per position, those of virtual tokens uninitialized; model runner
+V2 only the rows it computed. Either way the last L - 1 rows belong to the L real tokens. The first real token has none, as
+in vLLM without a prefix.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.outputs import LogprobsTensors
 
-_ROWS = "num_real_prompt_rows"
+_NUM_ROWS = "num_real_prompt_rows"
 
 
 def expect(processor: LogprobsProcessor, request: EngineCoreRequest) -> None:
-    """Notes how many rows of prompt log-probabilities belong to real tokens, if the request runs with a prefix."""
+    """Records how many rows of prompt log-probabilities belong to real tokens, if the request has a prefix."""
     if processor.prompt_logprobs is not None and has_prefix(request):
-        setattr(processor, _ROWS, len(request.prompt_token_ids or ()) - 1)
+        setattr(processor, _NUM_ROWS, len(request.prompt_token_ids or ()) - 1)
 
 
 def real_rows(processor: LogprobsProcessor, tensors: LogprobsTensors) -> LogprobsTensors:
     """Returns the rows of real tokens: `[L - 1, num_prompt_logprobs + 1]`, and the ranks, `[L - 1]`."""
-    rows = getattr(processor, _ROWS, None)
-    if rows is None:
+    num_rows = getattr(processor, _NUM_ROWS, None)
+    if num_rows is None:
         return tensors
-    first = len(tensors.logprobs) - rows
+    first = len(tensors.logprobs) - num_rows
     return tensors._replace(
         logprob_token_ids=tensors.logprob_token_ids[first:],
         logprobs=tensors.logprobs[first:],

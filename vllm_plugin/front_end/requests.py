@@ -1,7 +1,7 @@
-"""A request with a prefix: which one it means, whether it can be answered correctly, and its way to the engine.
+"""A request with a prefix: which adapter it names, whether it can be served correctly, and what the engine gets of it.
 
-A client can only name an adapter. What reaches the engine is all there is to know of it, in the request's KV transfer
-parameters, which a client may not set itself: the engine holds no table of adapters.
+A client can only name an adapter. The front end looks it up and passes all that the engine needs in the request's KV
+transfer parameters, which a client may not set itself. The engine holds no table of adapters.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from vllm import PoolingParams
 from vllm_plugin.adapters import base_lora
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.runtime_loading import adapter_of
-from vllm_plugin.adapters.spec import ADAPTERS, SALT_PREFIX, PrefixSpec, pack, settings_in
-from vllm_plugin.errors import request_error_type, unavailable_error_type
+from vllm_plugin.adapters.spec import SALT_PREFIX, PrefixSpec, pack
+from vllm_plugin.kv_transfer_config import ADAPTERS, settings_in
+from vllm_plugin.request_errors import PrefixRequestError, PrefixUnavailableError
+
+
+class CheckedRequest(PrefixAdapterRequest):
+    """Marks a call whose request and rendered prompt are checked already.
+
+    Clients cannot forge it: they send names, and only the server's own code creates instances.
+    """
 
 
 class Prompt(NamedTuple):
-    """What the checks need to know of a prompt that vLLM has rendered."""
+    """What the checks need to know of a rendered prompt."""
 
     num_tokens: int | None
     cache_salt: str | None
@@ -29,8 +37,8 @@ class Prompt(NamedTuple):
 
     @classmethod
     def of_input(cls, prompt: Any) -> Prompt | None:
-        """Reads an `EngineInput`; None for a prompt that is not rendered yet."""
-        # As vLLM tells them apart.
+        """Reads vLLM's `EngineInput`; returns None for a prompt that is not rendered yet."""
+        # vLLM distinguishes them the same way.
         if not (isinstance(prompt, dict) and "type" in prompt):
             return None
         token_ids = prompt.get("prompt_token_ids")
@@ -43,7 +51,7 @@ class Prompt(NamedTuple):
 
     @classmethod
     def of_request(cls, request: Any) -> Prompt:
-        """Reads an `EngineCoreRequest`."""
+        """Reads vLLM's `EngineCoreRequest`."""
         return cls(
             num_tokens=None if request.prompt_token_ids is None else len(request.prompt_token_ids),
             cache_salt=request.cache_salt,
@@ -53,129 +61,130 @@ class Prompt(NamedTuple):
 
 
 def is_relevant(lora_request: Any, vllm_config: Any) -> bool:
-    """Says whether a request needs any of this: an engine without prefixes serves it as vLLM does."""
+    """Returns whether the plugin has to look at a request: it names a prefix, or the engine serves prefixes."""
     return isinstance(lora_request, PrefixAdapterRequest) or settings_in(vllm_config.kv_transfer_config) is not None
 
 
 def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
-    """Returns the prefix that a `lora_request` argument stands for; None for a LoRA or no adapter at all.
+    """Returns the prefix that a `lora_request` argument names; None for a LoRA adapter or no adapter.
 
     Raises:
-        PrefixRequestError: If it names a prefix that this engine does not have and cannot load.
+        PrefixRequestError: If this engine does not have the prefix and cannot load it.
     """
     if not isinstance(lora_request, PrefixAdapterRequest):
         return None
     return adapter_of(lora_request, vllm_config)
 
 
+def check_call(lora_request: Any, prompt: Any, params: Any, vllm_config: Any) -> tuple[PrefixSpec | None, bool]:
+    """Checks the arguments of a call before vLLM processes them.
+
+    Returns:
+        The prefix, if there is one, and whether the prompt is rendered and therefore checked as well.
+
+    Raises:
+        PrefixRequestError: If the arguments cannot be served.
+    """
+    spec = adapter_named(lora_request, vllm_config)
+    rendered = Prompt.of_input(prompt)
+    check(spec, rendered, params, vllm_config.model_config.max_model_len)
+    base_lora.check(params, vllm_config)
+    return spec, rendered is not None
+
+
 def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model_len: int) -> None:
-    """Raises `PrefixRequestError` if a request cannot be answered correctly.
+    """Raises `PrefixRequestError` if a request cannot be served correctly.
 
     Args:
-        spec: Its prefix; None for a request to the base model, which may not pass for one with a prefix.
+        spec: Its prefix; None for a request to the base model, which must not pass for one with a prefix.
         prompt: Its prompt, if rendered.
         params: vLLM's `SamplingParams` or `PoolingParams`.
-        max_model_len: The context, in tokens, virtual ones included.
+        max_model_len: The length of the context in tokens, virtual tokens included.
     """
-    error = request_error_type()
     transfer = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
-    # vLLM's scheduler reads it as a dict whatever it is, and would not survive anything else.
+    # vLLM's scheduler takes it for a dict without a check, and anything else would crash it.
     if transfer is not None and not isinstance(transfer, Mapping):
-        raise error(f"`kv_transfer_params` must be an object, got {transfer!r}.")
+        raise PrefixRequestError(f"`kv_transfer_params` must be an object, got {transfer!r}.")
     if ADAPTERS in (transfer or {}):
-        raise error(f"`kv_transfer_params` may not hold {ADAPTERS!r}; choose a prefix adapter with `model`.")
+        raise PrefixRequestError(
+            f"`kv_transfer_params` may not hold {ADAPTERS!r}; choose a prefix adapter with `model`."
+        )
     if prompt is not None and prompt.cache_salt is not None and prompt.cache_salt.startswith(SALT_PREFIX):
-        raise error(f"`cache_salt` may not start with {SALT_PREFIX!r}, which is kept for prefix adapters.")
+        raise PrefixRequestError(
+            f"`cache_salt` may not start with {SALT_PREFIX!r}, which is reserved for prefix adapters."
+        )
     if spec is None:
         return
     adapter = f"the prefix adapter {spec.name!r}"
     if isinstance(params, PoolingParams):
-        raise error(f"Embedding, scoring and other pooling requests cannot use {adapter}; use the base model.")
+        raise PrefixRequestError(
+            f"Embedding, scoring and other pooling requests cannot use {adapter}; use the base model."
+        )
     if getattr(params, "prompt_logprob_token_ids", None) is not None:
-        raise error(f"`prompt_logprob_token_ids` is not supported with {adapter}; use `prompt_logprobs`.")
+        raise PrefixRequestError(f"`prompt_logprob_token_ids` is not supported with {adapter}; use `prompt_logprobs`.")
     if prompt is None:
         return
     if prompt.has_embeds or prompt.num_tokens is None:
-        raise error(f"`prompt_embeds` are not supported with {adapter}; send text or token ids.")
+        raise PrefixRequestError(f"`prompt_embeds` are not supported with {adapter}; send text or token ids.")
     if prompt.has_media:
-        raise error(f"Images, audio and video are not supported with {adapter}; send text only.")
+        raise PrefixRequestError(f"Images, audio and video are not supported with {adapter}; send text only.")
     if prompt.num_tokens == 0:
-        raise error(f"The prompt is empty; {adapter} needs at least one token after it.")
-    room = max_model_len - spec.num_virtual_tokens - prompt.num_tokens
-    if room < 1:
-        raise error(
+        raise PrefixRequestError(f"The prompt is empty; {adapter} needs at least one token after it.")
+    remaining = max_model_len - spec.num_virtual_tokens - prompt.num_tokens
+    if remaining < 1:
+        raise PrefixRequestError(
             f"The prompt has {prompt.num_tokens} tokens, which with the {spec.num_virtual_tokens} virtual tokens of "
             f"{adapter} leave no room for an output token in a context of {max_model_len}; shorten the prompt to at "
             f"most {max_model_len - spec.num_virtual_tokens - 1} tokens."
         )
-    if getattr(params, "min_tokens", 0) > room:
-        raise error(
-            f"`min_tokens` must be <= {room}, which is what the prompt and the {spec.num_virtual_tokens} virtual tokens "
-            f"of {adapter} leave of the context, got {params.min_tokens}."
+    if getattr(params, "min_tokens", 0) > remaining:
+        raise PrefixRequestError(
+            f"`min_tokens` must be <= {remaining}, the part of the context that the prompt and the {spec.num_virtual_tokens} "
+            f"virtual tokens of {adapter} leave, got {params.min_tokens}."
         )
 
 
 def has_prefix(request: Any) -> bool:
-    """Says whether an `EngineCoreRequest` is on its way with a prefix; see `route`."""
+    """Returns whether an `EngineCoreRequest` carries a prefix; see `attach_prefix`."""
     extra_args = getattr(request.sampling_params, "extra_args", None)
     return extra_args is not None and ADAPTERS in (extra_args.get("kv_transfer_params") or ())
 
 
 def attach_prefix(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
-    """Marks a checked `EngineCoreRequest` for its prefix and keeps its output inside the context.
+    """Attaches a prefix to a checked `EngineCoreRequest`, and limits its output to the context.
 
-    `max_tokens` is cut to what fits, as vLLM does for the base model, whose own cut does not know of virtual tokens.
+    vLLM limits `max_tokens` to the context for the base model, but does not count virtual tokens.
 
     Raises:
         PrefixRequestError: If it is a streaming session.
     """
     if getattr(request, "resumable", False):
-        raise request_error_type()(
+        raise PrefixRequestError(
             f"Streaming input is not supported with the prefix adapter {spec.name!r}; send the whole prompt at once."
         )
-    # A copy that vLLM made for this request.
+    # vLLM has made a copy for this request.
     params = request.sampling_params
-    room = max_model_len - spec.num_virtual_tokens - len(request.prompt_token_ids)
-    params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    remaining = max_model_len - spec.num_virtual_tokens - len(request.prompt_token_ids)
+    params.max_tokens = remaining if params.max_tokens is None else min(params.max_tokens, remaining)
     extra_args = dict(params.extra_args or {})
     transfer = extra_args.get("kv_transfer_params") or {}
     extra_args["kv_transfer_params"] = {**transfer, ADAPTERS: pack(spec)}
     params.extra_args = extra_args
 
 
-async def answers(outputs: AsyncGenerator[Any], spec: PrefixSpec) -> AsyncGenerator[Any]:
-    """Passes on what an engine answers to a request with a prefix.
+async def outputs_or_unavailable(outputs: AsyncGenerator[Any], spec: PrefixSpec) -> AsyncGenerator[Any]:
+    """Yields the engine's outputs of a request with a prefix.
 
     Raises:
-        PrefixUnavailableError: If the prefix could not be read, which vLLM would call an internal error.
+        PrefixUnavailableError: If the prefix could not be read; vLLM would report an internal error.
     """
-    # A client that hangs up closes this, and has to reach the request.
+    # A client that disconnects closes this generator, which has to close the engine's as well.
     async with aclosing(outputs):
         async for output in outputs:
-            if any(each.finish_reason == "error" for each in output.outputs):
-                raise unavailable_error_type()(
+            if any(completion.finish_reason == "error" for completion in output.outputs):
+                raise PrefixUnavailableError(
                     f"The prefix adapter {spec.name!r} could not be read into the cache, and the server's log says why; if its "
-                    "files were written over, whoever runs the server has to load it again, by POST "
+                    "files were overwritten, the operator of the server has to load it again, by POST "
                     '/v1/load_prefix_adapter with "load_inplace": true.'
                 )
             yield output
-
-
-class CheckedRequest(PrefixAdapterRequest):
-    """Of a call that need not be checked again."""
-
-
-def check_call(named: Any, prompt: Any, params: Any, config: Any) -> tuple[PrefixSpec | None, bool]:
-    """Returns the prefix of a call, if there is one, and whether its prompt was there to be checked, too.
-
-    Args:
-        named: Its `lora_request`.
-
-    Raises:
-        PrefixRequestError: If the call cannot be answered, as far as its arguments tell.
-    """
-    spec = adapter_named(named, config)
-    rendered = Prompt.of_input(prompt)
-    check(spec, rendered, params, config.model_config.max_model_len)
-    base_lora.check(params, config)
-    return spec, rendered is not None

@@ -1,4 +1,4 @@
-"""`model=NAME`: the adapters among the models of a server, and what an operator changes about them at run time."""
+"""`model=NAME`: the adapters among the models of a server, and how an operator loads and unloads them at run time."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 
 from vllm_plugin.adapters import base_lora
 from vllm_plugin.adapters.adapter_kinds import holds_prefix
-from vllm_plugin.adapters.loading import check_served_names, logger, open_adapter
+from vllm_plugin.adapters.loading import open_adapter
+from vllm_plugin.adapters.options import AdapterOption, check_name
 from vllm_plugin.adapters.registry import Adapter, NameTakenError, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.runtime_loading import names_in, publish
-from vllm_plugin.adapters.spec import WARMUP, PrefixSpec, settings_in
+from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.adapters.validation import check_served_names
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
-from vllm_plugin.front_end.cli_args import AdapterOption, check_name
 from vllm_plugin.front_end.warmup import warm_up
+from vllm_plugin.kv_transfer_config import WARMUP, settings_in
+from vllm_plugin.logger import logger
 
-# Each holds the tensors of an adapter while they are checked.
-_LOADS_AT_ONCE = 4
+# Each load holds the tensors of an adapter while it is checked.
+_MAX_CONCURRENT_LOADS = 4
 
 
 class PrefixModels:
     """The adapters of a server, beside vLLM's `OpenAIServingModels`.
 
-    Every API server process has one, and all of them see the same adapters.
+    Every API server process has an instance, and all of them see the same adapters.
 
     Args:
-        models: vLLM's part, of a server with prefixes.
+        models: vLLM's `OpenAIServingModels` of a server with prefixes.
     """
 
     def __init__(self, models: Any) -> None:
@@ -42,10 +45,10 @@ class PrefixModels:
         self._registry = registry
         settings = settings_in(self._config.kv_transfer_config)
         self._warms_up = bool(settings and settings.get(WARMUP))
-        self._turn = asyncio.Semaphore(_LOADS_AT_ONCE)
+        self._load_limit = asyncio.Semaphore(_MAX_CONCURRENT_LOADS)
 
     async def start(self) -> None:
-        """Makes ready for the first request, with the engine running.
+        """Prepares the adapters for their first request. The engine must be running.
 
         Raises:
             PrefixServeError: If an adapter has the name of another model, or the engine cannot load it.
@@ -53,32 +56,32 @@ class PrefixModels:
         adapters = self._registry.adapters()
         check_served_names((adapter.spec.name for adapter in adapters), self._other_names())
         await base_lora.load(self._engine, [adapter.spec for adapter in adapters])
-        # Of several processes each does so, since each is ready by itself: all but the first find the cache full.
+        # Every API server process warms up before it is ready: all but the first find the prefixes in the cache.
         if self._warms_up:
             await warm_up(self._engine, [adapter.spec for adapter in adapters])
 
     def spec(self, name: str | None) -> PrefixSpec | None:
-        """Returns the adapter `name`; None if this names something else."""
+        """Returns the adapter called `name`; None if there is none."""
         adapter = self._registry.get(name) if name else None
         return None if adapter is None else adapter.spec
 
     def request(self, name: str | None) -> PrefixAdapterRequest | None:
-        """Returns what stands for the adapter `name` in a request; None if it names something else."""
+        """Returns the `lora_request` for the adapter called `name`; None if there is none."""
         spec = self.spec(name)
         return None if spec is None else PrefixAdapterRequest(lora_name=spec.name, spec=spec)
 
-    def with_names(self, answer: ErrorResponse) -> ErrorResponse:
-        """Adds the adapters to an answer that says which models there are."""
-        if answer.error.code == HTTPStatus.NOT_FOUND:
-            answer.error.message += f" Prefix adapters: {names_in(self._registry)}."
-        return answer
+    def with_names(self, response: ErrorResponse) -> ErrorResponse:
+        """Adds the adapters to an error that lists the available models."""
+        if response.error.code == HTTPStatus.NOT_FOUND:
+            response.error.message += f" Prefix adapters: {names_in(self._registry)}."
+        return response
 
     def announce(self, address: Any, *, secure: bool) -> None:
-        """Tells the log what is served, and where.
+        """Logs what is served, and where.
 
         Args:
-            address: Of the socket: host and port, or the path of a Unix socket.
-            secure: Whether it speaks TLS.
+            address: The socket's address: host and port, or the path of a Unix socket.
+            secure: Whether the server uses TLS.
         """
         if isinstance(address, tuple):
             host, port = address[:2]
@@ -87,7 +90,7 @@ class PrefixModels:
         logger.info("Serving on %s: %s; prefix adapters: %s", address, models, names_in(self._registry))
 
     def cards(self) -> list[ModelCard]:
-        """Lists the adapters as `/v1/models` does LoRA modules."""
+        """Returns the entries of `/v1/models`, in the form of those of LoRA modules."""
         return [
             ModelCard(
                 id=adapter.spec.name,
@@ -99,11 +102,12 @@ class PrefixModels:
         ]
 
     async def load(self, name: str, path: str, *, replace: bool) -> ErrorResponse | str:
-        """Reads, checks and adds an adapter, or changes nothing.
+        """Reads, checks and adds an adapter. If anything fails, nothing changes.
 
         Args:
+            name: The name that requests use.
             path: Folder or Hub repository, as on the command line.
-            replace: Whether it may take the place of the adapter that has this name.
+            replace: Whether to replace an adapter that has this name.
         """
         if not name or not path:
             return refusal("Both 'prefix_name' and 'prefix_path' must be provided.")
@@ -118,8 +122,8 @@ class PrefixModels:
             return taken
         try:
             check_name(name)
-            # Reads and hashes a file, or downloads it: not in the way of the requests that run.
-            async with self._turn:
+            # In a thread: it reads and hashes a file, or downloads it, and must not block running requests.
+            async with self._load_limit:
                 adapter = await asyncio.to_thread(
                     open_adapter, AdapterOption(name, path), self._config, self._registry.layers()
                 )
@@ -136,7 +140,7 @@ class PrefixModels:
         return f"Success: Prefix adapter '{name}' added successfully."
 
     def unload(self, name: str) -> ErrorResponse | str:
-        """Removes an adapter: new requests for it get 404, those that run go on."""
+        """Removes an adapter. New requests for it get 404; running requests finish."""
         if not name:
             return refusal("'prefix_name' needs to be provided to unload a prefix adapter.")
         try:
@@ -155,7 +159,7 @@ class PrefixModels:
 
 
 def refuse_lora(request: Any, prefixes: PrefixModels | None) -> ErrorResponse | None:
-    """Returns what the loading of a LoRA is answered with that has the name of a prefix or is one; None for any other.
+    """Returns the error for loading a LoRA adapter that has the name of a prefix or is a prefix; None for any other.
 
     Args:
         request: vLLM's `LoadLoRAAdapterRequest`.
@@ -171,7 +175,7 @@ def refuse_lora(request: Any, prefixes: PrefixModels | None) -> ErrorResponse | 
     )
 
 
-_KINDS = {
+_ERROR_TYPES = {
     HTTPStatus.BAD_REQUEST: "InvalidUserInput",
     HTTPStatus.NOT_FOUND: "NotFoundError",
     HTTPStatus.CONFLICT: "ConflictError",
@@ -179,4 +183,5 @@ _KINDS = {
 
 
 def refusal(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:
-    return create_error_response(message=message, err_type=_KINDS[status], status_code=status)
+    """Returns an error in the form of vLLM's endpoints."""
+    return create_error_response(message=message, err_type=_ERROR_TYPES[status], status_code=status)

@@ -1,4 +1,4 @@
-"""Puts prefixes into the cache before anyone waits for them."""
+"""Loads prefixes into the cache before their first request."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from vllm import SamplingParams
 
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
-from vllm_plugin.errors import PrefixServeError, unavailable_error_type
-from vllm_plugin.front_end.requests import answers
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.front_end.requests import outputs_or_unavailable
+from vllm_plugin.request_errors import PrefixUnavailableError
 
-_AT_ONCE = 64
+_MAX_CONCURRENT = 64
 
 
 async def warm_up(engine: Any, specs: Sequence[PrefixSpec]) -> None:
-    """Runs one request of one token per prefix, on each data-parallel engine that this server talks to.
+    """Runs one request of one token per prefix on each data-parallel engine of this server.
 
     Args:
         engine: vLLM's `AsyncLLM`.
+        specs: The prefixes.
 
     Raises:
         PrefixServeError: If the engine could not load one of them.
@@ -29,10 +31,10 @@ async def warm_up(engine: Any, specs: Sequence[PrefixSpec]) -> None:
     parallel = engine.vllm_config.parallel_config
     num_ranks = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
     ranks = range(num_ranks) if num_ranks > 1 else [None]
-    turn = asyncio.Semaphore(_AT_ONCE)
+    limit = asyncio.Semaphore(_MAX_CONCURRENT)
 
     async def run(spec: PrefixSpec, rank: int | None) -> None:
-        async with turn:
+        async with limit:
             outputs = engine.generate(
                 {"type": "token", "prompt_token_ids": [0]},
                 SamplingParams(max_tokens=1, temperature=0.0, detokenize=False),
@@ -41,9 +43,9 @@ async def warm_up(engine: Any, specs: Sequence[PrefixSpec]) -> None:
                 data_parallel_rank=rank,
             )
             try:
-                async for _ in answers(outputs, spec):
+                async for _ in outputs_or_unavailable(outputs, spec):
                     pass
-            except unavailable_error_type() as error:
+            except PrefixUnavailableError as error:
                 raise PrefixServeError(
                     f"Prefix adapter {spec.name!r} could not be read into the cache; the engine's log says why."
                 ) from error

@@ -1,1 +1,1 @@
-"""Every wrap of vLLM: what it expects of a method, and when it is put on."""
+"""All patches of vLLM's methods, and how they are installed."""

@@ -1,4 +1,4 @@
-"""The arguments of a call to a method that is wrapped, by name, however the caller gave them."""
+"""The arguments of a call to a patched method by name, whether they were passed by position or by keyword."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 def all_arguments(wrapped: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Returns the arguments of a call to a bound method, by name."""
-    return {**dict(zip(_places(getattr(wrapped, "__func__", wrapped)), args, strict=False)), **kwargs}
+    """Returns the arguments of a call to a bound method by name."""
+    return {**dict(zip(_positions(getattr(wrapped, "__func__", wrapped)), args, strict=False)), **kwargs}
 
 
 def argument(wrapped: Any, args: Any, kwargs: Any, name: str) -> Any:
-    """Returns one of them, or None: each request comes by, and most go on as they came."""
+    """Returns one argument, or None if it was not passed. Called for each request, so it builds no dict."""
     if name in kwargs:
         return kwargs[name]
-    place = _places(getattr(wrapped, "__func__", wrapped))[name]
-    return args[place] if place < len(args) else None
+    position = _positions(getattr(wrapped, "__func__", wrapped))[name]
+    return args[position] if position < len(args) else None
 
 
 @functools.cache
-def _places(function: Any) -> dict[str, int]:
+def _positions(function: Any) -> dict[str, int]:
     names = list(inspect.signature(function).parameters)[1:]
-    return {name: place for place, name in enumerate(names)}
+    return {name: position for position, name in enumerate(names)}

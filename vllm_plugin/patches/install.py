@@ -1,103 +1,87 @@
-"""How the plugin is attached to vLLM: as little as possible, and checked against what it was written for.
+"""When the patches are attached: a few when vLLM imports what they wrap, all others once an engine serves prefixes.
 
-A plugin is loaded into every process of every vLLM. There it wraps what reads the command line and makes an engine's
-config, and what takes a LoRA, which could be a prefix, when vLLM imports that, so that nothing is imported early. All other wraps (`seams.py`) wait until an engine is to
-have prefixes (`require`): vLLM without them goes on as before. A wrap that no longer fits is left out and remembered,
-and asking for prefixes raises a single clear error.
+vLLM loads the plugin into each of its processes. There `install` patches the parsing of the command line, the creation of
+the engine's config, and the methods that accept a LoRA adapter, which could be a prefix. It waits until vLLM imports them.
+All other patches wait for `require`, so vLLM without prefixes runs unchanged. A patch that no longer fits this vLLM is left
+out, and `require` then raises a single error that names all of them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import wrapt
 
-from vllm_plugin.adapters.spec import CONNECTOR, CONNECTOR_MODULE, settings_in
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end.cli_args import OPTIONS
+from vllm_plugin.kv_transfer_config import CONNECTOR, CONNECTOR_MODULE, settings_in
+from vllm_plugin.patches import patch
+from vllm_plugin.patches.patch import MethodPatch
 
-# First and first unsupported release: what was read for this plugin.
+# First supported and first unsupported release.
 MIN_VERSION, END_VERSION = (0, 32), (0, 34)
-# Lets what the seams look like decide alone, for who knows what they do.
+# Set to 1, this environment variable skips the check of vLLM's version; the methods are checked all the same.
 ANY_VERSION = "PREFIX_SERVE_ANY_VLLM_VERSION"
 
-_problems: dict[str, str] = {}
-_attached: set[str] = set()
 _installed = False
 
 
-@dataclass(frozen=True, slots=True)
-class MethodPatch:
-    """One wrapped method.
+class SharedFolder(str):
+    """The registry's folder in the parsed options, which vLLM pickles for the other API server processes.
 
-    Args:
-        module: vLLM's module.
-        method: `Class.method` in it.
-        parameters: Parameters that must be there by these names.
-        wrapper: What runs instead, as `wrapt` calls it.
+    Such a process reads the options before it loads plugins, so unpickling the folder installs this one.
     """
 
-    module: str
-    method: str
-    parameters: tuple[str, ...]
-    wrapper: Callable[..., Any]
+    def __reduce__(self) -> tuple[Callable[[str], SharedFolder], tuple[str]]:
+        return restore_folder, (str(self),)
 
-    def problem(self, module: ModuleType) -> str | None:
-        """Says how the method differs from what the wrapper expects, or None."""
-        target: Any = module
-        for part in self.method.split("."):
-            target = getattr(target, part, None)
-        if not callable(target):
-            return f"{self.module} has no {self.method}"
-        missing = [name for name in self.parameters if name not in inspect.signature(target).parameters]
-        return f"{self.method} has no parameter {', '.join(missing)}" if missing else None
+
+def restore_folder(folder: str) -> SharedFolder:
+    """Unpickles a `SharedFolder`."""
+    install()
+    return SharedFolder(folder)
 
 
 def install() -> None:
-    """Sees to it that vLLM knows our options; calling it again changes nothing."""
+    """Attaches the start patches as soon as vLLM imports what they wrap. Calling it again has no effect."""
     global _installed
     if _installed:
         return
     _installed = True
-    for seam in START_PATCHES:
-        wrapt.register_post_import_hook(functools.partial(attach, seam), seam.module)
+    for start_patch in START_PATCHES:
+        wrapt.register_post_import_hook(functools.partial(patch.attach, start_patch), start_patch.module)
 
 
 def require(*, server: bool) -> None:
-    """Makes this process ready for prefixes; calling it again changes nothing.
+    """Makes this process ready for prefixes. Calling it again has no effect.
 
     Args:
-        server: Whether for the OpenAI server, too, or only for an engine.
+        server: Whether to patch the OpenAI server as well, and not only the engine.
 
     Raises:
-        PrefixServeError: If this vLLM is not one the plugin works with.
+        PrefixServeError: If the plugin does not support this vLLM.
     """
     import vllm
     from vllm import envs
 
-    from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
-
     install()
-    # On a development build the shapes alone decide, too.
-    shapes_decide = "dev" in vllm.__version__ or os.environ.get(ANY_VERSION) == "1"
-    version = MIN_VERSION if shapes_decide else tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    # The version of a development build says little.
+    skip_version = "dev" in vllm.__version__ or os.environ.get(ANY_VERSION) == "1"
+    version = MIN_VERSION if skip_version else tuple(int(part) for part in vllm.__version__.split(".")[:2])
     if not MIN_VERSION <= version < END_VERSION:
-        _problems["version"] = "this release was written for 0.32 and 0.33"
-    for seam in (*START_PATCHES, *ENGINE_PATCHES, *(SERVER_PATCHES if server else ())):
+        patch.problems["version"] = "this release was written for 0.32 and 0.33"
+    for method_patch in all_patches(server=server):
         try:
-            attach(seam, importlib.import_module(seam.module))
+            patch.attach(method_patch, importlib.import_module(method_patch.module))
         except ImportError as error:
-            _problems[seam.method] = str(error)
-    if _problems:
+            patch.problems[method_patch.method] = str(error)
+    if patch.problems:
         raise PrefixServeError(
-            f"Prefix adapters do not work with vLLM {vllm.__version__} ({'; '.join(_problems.values())}); install a "
+            f"Prefix adapters do not work with vLLM {vllm.__version__} ({'; '.join(patch.problems.values())}); install a "
             "supported version of vLLM or upgrade peft-prefix-ext."
         )
     if server and getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
@@ -105,23 +89,25 @@ def require(*, server: bool) -> None:
     _register_connector()
 
 
+def all_patches(*, server: bool) -> tuple[MethodPatch, ...]:
+    """Returns the patches of a process with prefixes; the wrappers import vLLM.
+
+    Args:
+        server: Whether to include those of the OpenAI server.
+    """
+    from vllm_plugin.patches.engine import ENGINE_PATCHES
+    from vllm_plugin.patches.requests import REQUEST_PATCHES
+    from vllm_plugin.patches.server import SERVER_PATCHES
+
+    return (*START_PATCHES, *REQUEST_PATCHES, *ENGINE_PATCHES, *(SERVER_PATCHES if server else ()))
+
+
 @functools.cache
 def _register_connector() -> None:
-    """Lets vLLM's `MultiConnector` find the class of our statistics: it asks for it by the connector's name alone."""
+    """Lets vLLM's `MultiConnector` find the class of our statistics, which it looks up by the connector's name alone."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
-
-
-def attach(seam: MethodPatch, module: ModuleType) -> None:
-    """Puts on a wrap, once; one that does not fit is left out and remembered."""
-    if seam.method in _attached:
-        return
-    if problem := seam.problem(module):
-        _problems[seam.method] = problem
-    else:
-        wrapt.wrap_function_wrapper(module, seam.method, seam.wrapper)
-        _attached.add(seam.method)
 
 
 def _add_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -142,7 +128,9 @@ def _from_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if any(getattr(options, name, None) for name in OPTIONS):
         from vllm_plugin.front_end.engine_config import configure
 
+        require(server=True)
         engine_args.kv_transfer_config = configure(engine_args.kv_transfer_config, options)
+        options.prefix_registry = SharedFolder(options.prefix_registry)
     return engine_args
 
 
@@ -151,11 +139,12 @@ def _create_engine_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
         return wrapped(*args, **kwargs)
     from vllm_plugin.front_end.engine_config import create
 
+    require(server=False)
     return create(instance, functools.partial(wrapped, *args, **kwargs))
 
 
 def _validate_lora(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Refuses a prefix that is given as a LoRA, in an engine without prefixes, too."""
+    """Refuses a prefix that is given as a LoRA adapter, also in an engine without prefixes."""
     request = kwargs["lora_request"] if "lora_request" in kwargs else args[0]
     if request is not None:
         from vllm_plugin.adapters.adapter_kinds import check_lora
@@ -165,7 +154,7 @@ def _validate_lora(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The same for one that comes at run time, which may not take the name of a prefix either."""
+    """Refuses a prefix that is loaded as a LoRA adapter at run time, and a LoRA adapter with the name of a prefix."""
     from vllm_plugin.front_end.serving_models import refuse_lora
 
     request = kwargs["request"] if "request" in kwargs else args[0]

@@ -1,4 +1,4 @@
-"""Every place where the plugin wraps a method of vLLM's OpenAI server, in processes of a server that has prefixes."""
+"""Patches of vLLM's OpenAI server, in processes of a server with prefixes."""
 
 from __future__ import annotations
 
@@ -7,38 +7,46 @@ import dataclasses
 from typing import Any
 
 from vllm_plugin.adapters.request import PrefixAdapterRequest
-from vllm_plugin.adapters.spec import PrefixSpec, settings_in
+from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.front_end import requests
+from vllm_plugin.kv_transfer_config import settings_in
 from vllm_plugin.patches.arguments import all_arguments, argument
-from vllm_plugin.patches.install import MethodPatch
+from vllm_plugin.patches.patch import MethodPatch
+
+
+class TrustedPromptLimit(int):
+    """How many prompt tokens fit behind a prefix.
+
+    Clients cannot forge it: what they send is parsed into plain numbers, and only this module creates instances.
+    """
 
 
 def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Checks before the stream starts: once a response streams, its status can no longer be 400."""
+    """Checks the request before the stream starts: once a response streams, its status can no longer be 400."""
     config = instance.vllm_config
-    named = argument(wrapped, args, kwargs, "lora_request")
-    if not requests.is_relevant(named, config):
+    lora_request = argument(wrapped, args, kwargs, "lora_request")
+    if not requests.is_relevant(lora_request, config):
         return wrapped(*args, **kwargs)
     params = argument(wrapped, args, kwargs, "sampling_params")
-    spec, checked = requests.check_call(named, argument(wrapped, args, kwargs, "prompt"), params, config)
+    spec, checked = requests.check_call(lora_request, argument(wrapped, args, kwargs, "prompt"), params, config)
     if spec is None:
         return wrapped(*args, **kwargs)
-    kind = requests.CheckedRequest if checked else PrefixAdapterRequest
-    arguments = {**all_arguments(wrapped, args, kwargs), "lora_request": kind(lora_name=spec.name, spec=spec)}
-    return requests.answers(wrapped(**arguments), spec)
+    request_type = requests.CheckedRequest if checked else PrefixAdapterRequest
+    arguments = {**all_arguments(wrapped, args, kwargs), "lora_request": request_type(lora_name=spec.name, spec=spec)}
+    return requests.outputs_or_unavailable(wrapped(**arguments), spec)
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Ends beams where the context ends: vLLM's own limit does not know of virtual tokens."""
+    """Ends beams at the end of the context: vLLM's own limit does not count virtual tokens."""
     config = instance.engine_client.vllm_config
     arguments = all_arguments(wrapped, args, kwargs)
     spec = requests.adapter_named(arguments.get("lora_request"), config)
     prompt = requests.Prompt.of_input(arguments["prompt"])
     if spec is not None and prompt is not None and prompt.num_tokens is not None:
         params = arguments["params"] = copy.copy(arguments["params"])
-        room = config.model_config.max_model_len - spec.num_virtual_tokens - prompt.num_tokens
-        # At least one, so that a prompt which leaves no room is refused where others are.
-        params.max_tokens = min(params.max_tokens, max(room, 1))
+        remaining = config.model_config.max_model_len - spec.num_virtual_tokens - prompt.num_tokens
+        # At least one, so that a prompt which is too long is refused by the check of all requests.
+        params.max_tokens = min(params.max_tokens, max(remaining, 1))
     return wrapped(**arguments)
 
 
@@ -52,35 +60,31 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
         instance.prefix_models = prefixes
 
 
-class TrustedPromptLimit(int):
-    """How many tokens of a prompt fit behind a prefix; a client can send a number, and none of these."""
-
-
 async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Lists prefixes among the models that there are.
+    """Adds the prefixes to the message that lists the available models.
 
-    And truncates to the context where a client asks for that: vLLM's own limit does not know of virtual tokens.
+    It also truncates the prompt to the context if the client asks for it: vLLM's own limit does not count virtual tokens.
     """
     request = kwargs["request"] if "request" in kwargs else args[0]
     prefixes = getattr(instance.models, "prefix_models", None)
     spec = _spec_of(instance.models, request.model)
     if spec is not None:
-        # One is left for the output, as vLLM does.
-        room = TrustedPromptLimit(instance.model_config.max_model_len - spec.num_virtual_tokens - 1)
+        # One token is left for the output, as in vLLM.
+        limit = TrustedPromptLimit(instance.model_config.max_model_len - spec.num_virtual_tokens - 1)
         if getattr(request, "truncate_prompt_tokens", None) == -1:
-            request.truncate_prompt_tokens = room
+            request.truncate_prompt_tokens = limit
         elif hasattr(request, "truncation"):
-            request.prefix_room = room
+            request.prefix_prompt_limit = limit
     refusal = await wrapped(*args, **kwargs)
     return refusal if refusal is None or prefixes is None else prefixes.with_names(refusal)
 
 
 def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The same for `/v1/responses`, where clients have no number to set."""
+    """Truncates prompts of `/v1/responses`, where clients ask for truncation without a number."""
     params = wrapped(*args, **kwargs)
-    room = getattr(instance, "prefix_room", None)
-    if isinstance(room, TrustedPromptLimit) and params.truncate_prompt_tokens == -1:
-        return dataclasses.replace(params, truncate_prompt_tokens=room)
+    limit = getattr(instance, "prefix_prompt_limit", None)
+    if isinstance(limit, TrustedPromptLimit) and params.truncate_prompt_tokens == -1:
+        return dataclasses.replace(params, truncate_prompt_tokens=limit)
     return params
 
 
@@ -107,13 +111,13 @@ async def _show_available_models(wrapped: Any, instance: Any, args: Any, kwargs:
 
 
 async def _startup(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-    """Says last what a server serves, and where."""
+    """Logs, once the server is up, what it serves and where."""
     await wrapped(*args, **kwargs)
     models = getattr(getattr(instance.config.app, "state", None), "openai_serving_models", None)
     prefixes = getattr(models, "prefix_models", None)
     if prefixes is not None and instance.started:
         sockets = argument(wrapped, args, kwargs, "sockets") or [
-            each for one in instance.servers for each in one.sockets
+            socket for server in instance.servers for socket in server.sockets
         ]
         prefixes.announce(sockets[0].getsockname(), secure=instance.config.is_ssl)
 
@@ -142,8 +146,8 @@ SERVER_PATCHES = (
     MethodPatch(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
     MethodPatch(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
     MethodPatch(_SERVING, "BaseServing._check_model", ("request",), _check_model),
-    # LoRA requests and prefixes are told apart by name here, and not by an entry of ours in vLLM's own table: that one is
-    # searched from end to end for each chat request to the base model, and no other API server process sees it.
+    # Prefixes are looked up here by name, and not through entries in vLLM's own table of LoRA adapters: vLLM searches
+    # that table from end to end for each chat request to the base model, and API server processes do not share it.
     MethodPatch(_SERVING, "BaseServing._is_model_supported", ("model_name",), _is_model_supported),
     MethodPatch(_SERVING, "BaseServing._maybe_get_adapters", ("request",), _maybe_get_adapters),
     MethodPatch(
@@ -153,6 +157,6 @@ SERVER_PATCHES = (
         _build_tok_params,
     ),
     MethodPatch("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", ("sockets",), _startup),
-    # vLLM's hook for endpoints loads plugins that the operator lists in VLLM_PLUGINS, and then no others but those.
+    # vLLM's hook for endpoints loads only plugins that VLLM_PLUGINS lists, and then no others.
     MethodPatch("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router),
 )

@@ -1,1 +1,1 @@
-"""The scheduler's side: placeholders, loads, and what a failed load may not leave behind. No tensors."""
+"""The scheduler's side of a prefix: placeholders, loads, and the consequences of a failed load. No tensors."""

@@ -1,22 +1,21 @@
-"""What the connectors beside ours keep of requests whose prefix was not there: vLLM's own offload blocks by their hashes.
+"""Other connectors must forget the blocks of requests whose prefix was missing: vLLM's own store blocks by their hashes.
 
 They cannot forget single blocks, so they forget all.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-logger = logging.getLogger("vllm.prefix_adapters")
+from vllm_plugin.logger import logger
 
 
 class OtherConnectors:
-    """Empties the caches of other connectors after a load failed.
+    """Empties the caches of other connectors after a failed load.
 
-    Twice: at once, which also drops what they are about to keep, and when they have been told of the requests that
-    failed, since they keep what is left of a request when it has ended.
+    It does so twice: at once, which also cancels pending stores, and again when the connectors have been told of the failed
+    requests, since they store the remaining blocks of a request when it ends.
     """
 
     def __init__(self) -> None:
@@ -27,21 +26,21 @@ class OtherConnectors:
         """Empties the caches of `connectors`, now and once more after the next step is scheduled."""
         if connectors:
             logger.warning(
-                "A prefix was not loaded: what other KV connectors keep is dropped, since some of it is wrong."
+                "A prefix was not loaded. The caches of other KV connectors are emptied: some blocks are wrong."
             )
         self._connectors = connectors
         self._reset()
 
     def next_step(self) -> None:
-        """Notes that a step is scheduled: they take no second reset before that."""
+        """Records that a step is scheduled; connectors do not support a second reset before that."""
         self._scheduled = True
 
     def were_reset(self) -> None:
-        """Notes that vLLM has emptied all caches, on somebody's request."""
+        """Records that vLLM has emptied all caches, for another reason."""
         self._scheduled = False
 
     def update(self) -> None:
-        """Does what is still to be done, before they hear what the workers have done."""
+        """Runs the second reset if it is due. Call it before the connectors receive the workers' output."""
         if self._connectors and self._reset():
             self._connectors = ()
 
@@ -49,6 +48,6 @@ class OtherConnectors:
         if not self._scheduled:
             return False
         self._scheduled = False
-        # Some say False while a copy runs.
+        # A connector may return False while it copies.
         done = [connector.reset_cache() is not False for connector in self._connectors]
         return all(done)

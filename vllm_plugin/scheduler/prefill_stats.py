@@ -1,4 +1,4 @@
-"""What usage and metrics say of a prompt behind a prefix: real tokens only."""
+"""Usage and metrics of a prompt with a prefix count real tokens only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vllm.v1.metrics.stats import PrefillStats
 
 
 class RealPrefillStats(PrefillStats):
-    """vLLM's account of a prefill, which takes the virtual tokens out of what the scheduler tells it.
+    """vLLM's prefill statistics without virtual tokens.
 
     Args:
         num_virtual_tokens: p.
@@ -14,7 +14,7 @@ class RealPrefillStats(PrefillStats):
 
     def __init__(self, num_virtual_tokens: int) -> None:
         super().__init__()
-        # Fields are sent to the front end, attributes with an underscore are not.
+        # Attributes with an underscore are not sent to the front end.
         self._num_virtual_tokens = num_virtual_tokens
 
     def set(self, num_prompt_tokens: int, num_local_cached_tokens: int, num_external_cached_tokens: int) -> None:

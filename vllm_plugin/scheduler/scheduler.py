@@ -1,17 +1,19 @@
-"""The scheduler's side of a prefix: which tokens stand for it, and what has to be loaded where. No tensors.
+"""The scheduler's side of a prefix: which tokens stand for it, and what to load where. No tensors.
 
-Inside the engine a request's prompt starts with p placeholders. vLLM's own prefix cache finds the blocks they fill, or
-this class says that they can be loaded; either way the model never runs them.
+Inside the engine a request's prompt starts with p placeholders. Either vLLM's own prefix cache finds the blocks they fill,
+or `PrefixScheduler` reports that they can be loaded. In both cases the model never runs them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_plugin.adapters.spec import ADAPTERS, PrefixSpec, unpack
+from vllm_plugin.adapters.spec import PrefixSpec, unpack
+from vllm_plugin.kv_transfer_config import ADAPTERS
+from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import PrefixStats
 from vllm_plugin.scheduler.load_failures import BlockIds, RecentBlocks
 from vllm_plugin.scheduler.other_connectors import OtherConnectors
@@ -20,33 +22,15 @@ from vllm_plugin.scheduler.prefill_stats import RealPrefillStats
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-
-@dataclass(frozen=True, slots=True)
-class PrefixLoad:
-    """One copy of virtual tokens `start..stop-1` of a prefix into a request's blocks.
-
-    Args:
-        spec: The prefix.
-        start: First virtual token to copy; those before it are cached already.
-        stop: One past the last, p.
-        block_ids: The request's block ids per KV cache group, from position 0; 0 is vLLM's null block.
-    """
-
-    spec: PrefixSpec
-    start: int
-    stop: int
-    block_ids: tuple[list[int], ...]
-
-
-# Prefixes, times the salts that clients use them with, whose block hashes are kept: some kilobytes each at most.
-NUM_HASHED = 4096
+# How many lists of block hashes are kept, one per prefix and client salt; each takes some kilobytes at most.
+MAX_HASHED_PREFIXES = 4096
 
 
 class PrefixScheduler:
-    """Bookkeeping of one engine, which knows an adapter by what its requests bring along only.
+    """The bookkeeping of one engine. It knows an adapter only from the requests that use it.
 
     Args:
-        block_size: Tokens per block, the least common multiple if groups of layers differ.
+        block_size: Tokens per block; the least common multiple if groups of layers differ.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -59,14 +43,15 @@ class PrefixScheduler:
         self._specs: dict[str, PrefixSpec] = {}
         self._num_loadable: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
-        # Of this step, those that are said to need no load after all.
-        self._found: list[tuple[Request, PrefixSpec]] = []
+        # Requests of this step that vLLM scheduled without the load, since its own cache goes beyond the prefix.
+        self._found_in_cache: list[tuple[Request, PrefixSpec]] = []
+        # Requests of this step whose flag `accept_load` has cleared.
         self._skips_prefix_cache: list[Request] = []
 
     def add_placeholders(self, request: Request) -> None:
-        """Puts the placeholders in front of a new request's prompt and salts its block hashes."""
-        # To release what a connector may hold for a request that the front end refused, vLLM sends it here, aborted and
-        # with the client's own parameters. It never runs.
+        """Inserts the placeholders before a new request's prompt and salts its block hashes."""
+        # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters, so
+        # that a connector can release what it holds for the request. It never runs.
         packed = (request.kv_transfer_params or {}).get(ADAPTERS)
         if packed is None or getattr(request, "abort_immediately", False):
             return
@@ -75,113 +60,122 @@ class PrefixScheduler:
         request.cache_salt = spec.salt(request.cache_salt)
         request.prefill_stats = RealPrefillStats(p)
         if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
-            # Each real token has to run, whatever the client says.
+            # Each real token has to run, whatever the client asks for.
             request.skip_reading_prefix_cache = True
         request.block_hashes[:] = self._prefix_hashes(request, p)
-        # What samplers see is the request's own first token: the repetition penalty is about the set of prompt tokens,
-        # which stays as it was, and every kernel that reads prompt ids gets a valid one.
+        # The placeholders repeat the request's own first token. So the set of prompt tokens, which the repetition penalty
+        # uses, stays the same, and every kernel that reads prompt ids gets a valid one.
         prompt = request.prompt_token_ids
         assert prompt is not None
         placeholders = [prompt[0]] * p
         request._all_token_ids[:0] = placeholders
-        # A new list: an engine in its front end's process has the prompt in common with it.
+        # A new list: an engine in the front end's process shares the prompt with it.
         request.prompt_token_ids = placeholders + prompt
         request.num_prompt_tokens += p
         request.update_block_hashes()
         self.stats.add("requests", spec.name)
 
     def num_loadable(self, request: Request, num_computed: int) -> int:
-        """Returns how many tokens past the `num_computed` cached ones can be loaded."""
+        """Returns how many tokens after the `num_computed` cached ones can be loaded."""
         spec = self._specs.get(request.request_id)
         if spec is None:
             return 0
-        if request.skip_reading_prefix_cache:
-            # vLLM has not looked into its cache for this request, and would not take what we load either. For the rest
-            # of this step it may: after a preemption vLLM looks, or does not, again.
-            request.skip_reading_prefix_cache = False
-            self._skips_prefix_cache.append(request)
-        missing = max(0, spec.num_virtual_tokens - num_computed)
-        self._num_loadable[request.request_id] = missing
+        missing = self._num_loadable[request.request_id] = max(0, spec.num_virtual_tokens - num_computed)
         return missing
 
+    def accept_load(self, request: Request) -> None:
+        """Makes vLLM accept the load of a request that skips the prefix cache.
+
+        vLLM reads one flag for two decisions: before it asks the connector, whether to look into its own cache, and after
+        that, whether to accept what the connector loads. The flag stays off from here to the end of the step
+        (`end_step`), since vLLM looks into its cache again after a preemption.
+        """
+        if request.skip_reading_prefix_cache:
+            request.skip_reading_prefix_cache = False
+            self._skips_prefix_cache.append(request)
+
     def allocated(self, request: Request, get_block_ids: Callable[[], BlockIds], num_external: int) -> None:
-        """Records the load of a request that the scheduler just gave blocks to.
+        """Records the load of a request that the scheduler has just given blocks to.
 
         Args:
-            get_block_ids: Returns its block ids per KV cache group; asked only if it has a prefix.
-            num_external: How many tokens the scheduler takes as loaded.
+            request: The request.
+            get_block_ids: Returns its block ids per KV cache group; called only if it has a prefix.
+            num_external: How many tokens the scheduler counts as loaded.
         """
         spec = self._specs.get(request.request_id)
         if spec is None:
             return
-        promised = self._num_loadable.pop(request.request_id, None)
-        if promised is None:
-            # An asynchronous load by another connector makes this the second call.
+        missing = self._num_loadable.pop(request.request_id, None)
+        if missing is None:
+            # The second call, after an asynchronous load by another connector.
             return
         block_ids = get_block_ids()
         self.recent_blocks.add(request, block_ids)
         p = spec.num_virtual_tokens
-        self.stats.add("block_hits", spec.name, (p - promised) // self._block_size)
-        if promised == 0:
+        self.stats.add("block_hits", spec.name, (p - missing) // self._block_size)
+        if missing == 0:
             return
         if num_external == 0:
-            # Where hits may end within blocks (--prefix-match-unit), vLLM asks for what is missing behind the last whole one,
-            # and takes nothing if its own cache goes on to there.
-            self._found.append((request, spec))
+            # With --prefix-match-unit, hits may end within blocks. vLLM then asks what can be loaded after the last full
+            # block, and accepts nothing if its own cache goes beyond that.
+            self._found_in_cache.append((request, spec))
             return
-        if num_external != promised:
-            # Going on would run placeholders as text, and say so to nobody.
+        if num_external != missing:
+            # Going on would silently run placeholders as text.
             raise RuntimeError(
-                f"vLLM takes {num_external} tokens of the prefix {spec.name!r} as loaded instead of {promised}."
+                f"vLLM takes {num_external} tokens of the prefix {spec.name!r} as loaded instead of {missing}."
             )
-        self._loads.append(PrefixLoad(spec, p - promised, p, block_ids))
+        self._loads.append(PrefixLoad(spec, p - missing, p, block_ids))
         self.stats.add("loads", spec.name)
-        self.stats.add("loaded_tokens", spec.name, promised)
+        self.stats.add("loaded_tokens", spec.name, missing)
 
     def take_loads(self) -> list[PrefixLoad]:
         """Returns the loads of the step that was just scheduled, and forgets them."""
-        for request, spec in self._found:
+        for request, spec in self._found_in_cache:
             if request.num_computed_tokens < spec.num_virtual_tokens:
                 raise RuntimeError(
                     f"vLLM neither has nor loads {spec.num_virtual_tokens - request.num_computed_tokens} tokens of the "
                     f"prefix {spec.name!r}."
                 )
-        self._found.clear()
+        self._found_in_cache.clear()
+        loads, self._loads = self._loads, []
+        return loads
+
+    def end_step(self) -> None:
+        """Ends the scheduling of a step."""
         for request in self._skips_prefix_cache:
             request.skip_reading_prefix_cache = True
         self._skips_prefix_cache.clear()
         self.recent_blocks.next_step()
         self.other_connectors.next_step()
-        loads, self._loads = self._loads, []
-        return loads
 
     def finished(self, request: Request, block_ids: tuple[list[int], ...]) -> None:
         """Forgets a request, whether it ran or not.
 
         Args:
-            block_ids: What it had, per KV cache group.
+            request: The request.
+            block_ids: The blocks it had per KV cache group.
         """
         if self._specs.pop(request.request_id, None) is not None:
             self.recent_blocks.add(request, block_ids)
         self._num_loadable.pop(request.request_id, None)
 
     def _prefix_hashes(self, request: Request, p: int) -> tuple[Any, ...]:
-        """Returns the hashes of the blocks that a prefix fills, computed by vLLM once.
+        """Returns the hashes of the blocks that a prefix fills, computed by vLLM once per prefix and salt.
 
-        They are hashed over a constant, so that all requests with the same salt (and LoRA, whose name vLLM hashes into
-        each block) share the blocks.
+        They are computed for a constant token, so that all requests with the same salt share the blocks. A LoRA adapter
+        separates them as well, since vLLM hashes its name into each block.
         """
         lora = request.lora_request
         key = request.cache_salt, p, lora and (lora.lora_name, lora.lora_path)
         hashes = self._hashes.get(key)
         if hashes is None:
-            tokens = request._all_token_ids
-            request.block_hashes.clear()
-            prompt, tokens[:] = list(tokens), [0] * p
-            request.update_block_hashes()
-            tokens[:] = prompt
-            hashes = self._hashes[key] = tuple(request.block_hashes)
-            if len(self._hashes) > NUM_HASHED:
+            prefix_only: Any = copy.copy(request)
+            prefix_only._all_token_ids = prefix_only.all_token_ids = [0] * p
+            prefix_only.block_hashes = []
+            prefix_only.update_block_hashes()
+            hashes = self._hashes[key] = tuple(prefix_only.block_hashes)
+            if len(self._hashes) > MAX_HASHED_PREFIXES:
                 self._hashes.popitem(last=False)
         else:
             self._hashes.move_to_end(key)

@@ -1,4 +1,4 @@
-"""The engine's real attention layers, and which part of a prefix each worker holds of them."""
+"""The engine's attention layers, and the part of a prefix that each worker holds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vllm_plugin.errors import PrefixServeError
 
 @dataclass(frozen=True, slots=True)
 class CacheLayer:
-    """One attention layer that owns a KV cache, as this worker sees it.
+    """One attention layer with a KV cache of its own, on this worker.
 
     Args:
         name: vLLM's name of the layer.
-        index: Its number in the model.
+        index: Its index in the model.
         group: The KV cache group whose block ids it uses.
         block_size: Tokens per block of that group.
         num_kv_heads: KV heads on this worker.
@@ -40,7 +40,7 @@ class CacheLayer:
 
 @dataclass(frozen=True, slots=True)
 class LayerStack:
-    """Layers of one KV cache group and of the same shape: what is written to one can be written to all.
+    """Layers of one KV cache group and one shape, which are written together.
 
     Args:
         group: Their KV cache group.
@@ -54,7 +54,7 @@ class LayerStack:
 
 
 def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
-    """Sorts layers into as few stacks as possible."""
+    """Groups layers into as few stacks as possible."""
     stacks: dict[tuple[int, ...], list[CacheLayer]] = {}
     for layer in layers:
         shape = (layer.group, layer.block_size, layer.num_kv_heads, layer.key_size, layer.value_size)
@@ -63,15 +63,15 @@ def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
 
 
 def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
-    """Lists the layers of a `KVCacheConfig` that own a KV cache.
+    """Returns the layers of a `KVCacheConfig` that have a KV cache of their own.
 
     Raises:
-        PrefixServeError: If one of them is no plain attention layer.
+        PrefixServeError: If one of them is not a plain attention layer.
     """
     layers: dict[int, CacheLayer] = {}
     for group, entry in enumerate(kv_cache_config.kv_cache_groups):
         for name in entry.layer_names:
-            # A group of layers that differ in shape has one spec per layer.
+            # A group whose layers differ in shape has one spec per layer.
             spec = getattr(entry.kv_cache_spec, "kv_cache_specs", {}).get(name, entry.kv_cache_spec)
             plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
             if not plain or getattr(spec, "attention_chunk_size", None) is not None:
@@ -98,11 +98,12 @@ def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
 
 
 def model_shapes(layers: Iterable[CacheLayer], tp_size: int, total_num_kv_heads: int) -> Shapes:
-    """Returns the shapes of these layers in the whole model, in the order of their numbers.
+    """Returns the shapes of these layers in the whole model, sorted by index.
 
     Args:
+        layers: The layers of this worker.
         tp_size: Number of tensor-parallel ranks.
-        total_num_kv_heads: Of a layer of the model: with more ranks than that, several hold the same head.
+        total_num_kv_heads: KV heads per layer of the model. With more ranks than heads, several ranks hold the same head.
     """
     replicas = max(1, tp_size // total_num_kv_heads)
     return tuple(
@@ -114,7 +115,7 @@ def model_shapes(layers: Iterable[CacheLayer], tp_size: int, total_num_kv_heads:
 def shard(name: str, kv: LayerKV, layer: CacheLayer, tp_rank: int, tp_size: int) -> LayerKV:
     """Returns the KV heads of this tensor-parallel rank: `[num_virtual_tokens, num_kv_heads, head_dim]` each.
 
-    vLLM gives each rank consecutive heads, or, with more ranks than heads, the same head to consecutive ranks.
+    vLLM assigns consecutive heads to each rank or, with more ranks than heads, the same head to consecutive ranks.
 
     Raises:
         PrefixServeError: If the shapes do not fit the layer.

@@ -1,12 +1,10 @@
-"""The worker's side of a prefix: the copy of its K/V into the paged cache.
+"""The worker's side of a prefix: copies its K/V into the paged cache.
 
-Names of shapes: L layers that are written alike, N virtual tokens written in one step, H KV heads on this worker, D head
-size.
+Shape suffixes: L layers of one stack, N virtual tokens written in one step, H KV heads on this worker, D head size.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +12,15 @@ import numpy as np
 import torch
 
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.logger import logger
+from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import RESIDENT, PrefixStats
-from vllm_plugin.scheduler.scheduler import PrefixLoad
 from vllm_plugin.worker.cache_layers import CacheLayer, LayerStack
 from vllm_plugin.worker.prefix_manager import PrefixKV, PrefixManager
 
-logger = logging.getLogger("vllm.prefix_adapters")
-
-# vLLM's block for positions that a sliding-window layer no longer needs.
+# vLLM's block id for positions that have left a sliding window.
 NULL_BLOCK = 0
-# The loads of a step are put together for as many layers at a time as fit into this.
+# The loads of a step are gathered for as many layers at a time as fit into this.
 GATHERED_BYTES = 64 << 20
 
 
@@ -31,7 +28,7 @@ class PrefixWriter:
     """Writes prefixes into the paged cache of one worker.
 
     Args:
-        manager: Where the prefixes come from.
+        manager: Provides the prefixes.
         modules: vLLM's attention modules by layer name.
 
     Raises:
@@ -61,12 +58,14 @@ class PrefixWriter:
             for index, (stack, modules) in enumerate(self._stacks):
                 self._write_stack(index, stack, modules, ready)
         except torch.OutOfMemoryError:
-            logger.exception("No memory to copy prefixes into the KV cache; the requests that wait for them fail.")
+            logger.exception(
+                "Out of memory while copying prefixes into the KV cache; the requests that wait for them fail."
+            )
             for load, _ in ready:
                 self._give_up(load)
 
     def take_unwritten(self) -> set[int]:
-        """Returns the blocks that hold nothing right because a load failed since the last call."""
+        """Returns the blocks whose content is wrong because a load failed since the last call."""
         blocks, self._unwritten = self._unwritten, set()
         return blocks
 
@@ -88,30 +87,30 @@ class PrefixWriter:
         )
         num_layers = max(1, GATHERED_BYTES // bytes_per_layer)
         for start in range(0, len(modules), num_layers):
-            some = slice(start, start + num_layers)
-            keys = _joined([key[some, first:stop].to(self._device) for key, _, first, stop in sources])
-            values = _joined([value[some, first:stop].to(self._device) for _, value, first, stop in sources])
-            for module, key_NHD, value_NHD in zip(modules[some], keys, values, strict=True):
-                # The backend's own write: it alone knows the layout, packing and scales of its cache.
+            layers = slice(start, start + num_layers)
+            keys = _joined([key[layers, first:stop].to(self._device) for key, _, first, stop in sources])
+            values = _joined([value[layers, first:stop].to(self._device) for _, value, first, stop in sources])
+            for module, key_NHD, value_NHD in zip(modules[layers], keys, values, strict=True):
+                # The backend's own method: only the backend knows the layout, packing and scales of its cache.
                 module.impl.do_kv_cache_update(module, key_NHD, value_NHD, module.kv_cache, slots_N)
 
     def _give_up(self, load: PrefixLoad) -> None:
-        """Marks what a load was to fill, and what this step computes from it: all of its blocks from there on."""
+        """Marks all blocks from the first one that the load was to fill: those after it are computed from it in this step."""
         for stack, _ in self._stacks:
             self._unwritten.update(load.block_ids[stack.group][load.start // stack.block_size :])
         self._unwritten.discard(NULL_BLOCK)
 
 
 def cache_slots(load: PrefixLoad, group: int, block_size: int) -> tuple[int, np.ndarray[Any, Any]]:
-    """Says where a load goes in one KV cache group.
+    """Returns the target of a load in one KV cache group.
 
     Returns:
-        The first virtual token to copy, since those that have left a sliding window have no block, and the slots of it
-        and all that follow up to `load.stop`, `[N]`.
+        The first virtual token to copy, since tokens that have left a sliding window have no block, and the slots of the
+        tokens from there up to `load.stop`, `[N]`.
     """
     blocks = np.asarray(load.block_ids[group], np.int64)[: -(-load.stop // block_size)]
-    (gone,) = np.nonzero(blocks == NULL_BLOCK)
-    first = max(load.start, block_size * (int(gone[-1]) + 1)) if len(gone) else load.start
+    (outside_window,) = np.nonzero(blocks == NULL_BLOCK)
+    first = max(load.start, block_size * (int(outside_window[-1]) + 1)) if len(outside_window) else load.start
     positions = np.arange(first, load.stop)
     return min(first, load.stop), blocks[positions // block_size] * block_size + positions % block_size
 
@@ -126,6 +125,6 @@ def _checked_module(layer: CacheLayer, modules: dict[str, Any]) -> Any:
     if impl is None or not hasattr(impl, "do_kv_cache_update"):
         raise PrefixServeError(
             f"The attention backend of {layer.name} ({type(impl).__name__}) cannot be written from outside; choose "
-            "another with --attention-backend."
+            "another one with --attention-backend."
         )
     return module

@@ -1,14 +1,13 @@
-"""The prefixes that a worker has at hand: opened when a request first needs one, kept on the device within a budget.
+"""The prefixes of a worker: opened when a request first needs one, and kept on the device within a budget.
 
-What is kept was copied out of the file: a mapping would follow whoever writes over the file, and one who truncates it
-would end the worker. So the digest that is checked when a prefix is opened is that of the bytes that are served.
+A prefix is copied out of its file. A memory mapping would change with the file, and truncating the file would crash the
+worker. So the digest that is checked when a prefix is opened is the digest of the bytes that are served.
 
-Names of shapes: L layers that are written alike, P virtual tokens of one prefix, H KV heads on this worker, D head size.
+Shape suffixes: L layers of one stack, P virtual tokens of one prefix, H KV heads on this worker, D head size.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Container, Sequence
@@ -20,17 +19,16 @@ from peft_prefix_ext.checkpoint.format import WEIGHTS_NAME
 from vllm_plugin.adapters.loading import reload
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.logger import logger
 from vllm_plugin.worker.cache_layers import LayerStack, shard
 
-logger = logging.getLogger("vllm.prefix_adapters")
-
-# Host memory for prefixes that are not on the device, as a multiple of what they may take there.
+# Host memory for prefixes that are not on the device, as a multiple of the device memory for prefixes.
 HOST_FACTOR = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixKV:
-    """The K/V of one prefix on one worker, in the dtype the model writes to its cache: per stack, `[L, P, H, D]`."""
+    """The K/V of one prefix on one worker, in the model's dtype: per stack, `[L, P, H, D]`."""
 
     keys_LPHD: tuple[torch.Tensor, ...]
     values_LPHD: tuple[torch.Tensor, ...]
@@ -44,10 +42,10 @@ class PrefixKV:
 
 
 class LRUPool:
-    """Prefixes by digest, the least recently used first, in a bounded number of bytes.
+    """A pool of prefixes of limited size, which drops the least recently used ones.
 
     Args:
-        capacity: The bound, in bytes.
+        capacity: Its size in bytes.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -67,7 +65,11 @@ class LRUPool:
         return self.used + nbytes <= self.capacity
 
     def make_room(self, nbytes: int, keep: Container[str] = ()) -> bool:
-        """Drops what was used least recently until `nbytes` fit, but nothing of `keep`; says whether they do."""
+        """Drops the least recently used prefixes, except those in `keep`, until `nbytes` fit.
+
+        Returns:
+            Whether they fit. If not, nothing is dropped.
+        """
         others = [digest for digest in self._prefixes if digest not in keep]
         if self.used - sum(self._prefixes[digest].nbytes for digest in others) + nbytes > self.capacity:
             return False
@@ -78,21 +80,21 @@ class LRUPool:
         return True
 
     def put(self, digest: str, prefix: PrefixKV) -> None:
-        """Adds a prefix that there is room for."""
+        """Adds a prefix; there must be room for it."""
         self._prefixes[digest] = prefix
         self.used += prefix.nbytes
 
 
 class PrefixManager:
-    """Opens prefixes and keeps them, on the device as long as they fit, else on the host.
+    """Opens prefixes and keeps them: on the device as long as they fit, else on the host.
 
     Args:
         stacks: The layers with a KV cache on this worker.
         tp_rank: Tensor-parallel rank.
         tp_size: Number of tensor-parallel ranks.
         dtype: The model's dtype.
-        device: Where the cache lies.
-        device_memory: What prefixes may take there, in bytes; a prefix that does not fit is read from the host each time.
+        device: The device of the KV cache.
+        device_memory: Memory for prefixes there, in bytes. A prefix that does not fit is copied from the host each time.
     """
 
     def __init__(
@@ -109,29 +111,29 @@ class PrefixManager:
         self._tp_rank, self._tp_size = tp_rank, tp_size
         self._dtype = dtype
         self._on_device = LRUPool(device_memory)
-        # On a CPU the device is the host.
+        # On CPU, the device is the host.
         self._on_host = LRUPool(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
 
     @property
     def num_resident(self) -> int:
-        """How many prefixes are on the device."""
+        """The number of prefixes on the device."""
         return len(self._on_device)
 
     def gather(self, specs: Sequence[PrefixSpec]) -> list[PrefixKV | None]:
         """Returns the prefixes that one step needs, each on the device or on the host.
 
-        None stands for one that cannot be had: the log says why.
+        None stands for a prefix that cannot be read; the log says why.
         """
         needed = {spec.digest: spec for spec in specs}
-        # By content: under two names, it is there once.
+        # By content, so that a prefix with two names is kept once.
         found = {digest: self._get(spec, needed) for digest, spec in needed.items()}
         return [found[spec.digest] for spec in specs]
 
     def open(self, spec: PrefixSpec) -> PrefixKV:
-        """Reads a prefix into memory of the host.
+        """Reads a prefix into host memory.
 
         Raises:
-            PrefixServeError: If it cannot be read, is no longer what the request was admitted with, or does not fit.
+            PrefixServeError: If it cannot be read, has changed since it was opened, or does not fit the layers.
         """
         before = _state_of(spec)
         checkpoint = reload(spec)
@@ -143,7 +145,7 @@ class PrefixManager:
             ]
             keys.append(torch.stack([part.key for part in parts]).to(self._dtype))
             values.append(torch.stack([part.value for part in parts]).to(self._dtype))
-        # The digest is of what the file held just before it was copied.
+        # The digest was computed just before the copy.
         if _state_of(spec) != before:
             raise PrefixServeError(
                 f"The weights of prefix adapter {spec.name!r} in {spec.path} changed while being read."
@@ -164,7 +166,7 @@ class PrefixManager:
             logger.error("%s Its requests fail.", error)
             return None
         except Exception:
-            # Whatever it is, it is about this prefix only: the engine goes on.
+            # Whatever the error is, it concerns this prefix only, and the engine goes on.
             logger.exception("Prefix adapter %r cannot be read; its requests fail.", spec.name)
             return None
         if self._on_device.make_room(prefix.nbytes, keep):
@@ -173,7 +175,7 @@ class PrefixManager:
             except torch.OutOfMemoryError:
                 self._on_device.capacity = self._on_device.used
                 logger.warning(
-                    "There is device memory for %d bytes of prefixes only: others are read from the host from now on; "
+                    "Out of device memory: only %d bytes of prefixes stay on the device, and others are copied from the host; "
                     "lower --prefix-adapter-device-memory or --gpu-memory-utilization.",
                     self._on_device.capacity,
                 )
@@ -183,7 +185,7 @@ class PrefixManager:
 
 
 def _state_of(spec: PrefixSpec) -> tuple[int, ...] | None:
-    """Returns what changes when the weights of a prefix are written over or replaced; None if they are gone."""
+    """Returns values that change when the weights of a prefix are overwritten or replaced; None if the file is gone."""
     try:
         state = os.stat(f"{spec.path}/{WEIGHTS_NAME}")
     except OSError:

@@ -52,8 +52,8 @@ class Engine:
     def register(self, name: str, path: Path) -> None:
         """Gives `name` to the adapter in `path`, as a server does with `load_inplace`."""
         from vllm_plugin.adapters.loading import open_adapter
+        from vllm_plugin.adapters.options import AdapterOption
         from vllm_plugin.adapters.registry import registry_in
-        from vllm_plugin.front_end.cli_args import AdapterOption
 
         config = self.llm.llm_engine.vllm_config
         registry = registry_in(config.kv_transfer_config)
@@ -218,8 +218,8 @@ def file_gone(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Moves an adapter's folder away, and has the worker forget what it keeps, as after an eviction."""
     from vllm_plugin.worker.prefix_manager import LRUPool
 
-    for shelf in ("_on_device", "_on_host"):
-        monkeypatch.setattr(engine.writer._manager, shelf, LRUPool(0))
+    for pool in ("_on_device", "_on_host"):
+        monkeypatch.setattr(engine.writer._manager, pool, LRUPool(0))
     folder = Path(support.specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)[name].path)
     folder.rename(folder.with_name("gone"))
     try:

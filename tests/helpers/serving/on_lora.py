@@ -15,12 +15,12 @@ def train(folder: Path, model: Path, seed: int, *, lora_first: bool) -> PeftMode
     """Saves LoRA and a prefix, as if they had been trained together, and returns both."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    below = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
     prefix = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=33, init_std=1.5)
     if lora_first:
-        both = get_peft_model(get_peft_model(base, below), prefix, adapter_name="prefix")
+        both = get_peft_model(get_peft_model(base, lora), prefix, adapter_name="prefix")
     else:
-        both = get_peft_model(get_peft_model(base, prefix).get_base_model(), below, adapter_name="lora")
+        both = get_peft_model(get_peft_model(base, prefix).get_base_model(), lora, adapter_name="lora")
     with torch.no_grad():
         for name, parameter in both.named_parameters():
             if "lora_" in name:

@@ -1,9 +1,9 @@
-"""What the plugin takes for granted of vLLM, as each supported release has it, read from its syntax trees.
+"""What the plugin needs of vLLM, as each supported release has it, read from its syntax trees.
 
     PYTHONPATH=tests python -m helpers.serving.releases WHEEL_OR_FOLDER ...
 
-writes `releases.json` for the releases given, each a wheel or a folder with `vllm/` in it, which need not run here, and says
-what each changed. Do so when the plugin needs something else of vLLM, or when there is a new release.
+writes `releases.json` for the given releases and prints what each changed. A release is a wheel or a folder with `vllm/` in
+it, and need not run here. Run it when the plugin needs something else of vLLM, and for each new release.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from helpers.release_sources import Release, imported, record
+from vllm_plugin.patches.install import all_patches
+from vllm_plugin.patches.patch import MethodPatch
+from vllm_plugin.prefix_serve import parser_patch
 
 RECORDED = Path(__file__).with_name("releases.json")
 PLUGIN = Path(__file__).parents[3] / "vllm_plugin"
@@ -50,18 +53,14 @@ def overridden() -> set[str]:
     }
 
 
-def seams() -> tuple[Any, ...]:
-    """Returns all of the plugin's wraps."""
-    from vllm_plugin.patches.install import START_PATCHES
-    from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
-    from vllm_plugin.prefix_serve import parser_patch
-
-    return (*START_PATCHES, parser_patch(), *ENGINE_PATCHES, *SERVER_PATCHES)
+def all_method_patches() -> tuple[MethodPatch, ...]:
+    """Returns all patches of the plugin."""
+    return (parser_patch(), *all_patches(server=True))
 
 
 def wrapped() -> set[str]:
-    """Lists the functions of vLLM that the plugin wraps, as `module:qualified.name`."""
-    return {f"{seam.module}:{seam.method}" for seam in seams()}
+    """Returns the functions of vLLM that the plugin wraps, as `module:qualified.name`."""
+    return {f"{patch.module}:{patch.method}" for patch in all_method_patches()}
 
 
 def describe(release: Release) -> dict[str, Any]:

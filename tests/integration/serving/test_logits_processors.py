@@ -14,7 +14,7 @@ from helpers.serving import support
 from helpers.serving.engines import Engine, Pool
 from helpers.serving.support import prompt_ids
 from vllm_plugin import prefix_adapters
-from vllm_plugin.adapters import loading
+from vllm_plugin.adapters.validation import check_engine
 from vllm_plugin.errors import PrefixServeError
 
 # What each forbids depends on all of the prompt, and one of them is for each request to ask for.
@@ -119,10 +119,10 @@ def test_model_runner_v2_does_not_start_with_them(
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", v2)
         config.model_config.logits_processors = given
         if named is None:
-            loading.check_engine(config)
+            check_engine(config)
             continue
         with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
-            loading.check_engine(config)
+            check_engine(config)
         assert (
             f"do not support custom logits processors in model runner V2 ({named}prompt_processors:ByLength, of the entry "
             "points of an installed package; with VLLM_USE_V2_MODEL_RUNNER=0 in the environment they work) yet"

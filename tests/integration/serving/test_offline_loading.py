@@ -165,8 +165,8 @@ def test_a_request_that_failed_says_what_helps(
     _, v2 = write("task", 112)
     with monkeypatch.context() as patch:
         # As if other prefixes had taken its place in memory.
-        for shelf in ("_on_device", "_on_host"):
-            patch.setattr(engine.writer._manager, shelf, LRUPool(0))
+        for pool in ("_on_device", "_on_host"):
+            patch.setattr(engine.writer._manager, pool, LRUPool(0))
         assert engine.llm.reset_prefix_cache()
         assert ask(engine, PrefixAdapterRequest("task")) == [[]]
         assert "offline by a request with `load_inplace=True`. Its requests fail." in log.text

@@ -255,7 +255,7 @@ def test_prompts_are_cut_to_the_context(client: Any, oracle: Oracle, model: str)
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model=model, input=text_of(long), max_output_tokens=6)
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model=model, extra_body={"truncation": "auto", "prefix_room": 5}, **chat)
+        client.chat.completions.create(model=model, extra_body={"truncation": "auto", "prefix_prompt_limit": 5}, **chat)
 
 
 @pytest.mark.parametrize("model", MODELS)

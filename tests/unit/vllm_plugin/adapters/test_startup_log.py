@@ -8,7 +8,7 @@ import pytest
 
 from vllm_plugin.adapters.registry import Adapter
 from vllm_plugin.adapters.spec import PrefixSpec
-from vllm_plugin.adapters.startup_log import MAX_LINES, log_cache, report
+from vllm_plugin.adapters.startup_log import MAX_LINES, log_adapters, log_cache
 
 SHAPES = ((0, 2, 32, 32), (1, 2, 32, 16))
 
@@ -19,7 +19,7 @@ def adapter(p: int, name: str | None = None) -> Adapter:
 
 def lines(caplog: pytest.LogCaptureFixture, *adapters: Adapter) -> list[str]:
     with caplog.at_level(logging.INFO, "vllm.prefix_adapters"):
-        report(adapters, 32, 2)
+        log_adapters(adapters, 32, 2)
     return [record.getMessage() for record in caplog.records]
 
 

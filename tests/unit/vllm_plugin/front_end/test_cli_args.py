@@ -13,10 +13,12 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
 from helpers.serving import support
 from vllm_plugin import prefix_adapters, prefix_serve
-from vllm_plugin.adapters import spec
+from vllm_plugin.adapters.options import AdapterOption, check_unique
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end import cli_args, engine_config
+from vllm_plugin.kv_transfer_config import settings_in
+from vllm_plugin.patches.install import SharedFolder
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,9 @@ def test_options_add_up_and_names_are_unique() -> None:
     in_json = '{"name": "d", "path": "/w", "base_model_name": "base"}'
     options = parsed("--prefix-adapter", "a=/x", "b=org/repo", "--prefix-adapter", "c=/y=z", in_json).prefix_adapter
     assert options == [("a", "/x", None), ("b", "org/repo", None), ("c", "/y=z", None), ("d", "/w", "base")]
-    cli_args.check_unique(options)
+    check_unique(options)
     with pytest.raises(PrefixServeError, match="'a' is given twice"):
-        cli_args.check_unique([*options, cli_args.AdapterOption("a", "/z")])
+        check_unique([*options, AdapterOption("a", "/z")])
     with pytest.raises(PrefixServeError, match="at least one"):
         prefix_adapters()
 
@@ -146,7 +148,7 @@ def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path)
     (adapter / "adapter_config.json").unlink()
     copy = pickle.loads(pickle.dumps(options))
     second = EngineArgs.from_cli_args(copy).create_engine_config()
-    settings = [spec.settings_in(each.kv_transfer_config) for each in (first, second)]
+    settings = [settings_in(each.kv_transfer_config) for each in (first, second)]
     assert settings[0] == settings[1]
     assert settings[0] == {
         "prefix_registry": options.prefix_registry,
@@ -159,8 +161,8 @@ def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path)
 
 def test_options_attach_the_plugin_in_spawned_servers() -> None:
     code = (
-        "import pickle, sys; folder = pickle.loads(bytes.fromhex(sys.argv[1])); from vllm_plugin import compat; "
-        "print(folder, type(folder).__name__, compat._installed)"
+        "import pickle, sys; folder = pickle.loads(bytes.fromhex(sys.argv[1])); "
+        "from vllm_plugin.patches import install; print(folder, type(folder).__name__, install._installed)"
     )
-    command = [sys.executable, "-c", code, pickle.dumps(cli_args.SharedFolder("/x")).hex()]
+    command = [sys.executable, "-c", code, pickle.dumps(SharedFolder("/x")).hex()]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "/x SharedFolder True\n"

@@ -14,7 +14,7 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from helpers.serving import support
 from vllm_plugin import prefix_adapters
-from vllm_plugin.adapters import loading
+from vllm_plugin.adapters.validation import check_engine
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end.cpu_cores import VARIABLE
 
@@ -86,8 +86,8 @@ def test_an_adapter_of_an_encoder_decoder_model(model: Path, adapter: Path) -> N
 
 def test_an_adapter_that_stands_on_another_one(model: Path, adapter: Path) -> None:
     path = adapter / "adapter_config.json"
-    below = {"name": "tone", "peft_type": "LORA", "digest": "ab" * 32, "base_model_name_or_path": None}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_adapters": [below]}))
+    base_adapter = {"name": "tone", "peft_type": "LORA", "digest": "ab" * 32, "base_model_name_or_path": None}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_adapters": [base_adapter]}))
     refused(
         model, adapter, "trained on the base model with LORA adapter 'tone' (sha256 abababababababab), and the server"
     )
@@ -151,7 +151,7 @@ def test_what_the_engine_says_of_routing_is_refused(model: Path, adapter: Path) 
     # An option of model runner V2, which no CPU has.
     config.aux_output_config.enable_return_routed_experts = True
     with pytest.raises(PrefixServeError, match="do not support --enable-return-routed-experts"):
-        loading.check_engine(config)
+        check_engine(config)
 
 
 def test_whisper_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_plugin.adapters.spec import ADAPTERS
 from vllm_plugin.front_end.prompt_logprobs import expect, real_rows
+from vllm_plugin.kv_transfer_config import ADAPTERS
 
 
 def table(num_rows: int) -> LogprobsTensors:

@@ -37,7 +37,7 @@ def test_only_where_asked(server: TestClient, name: str) -> None:
     assert limit(server, CompletionRequest(model=name, prompt="w5", truncate_prompt_tokens=7)) == 7
     assert limit(server, ResponsesRequest(model=name, input="w5")) is None
     # What a client makes up has no meaning.
-    forged = {"truncation": "auto", "prefix_room": 7}
+    forged = {"truncation": "auto", "prefix_prompt_limit": 7}
     assert limit(server, ChatCompletionRequest(model=name, messages=MESSAGES, **forged)) is None
-    assert limit(server, ResponsesRequest(model=name, input="w5", truncation="disabled", prefix_room=7)) is None
-    assert limit(server, ResponsesRequest(model=name, input="w5", truncation="auto", prefix_room=7)) != 7
+    assert limit(server, ResponsesRequest(model=name, input="w5", truncation="disabled", prefix_prompt_limit=7)) is None
+    assert limit(server, ResponsesRequest(model=name, input="w5", truncation="auto", prefix_prompt_limit=7)) != 7

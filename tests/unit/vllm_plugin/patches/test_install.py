@@ -1,4 +1,4 @@
-"""How the plugin is attached to vLLM: once, only where prefixes are served, and only to what it was written for."""
+"""The patches are attached once, only in processes that serve prefixes, and only to a vLLM that they fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.patches import install
+from vllm_plugin.patches import install, patch
 
 
 def test_without_adapters_nothing_changes(model: Path, adapter: Path) -> None:
@@ -20,20 +20,23 @@ import sys
 import wrapt
 from vllm.engine.arg_utils import EngineArgs
 from vllm_plugin import prefix_adapters, register
-from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
+from vllm_plugin.patches.engine import ENGINE_PATCHES
+from vllm_plugin.patches.requests import REQUEST_PATCHES
+from vllm_plugin.patches.server import SERVER_PATCHES
 
 def wrapped():
-    return [seam.method for seam in (*ENGINE_PATCHES, *SERVER_PATCHES) if isinstance(resolve(seam), wrapt.FunctionWrapper)]
+    patches = (*REQUEST_PATCHES, *ENGINE_PATCHES, *SERVER_PATCHES)
+    return [patch.method for patch in patches if isinstance(resolve(patch), wrapt.FunctionWrapper)]
 
-def resolve(seam):
-    path, attribute, original = wrapt.resolve_path(seam.module, seam.method)
+def resolve(patch):
+    path, attribute, original = wrapt.resolve_path(patch.module, patch.method)
     return original
 
 register()
 args = {"model": sys.argv[1], "skip_tokenizer_init": True, "max_model_len": 256}
 without = EngineArgs(**args).create_engine_config().kv_transfer_config, wrapped()
 EngineArgs(**args, **prefix_adapters(one=sys.argv[2])).create_engine_config()
-print(without, wrapped() == [seam.method for seam in ENGINE_PATCHES])
+print(without, wrapped() == [patch.method for patch in (*REQUEST_PATCHES, *ENGINE_PATCHES)])
 """
     command = [sys.executable, "-c", code, str(model), str(adapter)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -47,18 +50,18 @@ def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda m: m.setattr("vllm.__version__", "0.99.0"), lambda m: m.setitem(install._problems, "x", "gone")]
+    "change", [lambda m: m.setattr("vllm.__version__", "0.99.0"), lambda m: m.setitem(patch.problems, "x", "gone")]
 )
 def test_an_unknown_vllm_is_refused(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    monkeypatch.setattr(install, "_problems", {})
+    monkeypatch.setattr(patch, "problems", {})
     change(monkeypatch)
     with pytest.raises(PrefixServeError, match="Prefix adapters do not work with vLLM"):
         install.require(server=False)
 
 
-def test_an_operator_may_have_the_shapes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_can_skip_the_version_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.99.0")
     monkeypatch.setenv(install.ANY_VERSION, "1")
     install.require(server=True)
@@ -72,9 +75,9 @@ def test_a_changed_method_is_noticed() -> None:
         def add_cli_args(other: Any) -> None: ...
 
     module = types.SimpleNamespace(EngineArgs=EngineArgs)
-    seam, other = install.START_PATCHES[:2]
-    assert seam.problem(module) == "EngineArgs.add_cli_args has no parameter parser"
-    assert "has no EngineArgs.from_cli_args" in str(other.problem(module))
+    first, second = install.START_PATCHES[:2]
+    assert first.problem(module) == "EngineArgs.add_cli_args has no parameter parser"
+    assert "has no EngineArgs.from_cli_args" in str(second.problem(module))
 
 
 def test_wraps_are_put_on_once() -> None:

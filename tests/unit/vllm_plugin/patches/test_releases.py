@@ -11,7 +11,7 @@ import pytest
 import vllm
 
 from helpers.release_sources import Release, imported, parameters
-from helpers.serving.releases import CALLED, PLUGIN, RECORDED, describe, overridden, seams, wrapped
+from helpers.serving.releases import CALLED, PLUGIN, RECORDED, all_method_patches, describe, overridden, wrapped
 from vllm_plugin.connector import PrefixConnector
 from vllm_plugin.patches.install import END_VERSION, MIN_VERSION
 
@@ -34,11 +34,11 @@ def test_nothing_that_is_needed_is_missing(release: dict[str, Any]) -> None:
 
 
 @releases
-@pytest.mark.parametrize("seam", seams(), ids=lambda seam: seam.method)
-def test_what_is_wrapped_takes_what_the_wrapper_expects(release: dict[str, Any], seam: Any) -> None:
-    arguments = parameters(release["signatures"][f"{seam.module}:{seam.method}"])
+@pytest.mark.parametrize("patch", all_method_patches(), ids=lambda patch: patch.method)
+def test_what_is_wrapped_takes_what_the_wrapper_expects(release: dict[str, Any], patch: Any) -> None:
+    arguments = parameters(release["signatures"][f"{patch.module}:{patch.method}"])
     names = {argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
-    assert set(seam.parameters) <= names
+    assert set(patch.parameters) <= names
 
 
 @releases

@@ -16,8 +16,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from peft_prefix_ext.checkpoint.format import LayerKV
-from vllm_plugin.adapters.loading import check_shapes
 from vllm_plugin.adapters.registry import Registry
+from vllm_plugin.adapters.validation import check_shapes
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, shard, stacks_of
 

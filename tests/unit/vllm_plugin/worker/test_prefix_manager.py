@@ -18,8 +18,8 @@ from vllm_plugin.adapters.loading import digest_of
 from vllm_plugin.adapters.loading import load as load_adapter
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import RESIDENT
-from vllm_plugin.scheduler.scheduler import PrefixLoad
 from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
 from vllm_plugin.worker.prefix_manager import HOST_FACTOR, PrefixManager
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_written_all_the_same(adapters: Any) -> None:
 
 def test_without_device_memory_prefixes_wait_on_the_host(adapters: Any) -> None:
     spec, kv = adapters("one")
-    # No CPU to the manager, which then has a shelf on the host, too.
+    # Not a CPU to the manager, which then has a pool on the host as well.
     worker = Worker(6 * BYTES_PER_TOKEN, torch.device("meta"))
     worker.manager._on_device.capacity, worker.writer._device = 0, CPU
     for _ in range(2):

@@ -1,0 +1,161 @@
+"""Whether an engine can serve prefixes, and whether a prefix fits its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_prefix_ext.checkpoint.fingerprint import fingerprint
+from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, magnitude
+from vllm_plugin.adapters.base_lora import confuses_slots
+from vllm_plugin.adapters.registry import Shapes
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.logger import logger
+
+# vLLM loads the logits processors of all installed packages, whatever its options are.
+LOGITS_PROCESSORS = "vllm.logits_processors"
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raises `PrefixServeError` if this engine cannot serve prefixes."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    aux_outputs = getattr(vllm_config, "aux_output_config", None)
+    refusals = {
+        "pooling models": model.runner_type != "generate",
+        "encoder-decoder models": bool(model.is_encoder_decoder),
+        "multi-head latent attention (MLA)": bool(model.use_mla),
+        "models with Mamba or linear-attention layers": bool(
+            model.is_hybrid or model.is_attention_free or model.has_inner_state
+        ),
+        # With our connector's role the server would accept embeddings from clients, which can crash the engine.
+        "multimodal models": bool(model.is_multimodal_model),
+        "diffusion models": bool(getattr(model, "is_diffusion", False)),
+        "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        # Nothing fills the cache of a draft model for the prefix. N-grams come from token ids alone, and are verified.
+        "speculative decoding other than by n-grams": getattr(vllm_config.speculative_config, "method", "ngram")
+        != "ngram",
+        "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
+    }
+    found = [feature for feature, present in refusals.items() if present]
+    if (processors := _unsupported_logits_processors(vllm_config)) is not None:
+        found.append(processors)
+    if found:
+        raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
+    if vllm_config.lora_config is not None and confuses_slots():
+        logger.warning(
+            "This vLLM has a bug on CPU that is fixed in 0.33: with as many LoRA adapters in use as --max-loras allows, "
+            "requests without LoRA run with one of them; set --max-loras to one more than there are."
+        )
+    if not vllm_config.cache_config.enable_prefix_caching:
+        logger.warning(
+            "Prefix caching is off: every request gets a copy of its prefix of its own; leave it on to share one."
+        )
+
+
+def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> None:
+    """Raises `PrefixServeError` if a prefix does not fit this engine's base model or its context.
+
+    This checks what the model's config says, before the engine starts; `check_shapes` checks the engine's layers.
+    """
+    model = vllm_config.model_config
+    p = checkpoint.num_virtual_tokens
+    if checkpoint.is_encoder_decoder:
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} is of an encoder-decoder model, which vLLM does not serve; use `PeftModel.generate`."
+        )
+    try:
+        checkpoint.check_base(fingerprint(model.hf_config))
+    except PrefixCheckpointError as error:
+        raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
+    trained_on = checkpoint.base_model_name_or_path
+    if trained_on and Path(trained_on).name != Path(model.model).name:
+        logger.warning(
+            "Prefix adapter %r was trained on %s and is served on %s: the architecture fits, but only the same weights "
+            "give the same answers.",
+            name,
+            trained_on,
+            model.model,
+        )
+    largest = max(magnitude(tensor) for layer in checkpoint.layers.values() for tensor in layer)
+    if not torch.tensor(largest, dtype=torch.float64).to(model.dtype).isfinite():
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} holds values too large for {str(model.dtype).removeprefix('torch.')}; start with "
+            "another --dtype."
+        )
+    shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
+    expected = (model.get_total_num_kv_heads(), model.get_head_size())
+    if len(shapes) == 1 and shapes != {expected}:
+        heads, size = shapes.pop()
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} has {heads} KV heads of size {size}, and vLLM's cache has {expected[0]} of size "
+            f"{expected[1]}: it was trained on another base model, or on one whose K/V vLLM stores in another form, which "
+            "cannot be served."
+        )
+    num_layers = model.hf_text_config.num_hidden_layers
+    if max(checkpoint.layers) >= num_layers:
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} was trained on another base model: it has a layer {max(checkpoint.layers)}, the "
+            f"model has {num_layers} layers."
+        )
+    # A request needs at least one prompt token and one output token.
+    if p + 2 > model.max_model_len:
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} has {p} virtual tokens, which leaves no room in a context of "
+            f"{model.max_model_len}; raise --max-model-len."
+        )
+
+
+def check_shapes(name: str, shapes: Shapes, layers: Shapes, whole_model: bool = True) -> None:
+    """Raises `PrefixServeError` if the layers of a prefix are not the model's layers with a KV cache.
+
+    Args:
+        name: The name of the adapter.
+        shapes: Its layers.
+        layers: The layers of the model.
+        whole_model: Whether `layers` are all layers of the model, and not those of one pipeline stage.
+    """
+    if not whole_model:
+        shapes = tuple(row for row in shapes if row[0] in {index for index, *_ in layers})
+    ours, theirs = ({index: tuple(shape) for index, *shape in rows} for rows in (shapes, layers))
+    if ours.keys() != theirs.keys():
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} was trained on another base model: the layers with a KV cache differ (without a "
+            f"prefix: {sorted(theirs.keys() - ours.keys())}, without a cache: {sorted(ours.keys() - theirs.keys())})."
+        )
+    for index, shape in ours.items():
+        if shape != theirs[index]:
+            raise PrefixServeError(
+                f"Prefix adapter {name!r} was trained on another base model: layer {index} has {shape[0]} KV heads of "
+                f"sizes {shape[1:]}, the model has {theirs[index][0]} of sizes {theirs[index][1:]}."
+            )
+
+
+def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:
+    """Raises `PrefixServeError` if an adapter has the name of another model on the server."""
+    if taken := sorted(set(adapters) & set(served)):
+        raise PrefixServeError(
+            f"The prefix adapter name {taken[0]!r} is already the name of a model on this server; choose another name."
+        )
+
+
+def _unsupported_logits_processors(vllm_config: Any) -> str | None:
+    """Returns a description of the custom logits processors that would see placeholders; None if none would.
+
+    In model runner V2 they read the runner's own buffers. In V1 `worker/logits_processors.py` shows them the real prompt.
+    """
+    given = vllm_config.model_config.logits_processors or ()
+    names = [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in given]
+    names += [
+        f"{each.value}, of the entry points of an installed package" for each in entry_points(group=LOGITS_PROCESSORS)
+    ]
+    if not names or not vllm_config.use_v2_model_runner:
+        return None
+    return (
+        f"custom logits processors in model runner V2 ({'; '.join(names)}; with VLLM_USE_V2_MODEL_RUNNER=0 in the environment "
+        "they work)"
+    )

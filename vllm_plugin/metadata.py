@@ -1,0 +1,33 @@
+"""What the scheduler tells the workers in each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from vllm_plugin.adapters.spec import PrefixSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLoad:
+    """One copy of the virtual tokens `start..stop-1` of a prefix into a request's blocks.
+
+    Args:
+        spec: The prefix.
+        start: First virtual token to copy; those before it are cached already.
+        stop: One past the last, p.
+        block_ids: The request's block ids per KV cache group, from position 0; 0 is vLLM's null block.
+    """
+
+    spec: PrefixSpec
+    start: int
+    stop: int
+    block_ids: tuple[list[int], ...]
+
+
+@dataclass
+class PrefixMetadata(KVConnectorMetadata):
+    """The loads of one step."""
+
+    loads: list[PrefixLoad] = field(default_factory=list)

@@ -1,0 +1,69 @@
+"""Patches of the scheduler, the worker's batch and the log-probabilities, in processes that serve prefixes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_plugin.front_end import prompt_logprobs
+from vllm_plugin.kv_transfer_config import CONNECTOR, settings_in
+from vllm_plugin.patches.arguments import argument
+from vllm_plugin.patches.patch import MethodPatch
+from vllm_plugin.scheduler import load_failures
+from vllm_plugin.worker import logits_processors
+
+
+def _new_scheduler(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    """Frees blocks at once, as without a connector, so that a running engine can reset its prefix cache.
+
+    With async scheduling vLLM defers it, since some connectors load into a block while a step still writes to it. Ours
+    loads on the stream of the steps.
+    """
+    wrapped(*args, **kwargs)
+    config = instance.vllm_config.kv_transfer_config
+    if config is not None and config.kv_connector == CONNECTOR:
+        instance.defer_block_free = False
+
+
+def _handle_invalid_blocks(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Fails the requests of a failed load. vLLM's own method ends the engine if layers form several KV cache groups."""
+    if settings_in(instance.vllm_config.kv_transfer_config) is None:
+        return wrapped(*args, **kwargs)
+    invalid = kwargs["invalid_block_ids"] if "invalid_block_ids" in kwargs else args[0]
+    return load_failures.fail_requests(instance, invalid, functools.partial(wrapped, *args, **kwargs))
+
+
+def _register_add_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    index = wrapped(*args, **kwargs)
+    logits_processors.show_real_prompt(instance, argument(wrapped, args, kwargs, "request"))
+    return index
+
+
+def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    processor = wrapped(*args, **kwargs)
+    prompt_logprobs.expect(processor, kwargs["request"] if "request" in kwargs else args[1])
+    return processor
+
+
+def _update_prompt_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    return wrapped(prompt_logprobs.real_rows(instance, kwargs["prompt_logprobs_tensors"] if kwargs else args[0]))
+
+
+_LOGPROBS, _SCHEDULER = "vllm.v1.engine.logprobs", "vllm.v1.core.sched.scheduler"
+ENGINE_PATCHES = (
+    MethodPatch(_LOGPROBS, "LogprobsProcessor.from_new_request", ("tokenizer", "request"), _new_logprobs),
+    MethodPatch(
+        _LOGPROBS,
+        "LogprobsProcessor._update_prompt_logprobs",
+        ("prompt_logprobs_tensors",),
+        _update_prompt_logprobs,
+    ),
+    MethodPatch(_SCHEDULER, "Scheduler.__init__", ("vllm_config",), _new_scheduler),
+    MethodPatch(_SCHEDULER, "Scheduler._handle_invalid_blocks", ("invalid_block_ids",), _handle_invalid_blocks),
+    MethodPatch(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch._register_add_request",
+        ("request",),
+        _register_add_request,
+    ),
+)

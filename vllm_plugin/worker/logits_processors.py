@@ -1,0 +1,28 @@
+"""Custom logits processors see a request's real prompt, without the placeholders of its prefix.
+
+vLLM's model runner V1 passes them the prompt of each request that joins the batch, and the placeholders are removed there.
+`adapters/validation.py` refuses them in model runner V2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_plugin.adapters.spec import unpack
+from vllm_plugin.kv_transfer_config import ADAPTERS
+
+
+def show_real_prompt(batch: Any, request: Any) -> None:
+    """Removes the placeholders from the prompt that processors get of a request that has just joined a batch.
+
+    Args:
+        batch: vLLM's `InputBatch`, whose last added entry is this request.
+        request: vLLM's `CachedRequestState`.
+    """
+    extra_args = getattr(request.sampling_params, "extra_args", None) or {}
+    packed = (extra_args.get("kv_transfer_params") or {}).get(ADAPTERS)
+    if packed is None:
+        return
+    added = batch.batch_update_builder.added
+    index, params, prompt, output = added[-1]
+    added[-1] = index, params, prompt[unpack(packed).num_virtual_tokens :], output
