@@ -75,12 +75,8 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None
     name = option.name
     checkpoint = load(name, option.path)
     check_adapter(name, checkpoint, vllm_config)
-    shapes = tuple(
-        (index, layer.key.shape[0], layer.key.shape[2], layer.value.shape[2])
-        for index, layer in sorted(checkpoint.layers.items())
-    )
     if layers is not None:
-        check_shapes(name, shapes, layers)
+        check_shapes(name, checkpoint.layer_shapes, layers)
     spec = PrefixSpec(
         name=name,
         source=option.path,
@@ -90,7 +86,7 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None
         digest=digest_of(checkpoint),
         **find_base_lora(name, checkpoint, vllm_config),
     )
-    return Adapter(spec, option.base_model_name, shapes)
+    return Adapter(spec, option.base_model_name, checkpoint.layer_shapes)
 
 
 def reload(spec: PrefixSpec) -> PrefixCheckpoint:

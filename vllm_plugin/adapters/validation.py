@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from peft_prefix_ext.checkpoint.compatibility import LayerShapes, compare_layers, layers_in_words
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, magnitude
 from vllm_plugin.adapters.base_lora import confuses_slots
-from vllm_plugin.adapters.registry import Shapes
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 
@@ -110,7 +110,7 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
         )
 
 
-def check_shapes(name: str, shapes: Shapes, layers: Shapes, whole_model: bool = True) -> None:
+def check_shapes(name: str, shapes: LayerShapes, layers: LayerShapes, whole_model: bool = True) -> None:
     """Raises `PrefixServeError` if the layers of a prefix are not the model's layers with a KV cache.
 
     Args:
@@ -119,20 +119,10 @@ def check_shapes(name: str, shapes: Shapes, layers: Shapes, whole_model: bool = 
         layers: The layers of the model.
         whole_model: Whether `layers` are all layers of the model, and not those of one pipeline stage.
     """
-    if not whole_model:
-        shapes = tuple(row for row in shapes if row[0] in {index for index, *_ in layers})
-    ours, theirs = ({index: tuple(shape) for index, *shape in rows} for rows in (shapes, layers))
-    if ours.keys() != theirs.keys():
+    if found := compare_layers(shapes, layers, whole_model=whole_model):
         raise PrefixServeError(
-            f"Prefix adapter {name!r} was trained on another base model: the layers with a KV cache differ (without a "
-            f"prefix: {sorted(theirs.keys() - ours.keys())}, without a cache: {sorted(ours.keys() - theirs.keys())})."
+            f"Prefix adapter {name!r} was trained on another base model: {'; '.join(layers_in_words(found))}."
         )
-    for index, shape in ours.items():
-        if shape != theirs[index]:
-            raise PrefixServeError(
-                f"Prefix adapter {name!r} was trained on another base model: layer {index} has {shape[0]} KV heads of "
-                f"sizes {shape[1:]}, the model has {theirs[index][0]} of sizes {theirs[index][1:]}."
-            )
 
 
 def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:

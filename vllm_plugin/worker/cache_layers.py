@@ -10,8 +10,10 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from peft_prefix_ext.checkpoint.compatibility import LayerShape
 from peft_prefix_ext.checkpoint.format import LayerKV
 from vllm_plugin.adapters.registry import Shapes
+from vllm_plugin.adapters.validation import check_shapes
 from vllm_plugin.errors import PrefixServeError
 
 
@@ -121,15 +123,9 @@ def shard(name: str, kv: LayerKV, layer: CacheLayer, tp_rank: int, tp_size: int)
         PrefixServeError: If the shapes do not fit the layer.
     """
     total = kv.key.shape[0]
-    replicas = max(1, tp_size // total)
-    first = tp_rank // replicas * layer.num_kv_heads
-    found = (total, kv.key.shape[2], kv.value.shape[2])
-    if layer.num_kv_heads * tp_size != total * replicas or found[1:] != (layer.key_size, layer.value_size):
-        raise PrefixServeError(
-            f"Prefix adapter {name!r} was trained on another base model: layer {layer.index} has {found[0]} KV heads "
-            f"of sizes {found[1:]}, the model has {layer.num_kv_heads * tp_size // replicas} of sizes "
-            f"{(layer.key_size, layer.value_size)}."
-        )
+    shape = LayerShape(layer.index, total, kv.key.shape[2], kv.value.shape[2])
+    check_shapes(name, [shape], model_shapes([layer], tp_size, total))
+    first = tp_rank // max(1, tp_size // total) * layer.num_kv_heads
     return LayerKV(*(_token_major(tensor[first : first + layer.num_kv_heads]) for tensor in kv))
 
 
