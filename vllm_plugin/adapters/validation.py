@@ -93,7 +93,7 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
         heads, size = shapes.pop()
         raise PrefixServeError(
             f"Prefix adapter {name!r} has {heads} KV heads of size {size}, and vLLM's cache has {expected[0]} of size "
-            f"{expected[1]}: it was trained on another base model, or on one whose K/V vLLM stores in another form, which "
+            f"{expected[1]}: it was trained on another base model, or on one whose K/V vLLM keeps in another form, which "
             "cannot be served."
         )
     num_layers = model.hf_text_config.num_hidden_layers

@@ -77,7 +77,7 @@ def serve(pool: Pool, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [*EXACT, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAK)])
-def test_says_what_peft_says_cold_and_warm(name: str, serve: Callable[..., Served]):
+def test_same_tokens_as_peft_cold_and_warm(name: str, serve: Callable[..., Served]):
     served = serve(name, {**EXACT, **SOAK}[name])
     assert len({tuple(logprobs) for _, logprobs in served.expected}) == len(served.requests)
     served.check()

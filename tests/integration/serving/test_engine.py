@@ -222,7 +222,7 @@ def test_survives_preemption_and_eviction_in_a_small_cache(pool: Pool) -> None:
         assert any(33 < computed < prompt == 313 for computed, prompt in preempted)
 
 
-def test_used_prefixes_are_evicted_last_and_held_by_nothing(pool: Pool) -> None:
+def test_recently_used_prefixes_are_evicted_last(pool: Pool) -> None:
     """What pinning is for, by vLLM's own order of eviction: a request's first blocks are freed last, so that a prefix
     that is used within a cache's worth of other blocks stays."""
     engine = pool.shared(support.llama_config, **SMALL)
@@ -261,9 +261,7 @@ def test_runs_under_a_multi_connector(engine_factory: Callable[..., Engine]) -> 
     assert engine.counts("loads") == {"p32": 1, "p33": 1}
 
 
-def test_a_load_needs_nothing_of_a_step_that_a_cuda_graph_replays(
-    llama: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loads_do_not_need_the_forward_context(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     connector = get_kv_transfer_group()

@@ -26,7 +26,7 @@ def fails_without_its_file(engine: Engine, name: str, monkeypatch: pytest.Monkey
         engine.check(names, prompts)
 
 
-def test_a_load_fails_alone_where_layers_form_several_groups(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_load_with_several_kv_cache_groups(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = pool.shared(support.gemma3_config)
     assert engine.llm.reset_prefix_cache()
     fails_without_its_file(engine, "p33", monkeypatch)
@@ -34,13 +34,13 @@ def test_a_load_fails_alone_where_layers_form_several_groups(pool: Pool, monkeyp
 
 # Of an aligned prefix, all but the first request of a step have blocks that the first one loads.
 @pytest.mark.parametrize("name", ["p33", "p32"])
-def test_a_load_that_fails_fails_its_requests_only_and_leaves_nothing_in_the_cache(
+def test_a_failed_load_fails_only_its_requests_and_leaves_nothing_in_the_cache(
     llama: Engine, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails_without_its_file(llama, name, monkeypatch)
 
 
-def test_requests_that_are_gone_when_their_load_fails_leave_nothing_in_the_cache(
+def test_aborted_requests_of_a_failed_load_leave_nothing_in_the_cache(
     llama: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import SamplingParams
@@ -80,7 +80,7 @@ def request() -> Any:
     return SimpleNamespace()
 
 
-def test_all_that_was_given_together_with_a_bad_block_goes() -> None:
+def test_a_bad_block_expands_to_its_requests() -> None:
     given = RecentBlocks()
     given.add(request(), ([1, 2, 3], [8, 9]))
     given.add(request(), ([1, 4], [0, 7]))
@@ -91,7 +91,7 @@ def test_all_that_was_given_together_with_a_bad_block_goes() -> None:
     assert given.expand_to_requests({99}) == {99}
 
 
-def test_a_request_counts_with_what_it_had_at_any_time() -> None:
+def test_blocks_of_all_recent_steps_count() -> None:
     given, preempted = RecentBlocks(), request()
     given.add(preempted, ([1, 2],))
     given.next_step()
@@ -102,7 +102,7 @@ def test_a_request_counts_with_what_it_had_at_any_time() -> None:
     assert given.expand_to_requests({4}) == {0, 3, 4, 5}
 
 
-def test_what_was_given_long_ago_is_forgotten() -> None:
+def test_old_steps_are_forgotten() -> None:
     given, long, short = RecentBlocks(), request(), request()
     given.add(long, ([1, 2],))
     given.add(short, ([3],))

@@ -93,7 +93,7 @@ def expected(engine: Engine, processors: Any, name: str | None, prompt: list[int
     return output
 
 
-def test_they_see_the_prompts_that_clients_sent(engine: Engine, processors: Any) -> None:
+def test_processors_see_the_prompts_of_clients(engine: Engine, processors: Any) -> None:
     requests = [(name, prompt_ids(n, seed=n)) for n in (1, 3, 40, 70) for name in (None, *engine.prefixes)]
     names, prompts = [name for name, _ in requests], [prompt for _, prompt in requests]
     for by_content in (False, True):

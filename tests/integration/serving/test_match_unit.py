@@ -15,7 +15,7 @@ from helpers.serving.support import BLOCK_SIZE, prompt_ids, specs_in
 UNIT = 8
 
 
-def test_an_engine_with_a_finer_unit_says_the_same(pool: Pool) -> None:
+def test_a_finer_match_unit_gives_the_same_tokens(pool: Pool) -> None:
     """Blocks of 32 in six groups of layers; a prefix ends at, before and behind a unit and a block."""
     engine = pool.start(support.gemma3_config(), (7, 8, 32, 37, 45, 70), prefix_match_unit=UNIT)
     assert (engine.scheduler.block_size, engine.scheduler.hash_block_size) == (BLOCK_SIZE, UNIT)
@@ -91,7 +91,7 @@ def hybrid(llama: Engine) -> HybridScheduler:
     return HybridScheduler(llama)
 
 
-def test_a_hit_that_goes_beyond_the_prefix_within_its_last_block_needs_no_load(hybrid: HybridScheduler) -> None:
+def test_a_hit_beyond_the_prefix_needs_no_load(hybrid: HybridScheduler) -> None:
     # 33 virtual tokens: one block, and one token of the next.
     first = prompt_ids(20, seed=1)
     assert hybrid.run("p33", first) == (33, [(0, 33)])

@@ -89,7 +89,7 @@ def test_a_path_loads_an_adapter_and_another_replaces_it_in_place(engine: Engine
     assert ask(engine, PrefixAdapterRequest("task"), None) == [answer(engine, v2), answer(engine, None)]
 
 
-def test_a_folder_that_was_trained_on_is_read_again_in_place(engine: Engine, write: Any) -> None:
+def test_load_inplace_reads_the_folder_again(engine: Engine, write: Any) -> None:
     folder, v1 = write("task", 103)
     assert ask(engine, PrefixAdapterRequest("task", 1, str(folder))) == [answer(engine, v1)]
     _, v2 = write("task", 104)
@@ -132,7 +132,7 @@ def test_a_call_reads_a_folder_once_and_the_next_call_again(
     assert opened == [str(folder)] * 3
 
 
-def test_who_adds_requests_itself_loads_as_well(engine: Engine, write: Any) -> None:
+def test_add_request_loads_adapters_as_well(engine: Engine, write: Any) -> None:
     from vllm import SamplingParams
 
     folder, prefix = write("task", 109)
@@ -148,7 +148,7 @@ def test_who_adds_requests_itself_loads_as_well(engine: Engine, write: Any) -> N
     assert [list(output.outputs[0].token_ids) for output in outputs] == [answer(engine, prefix)]
 
 
-def test_of_many_that_name_a_path_at_a_time_one_reads_it(engine: Engine, write: Any, opened: list[str]) -> None:
+def test_concurrent_requests_read_a_path_once(engine: Engine, write: Any, opened: list[str]) -> None:
     folder, _ = write("task", 110)
     request = PrefixAdapterRequest("task", 1, str(folder))
     with ThreadPoolExecutor(8) as pool:
@@ -157,7 +157,7 @@ def test_of_many_that_name_a_path_at_a_time_one_reads_it(engine: Engine, write: 
     assert len(set(specs)) == 1
 
 
-def test_a_request_that_failed_says_what_helps(
+def test_a_failed_request_logs_the_remedy(
     engine: Engine, write: Any, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     folder, v1 = write("task", 111)
@@ -189,7 +189,7 @@ def test_a_request_that_failed_says_what_helps(
         (lambda folder: PrefixAdapterRequest("p7", 1, folder), "The prefix adapter 'p7' was loaded from"),
     ],
 )
-def test_what_cannot_be_loaded_changes_nothing(
+def test_a_refused_load_changes_nothing(
     engine: Engine, write: Any, request_of: Callable[[Path], PrefixAdapterRequest], message: str
 ) -> None:
     folder, _ = write("task", 113)
@@ -202,7 +202,7 @@ def test_what_cannot_be_loaded_changes_nothing(
     engine.check(["p33"], [PROMPT])
 
 
-def test_an_adapter_that_does_not_fit_takes_no_place(engine: Engine, write: Any, tmp_path: Path) -> None:
+def test_a_malformed_adapter_replaces_nothing(engine: Engine, write: Any, tmp_path: Path) -> None:
     folder, v1 = write("task", 114)
     ask(engine, PrefixAdapterRequest("task", 1, str(folder)))
     weights = folder / "adapter_model.safetensors"

@@ -38,7 +38,7 @@ def test_prefixes_and_offloaded_text(offloaded: Engine) -> None:
     offloaded.check(names, prompts)
 
 
-def test_text_behind_a_prefix_is_loaded_back(offloaded: Engine) -> None:
+def test_text_after_a_prefix_is_loaded_back(offloaded: Engine) -> None:
     prompt = prompt_ids(100, seed=20)
     offloaded.check(["p32"], [prompt])
     before = worker().num_loaded
@@ -50,7 +50,7 @@ def test_text_behind_a_prefix_is_loaded_back(offloaded: Engine) -> None:
     assert worker().num_loaded == before + 3
 
 
-def test_nothing_computed_behind_a_prefix_that_was_not_there_is_offloaded(
+def test_blocks_computed_after_a_missing_prefix_are_not_offloaded(
     offloaded: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert offloaded.llm.reset_prefix_cache()

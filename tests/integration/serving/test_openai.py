@@ -133,7 +133,7 @@ def test_penalties_are_about_real_tokens(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_some_tokens_are_not_to_be_said(client: Any, oracle: Oracle, model: str) -> None:
+def test_forbidden_tokens(client: Any, oracle: Oracle, model: str) -> None:
     first, second, third, *_ = oracle.greedy(model, PROMPT)
     for options, adjust in (
         ({"logit_bias": {str(first): -100}}, forbidden([first])),
@@ -213,7 +213,7 @@ def test_structured_outputs(client: Any, oracle: Oracle, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_stream_says_what_the_whole_answer_says(client: Any, oracle: Oracle, model: str) -> None:
+def test_streamed_text_equals_the_whole_answer(client: Any, oracle: Oracle, model: str) -> None:
     chunks = list(
         complete(
             client, model, PROMPT, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}
@@ -226,7 +226,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: Any, oracle: Oracle, m
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_prompts_are_cut_where_asked(client: Any, oracle: Oracle, model: str) -> None:
+def test_prompts_are_truncated_on_request(client: Any, oracle: Oracle, model: str) -> None:
     for side, kept in (("left", PROMPT[-5:]), ("right", PROMPT[:5])):
         response = complete(
             client, model, text_of(PROMPT), extra_body={"truncate_prompt_tokens": 5, "truncation_side": side}
@@ -236,7 +236,7 @@ def test_prompts_are_cut_where_asked(client: Any, oracle: Oracle, model: str) ->
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_prompts_are_cut_to_the_context(client: Any, oracle: Oracle, model: str) -> None:
+def test_prompts_are_truncated_to_the_context(client: Any, oracle: Oracle, model: str) -> None:
     long = prompt_ids(MAX_MODEL_LEN + 20)
     room = MAX_MODEL_LEN - (PREFIXES[model][0][0].shape[1] if model in PREFIXES else 0)
     options = {"truncate_prompt_tokens": -1, "truncation_side": "left"}
@@ -304,7 +304,7 @@ def test_a_batch_of_chats(client: Any, oracle: Oracle, model: str) -> None:
     assert response["usage"]["completion_tokens"] == room - len(PROMPT)
 
 
-def test_tokens_of_a_model_are_its_real_ones(client: Any) -> None:
+def test_tokenize_shows_real_tokens(client: Any) -> None:
     for model in MODELS:
         assert post(client, "/../tokenize", model=model, prompt=text_of(PROMPT))["tokens"] == PROMPT
         assert post(client, "/../detokenize", model=model, tokens=PROMPT)["prompt"] == text_of(PROMPT)

@@ -99,7 +99,7 @@ def run(engine: Engine, requests: list[tuple[Any, list[int]]], **params: Any) ->
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def test_lora_below_prefixes_and_beside_them(engine: Engine, folder: Path, trained: dict[str, PeftModel]) -> None:
+def test_base_lora_and_other_lora(engine: Engine, folder: Path, trained: dict[str, PeftModel]) -> None:
     from vllm.lora.request import LoRARequest
 
     alone = PeftModel.from_pretrained(
@@ -138,7 +138,7 @@ def test_prompt_logprobs_beside_lora_on_cpu(engine: Engine) -> None:
     engine.check(["p33"], [prompt_ids(5)])
 
 
-def test_guesses_change_no_token(engine: Engine) -> None:
+def test_ngram_speculation_changes_no_token(engine: Engine) -> None:
     accepted = []
     original = engine.scheduler.make_spec_decoding_stats
 
@@ -156,7 +156,7 @@ def test_guesses_change_no_token(engine: Engine) -> None:
     assert 0 in accepted
 
 
-def test_guesses_end_with_the_context(engine: Engine) -> None:
+def test_ngram_speculation_ends_with_the_context(engine: Engine) -> None:
     rooms = (20, 9, 1)
     prompts = [[5] * (512 - 33 - room) for room in rooms]
     expected = engine.reference.greedy(prompts[0], engine.prefixes["p33"], 20)
@@ -194,7 +194,7 @@ def test_priorities(engine: Engine) -> None:
         ),
     ],
 )
-def test_an_engine_that_cannot_load_lora_says_so(
+def test_an_engine_that_cannot_load_the_lora_is_refused(
     engine: Engine, folder: Path, spoil: Callable[[Any], None], message: str
 ) -> None:
     config = copy.copy(engine.llm.llm_engine.vllm_config)
@@ -215,7 +215,7 @@ def test_an_engine_that_cannot_load_lora_says_so(
         (None, "the server takes one LoRA adapter below a prefix"),
     ],
 )
-def test_lora_that_is_not_there_is_refused(
+def test_a_missing_lora_is_refused(
     engine: Engine, folder: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
 ) -> None:
     shutil.copytree(folder / "first", tmp_path / "first")

@@ -51,14 +51,14 @@ def test_prompt_logprobs_come_in_every_form(llama: Engine) -> None:
     llama.check_prompt_logprobs(flat, names)
 
 
-def test_who_wants_prompt_logprobs_reads_no_cache_whatever_it_says(llama: Engine) -> None:
+def test_prompt_logprobs_always_skip_the_prefix_cache(llama: Engine) -> None:
     prompt = prompt_ids(80)
     for _ in range(2):
         outputs = llama.generate(["p33"], [prompt], prompt_logprobs=1, skip_reading_prefix_cache=False)
         llama.check_prompt_logprobs(outputs, ["p33"])
 
 
-def test_a_request_may_leave_the_cache_alone(llama: Engine) -> None:
+def test_a_request_may_skip_the_prefix_cache(llama: Engine) -> None:
     prompt = prompt_ids(80)
     for _ in range(2):
         (output,) = llama.generate(["p33"], [prompt], skip_reading_prefix_cache=True)
@@ -113,14 +113,16 @@ def test_offline_beams_reach_the_end_of_the_context(
         ),
     ],
 )
-def test_refused(llama: Engine, name: str | None, prompt: dict[str, Any], params: dict[str, Any], message: str) -> None:
+def test_invalid_requests_are_refused(
+    llama: Engine, name: str | None, prompt: dict[str, Any], params: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
         ask(llama, {"prompt_token_ids": prompt_ids(5), **prompt}, name, **params)
     assert message in str(caught.value)
     llama.check(["p33", None], [prompt_ids(5)] * 2, max_tokens=2)
 
 
-def test_a_prefix_that_is_named_as_a_lora_is_refused(llama: Engine) -> None:
+def test_a_prefix_in_a_lora_request_is_refused(llama: Engine) -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
 
@@ -137,7 +139,7 @@ def test_a_prefix_that_is_named_as_a_lora_is_refused(llama: Engine) -> None:
     llama.check(["p7", None], [prompt_ids(5)] * 2, max_tokens=2)
 
 
-def test_the_base_model_keeps_what_adapters_refuse(llama: Engine) -> None:
+def test_the_base_model_supports_what_prefixes_do_not(llama: Engine) -> None:
     (output,) = ask(llama, {"prompt_token_ids": prompt_ids(5), "cache_salt": "mine"}, None, prompt_logprobs=0)
     assert len(output.prompt_logprobs) == 5
     ask(llama, {"prompt_token_ids": prompt_ids(511)}, None)

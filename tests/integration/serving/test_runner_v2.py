@@ -26,8 +26,8 @@ ALL = [
 SHORT = [
     f"{ENGINES}/test_engine.py::test_matches_transformers_cold_warm_and_after_reset",
     f"{ENGINES}/test_engine.py::test_a_reset_with_requests_running_loads_again",
-    f"{ENGINES}/test_load_failures.py::test_a_load_that_fails_fails_its_requests_only_and_leaves_nothing_in_the_cache",
-    f"{ENGINES}/test_load_failures.py::test_requests_that_are_gone_when_their_load_fails_leave_nothing_in_the_cache",
+    f"{ENGINES}/test_load_failures.py::test_a_failed_load_fails_only_its_requests_and_leaves_nothing_in_the_cache",
+    f"{ENGINES}/test_load_failures.py::test_aborted_requests_of_a_failed_load_leave_nothing_in_the_cache",
 ]
 
 

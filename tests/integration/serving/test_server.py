@@ -36,7 +36,7 @@ def test_each_model_answers_as_transformers_does_in_one_batch(client: Any, serve
         assert response.choices[0].text.split() == text_of(expected).split()
 
 
-def test_the_log_ends_with_what_is_served_and_where(client: Any, server_folder: Path) -> None:
+def test_the_log_ends_with_models_and_address(client: Any, server_folder: Path) -> None:
     lines = (server_folder / "log").read_text().splitlines()
     (last,) = [index for index, line in enumerate(lines) if "Serving on" in line]
     address = f"http://{client.base_url.host}:{client.base_url.port}"
@@ -113,7 +113,7 @@ def test_a_client_names_no_path(client: Any, server_folder: Path) -> None:
         ("poet", "w5", {"extra_body": {"min_tokens": 250}, "max_tokens": 255}, "`min_tokens` must be <= 248"),
     ],
 )
-def test_what_cannot_be_right_is_400(
+def test_invalid_requests_are_400(
     client: Any, model: str, prompt: Any, options: dict[str, Any], message: str, stream: bool
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=message) as caught:
@@ -123,7 +123,7 @@ def test_what_cannot_be_right_is_400(
 
 
 @pytest.mark.parametrize("forged", ["nobody", "pirate", ["x"], {"x": 1}, 7])
-def test_what_a_client_forges_reaches_no_engine(client: Any, forged: Any) -> None:
+def test_forged_transfer_parameters_are_refused(client: Any, forged: Any) -> None:
     """vLLM hands the parameters of a refused request on to the connector where they say so."""
     body = {"kv_transfer_params": {"do_remote_prefill": True, "prefix_adapters": forged}}
     for model in ("base", "poet"):
@@ -180,9 +180,7 @@ def test_adapters_come_and_go_and_change_while_the_server_runs(client: Any, serv
     assert [model.id for model in client.models.list()] == ["base", "pirate", "poet"]
 
 
-def test_a_folder_that_is_written_over_says_what_to_do_until_it_is_loaded_again(
-    client: Any, server_folder: Path
-) -> None:
+def test_an_overwritten_folder_is_503_until_it_is_loaded_again(client: Any, server_folder: Path) -> None:
     folder, prompt = server_folder / "over", prompt_ids(9, seed=62)
     reference = support.Reference(server_folder / "model")
     old, new = (support.random_prefix(CONFIG, 200, seed=seed) for seed in (15, 16))
@@ -234,7 +232,7 @@ def test_warmed_up_prefixes_are_in_the_cache_before_their_first_request(client: 
     unload(client, "warm")
 
 
-def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) -> None:
+def test_a_failed_start_prints_one_line(server_folder: Path) -> None:
     server = launch(server_folder, "--prefix-adapter", "x=/nowhere", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     _, errors = server.communicate()
     assert server.returncode == 1
@@ -244,7 +242,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(server_folder: Path) ->
     assert "Traceback" not in errors
 
 
-def test_what_is_wrong_with_a_command_is_said_by_the_name_it_was_called_by(server_folder: Path) -> None:
+def test_command_line_errors_name_prefix_serve(server_folder: Path) -> None:
     server = launch(server_folder, "--prefix-adapter", "x", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     _, errors = server.communicate()
     assert server.returncode == 2
@@ -254,7 +252,7 @@ def test_what_is_wrong_with_a_command_is_said_by_the_name_it_was_called_by(serve
     ]
 
 
-def test_metrics_and_the_log_tell_of_the_adapters(client: Any, server_folder: Path) -> None:
+def test_metrics_and_log_list_the_adapters(client: Any, server_folder: Path) -> None:
     labels = '{adapter="poet",engine="0",model_name="base"}'
 
     def count(name: str) -> float:
@@ -274,7 +272,7 @@ def test_metrics_and_the_log_tell_of_the_adapters(client: Any, server_folder: Pa
     assert "are shared whole: 'poet' (7; better 32)." in log
 
 
-def test_beam_search_and_tokenize_know_the_adapters(client: Any) -> None:
+def test_beam_search_and_tokenize_with_adapters(client: Any) -> None:
     response = complete(client, "pirate", "w5 w6", n=2, extra_body={"use_beam_search": True})
     assert len({choice.text for choice in response.choices}) == 2
     # To the end of the context, which the virtual tokens are part of.

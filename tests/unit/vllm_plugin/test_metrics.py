@@ -38,7 +38,7 @@ def test_counts_of_a_step_add_up() -> None:
     assert total.is_empty()
 
 
-def test_they_survive_the_way_to_the_front_end_beside_another_connector() -> None:
+def test_stats_survive_serialization_in_a_multi_connector() -> None:
     """vLLM's `MultiConnector` rebuilds them from plain data, and finds their class by the connector's name alone."""
     require(server=False)
     data = json.loads(json.dumps({"PrefixConnector": counted(loads=2).to_dict()}))

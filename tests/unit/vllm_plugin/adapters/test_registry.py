@@ -82,7 +82,7 @@ def follow(folder: str, changes: list[tuple[str, str | None, bool]]) -> None:
         assert {each.spec.name: each.spec.digest for each in registry.adapters()} == expected
 
 
-def test_of_many_that_add_one_name_at_a_time_one_does(folder: Path) -> None:
+def test_concurrent_adds_of_one_name_succeed_once(folder: Path) -> None:
     registries = [Registry(folder) for _ in range(4)]
 
     def attempt(number: int) -> int:
@@ -100,7 +100,7 @@ def test_of_many_that_add_one_name_at_a_time_one_does(folder: Path) -> None:
     assert all(registry.adapters() == registries[0].adapters() for registry in registries)
 
 
-def test_a_line_that_a_dying_process_left_unfinished_does_no_harm(folder: Path) -> None:
+def test_an_incomplete_line_is_ignored(folder: Path) -> None:
     one, other = Registry(folder), Registry(folder)
     one.add([adapter("a")])
     with (folder / "adapters.jsonl").open("ab") as journal:
@@ -119,7 +119,7 @@ def test_names_are_not_part_of_a_path(folder: Path) -> None:
     assert sorted(os.listdir(folder)) == ["adapters.jsonl", "length"]
 
 
-def test_ten_thousand_adapters_cost_one_look_per_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookups_read_nothing_while_nothing_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(folder)
     registry.add(adapter(f"a{number}") for number in range(10_000))
     reader = Registry(folder)
@@ -132,7 +132,7 @@ def test_ten_thousand_adapters_cost_one_look_per_request(folder: Path, monkeypat
         reader.get("a0")
 
 
-def test_the_shapes_that_the_engine_wrote(folder: Path) -> None:
+def test_shapes_written_by_the_engine(folder: Path) -> None:
     registry = Registry(folder)
     assert registry.layers() is None
     rows = [{"index": 0, "num_kv_heads": 2, "key_size": 32, "value_size": 16}]

@@ -21,6 +21,6 @@ def test_salts_are_equal_only_for_equal_parts(one, other):
     assert (salt(*one) == salt(*other)) == (one == other)
 
 
-def test_a_name_that_looks_like_another_adapter_and_its_digest():
+def test_salts_differ_if_a_name_contains_a_digest():
     digest = "0" * 64
     assert salt("a", digest, f"{digest}:s") != salt(f"a:{digest}", digest, "s")

@@ -23,7 +23,7 @@ def lines(caplog: pytest.LogCaptureFixture, *adapters: Adapter) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_line_per_adapter_and_better_lengths(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_per_adapter_and_better_lengths(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog, adapter(64), adapter(7), adapter(130)) == [
         "Prefix adapter 'p64': 64 virtual tokens, 2 layers, 0.03 MiB, aligned.",
         "Prefix adapter 'p7': 7 virtual tokens, 2 layers, 0.00 MiB, a tail of 7 tokens.",
@@ -39,7 +39,7 @@ def test_many_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
     assert second.endswith("'4' (33; better 32 or 64). So it is with 16 more.")
 
 
-def test_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+def test_aligned_adapters_need_no_advice(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog) == []
     assert len(lines(caplog, adapter(32))) == 1
 

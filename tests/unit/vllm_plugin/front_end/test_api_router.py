@@ -52,14 +52,14 @@ def test_a_reload_in_place_is_another_content(server: TestClient, other: TestCli
     assert list(cards(other)) == ["base", "alias", "one"]
 
 
-def test_a_link_is_followed_when_it_is_loaded(server: TestClient, tmp_path: Path) -> None:
+def test_links_are_resolved_on_load(server: TestClient, tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to(adapter(tmp_path / "v1", 1))
     load(server, "linked", tmp_path / "current")
     models = server.app.state.openai_serving_models
     assert models.prefix_models.request("linked").spec.path == str(tmp_path / "v1")
 
 
-def test_what_is_not_there_cannot_be_unloaded(server: TestClient) -> None:
+def test_unknown_adapters_cannot_be_unloaded(server: TestClient) -> None:
     assert_refused(unload(server, "nobody"), 404, "'nobody' cannot be found")
     assert_refused(unload(server, "base"), 404, "'base' cannot be found")
     assert_refused(unload(server, ""), 400, "'prefix_name' needs to be provided")
@@ -89,7 +89,7 @@ def test_loras_and_prefixes_stay_apart(options: Any) -> None:
     assert serving._maybe_get_adapters(chat, supports_default_mm_loras=True) is None
 
 
-def test_a_prefix_that_is_loaded_as_a_lora_is_told_where_it_goes(options: Any, tmp_path: Path) -> None:
+def test_loading_a_prefix_as_a_lora_names_the_right_endpoint(options: Any, tmp_path: Path) -> None:
     from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
     models = start(options).app.state.openai_serving_models
@@ -105,18 +105,18 @@ def test_a_prefix_that_is_loaded_as_a_lora_is_told_where_it_goes(options: Any, t
     assert "to a server that was started with --enable-prefix-adapters." in refusal.error.message
 
 
-def test_a_lora_that_is_loaded_as_a_prefix_is_told_where_it_goes(server: TestClient, tmp_path: Path) -> None:
+def test_loading_a_lora_as_a_prefix_names_the_right_endpoint(server: TestClient, tmp_path: Path) -> None:
     lora = adapter(tmp_path / "lora", 2, peft_type="LORA")
     assert_refused(load(server, "two", lora), 400, "is of type 'LORA', not a prefix")
     assert_refused(load(server, "two", lora), 400, "at run time by POST /v1/load_lora_adapter, and offline with")
 
 
-def test_a_name_of_a_lora_is_taken_at_start(options: Any) -> None:
+def test_the_name_of_a_lora_is_refused_at_start(options: Any) -> None:
     with pytest.raises(PrefixServeError, match="'one' is already the name of a model"):
         start(options, "one")
 
 
-def test_a_request_that_has_found_its_adapter_keeps_it(server: TestClient) -> None:
+def test_a_request_keeps_its_adapter_after_unload(server: TestClient) -> None:
     from vllm_plugin.front_end import requests
 
     models = server.app.state.openai_serving_models
@@ -127,7 +127,7 @@ def test_a_request_that_has_found_its_adapter_keeps_it(server: TestClient) -> No
     assert spec.name == "one"
 
 
-def test_an_operator_switches_the_endpoints_on(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_endpoints_are_disabled_by_default(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("0", "", "no"):
         monkeypatch.setenv(SWITCH, value)
         server = start(options)
@@ -139,9 +139,7 @@ def test_an_operator_switches_the_endpoints_on(options: Any, monkeypatch: pytest
     assert load(start(options), "two", "/x").status_code == 404
 
 
-def test_what_speaks_to_the_endpoints_of_lora_speaks_to_these(
-    options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_of_the_lora_endpoints_work(options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
     server = start(options)

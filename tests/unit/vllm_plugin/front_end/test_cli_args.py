@@ -71,7 +71,7 @@ def test_memory_offline() -> None:
         assert [each["name"] for each in merged.kv_connector_extra_config["prefix_adapters"]] == ["a"]
 
 
-def test_a_server_says_at_once_what_its_options_lack() -> None:
+def test_incomplete_or_conflicting_options_are_refused() -> None:
     for option in (["--prefix-adapter-warmup"], ["--prefix-adapter-device-memory", "2"]):
         with pytest.raises(PrefixServeError, match=f"{option[0]} needs"):
             engine_config.configure(None, parsed(*option))
@@ -82,7 +82,7 @@ def test_a_server_says_at_once_what_its_options_lack() -> None:
 
 
 @pytest.mark.parametrize("served", [[], ["--prefix-adapter", "one=/x"]])
-def test_a_prefix_among_lora_modules_is_told_where_it_goes(model: Path, adapter: Path, served: list[str]) -> None:
+def test_a_prefix_in_lora_modules_is_refused(model: Path, adapter: Path, served: list[str]) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     options = parsed(*served)
@@ -101,7 +101,7 @@ def test_a_prefix_among_lora_modules_is_told_where_it_goes(model: Path, adapter:
         (["serve", "model"], "`prefix-serve` is `vllm serve` already; leave out `serve`."),
     ],
 )
-def test_what_is_no_model_is_said_at_once(
+def test_vllm_commands_are_refused(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

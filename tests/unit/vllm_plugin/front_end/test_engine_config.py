@@ -44,7 +44,7 @@ def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
     assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
 
 
-def test_no_prefix_caching_is_worth_one_warning(model: Path, adapter: Path, log: pytest.LogCaptureFixture) -> None:
+def test_disabled_prefix_caching_warns_once(model: Path, adapter: Path, log: pytest.LogCaptureFixture) -> None:
     for setting in (True, False):
         engine_config(model, adapter, enable_prefix_caching=setting)
     assert [record.getMessage() for record in log.records if "caching" in record.getMessage()] == [
@@ -52,9 +52,7 @@ def test_no_prefix_caching_is_worth_one_warning(model: Path, adapter: Path, log:
     ]
 
 
-def test_a_base_model_of_another_name_is_worth_a_warning(
-    model: Path, tmp_path: Path, log: pytest.LogCaptureFixture
-) -> None:
+def test_another_base_model_name_warns(model: Path, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     for name in ("org/model", "org/other"):
         prefix = support.random_prefix(CONFIG, 4)
         engine_config(model, support.write_adapter(tmp_path / name, CONFIG, prefix, base_model_name_or_path=name))
@@ -84,7 +82,7 @@ def test_an_adapter_of_an_encoder_decoder_model(model: Path, adapter: Path) -> N
     refused(model, adapter, "is of an encoder-decoder model, which vLLM does not serve")
 
 
-def test_an_adapter_that_stands_on_another_one(model: Path, adapter: Path) -> None:
+def test_an_adapter_trained_on_lora_needs_enable_lora(model: Path, adapter: Path) -> None:
     path = adapter / "adapter_config.json"
     base_adapter = {"name": "tone", "peft_type": "LORA", "digest": "ab" * 32, "base_model_name_or_path": None}
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_adapters": [base_adapter]}))
@@ -114,7 +112,7 @@ def test_another_base_model(model: Path, tmp_path: Path, other: dict[str, Any], 
         refused(model, adapter, "was trained on another base model")
 
 
-def test_an_adapter_whose_numbers_the_model_cannot_hold(model: Path, tmp_path: Path) -> None:
+def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path) -> None:
     prefix = support.random_prefix(CONFIG, 4)
     prefix[1][1][0, 0, 0] = 1e5
     adapter = support.write_adapter(tmp_path, CONFIG, prefix)
@@ -146,7 +144,7 @@ def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, An
     refused(model, adapter, message, **settings)
 
 
-def test_what_the_engine_says_of_routing_is_refused(model: Path, adapter: Path) -> None:
+def test_returned_routed_experts_are_refused(model: Path, adapter: Path) -> None:
     config = engine_config(model, adapter)
     # An option of model runner V2, which no CPU has.
     config.aux_output_config.enable_return_routed_experts = True
@@ -169,7 +167,7 @@ def test_mamba_is_refused(adapter: Path, tmp_path: Path) -> None:
     refused(tmp_path / "mamba", adapter, "do not support models with Mamba or linear-attention layers")
 
 
-def test_another_connector_is_kept_behind_ours(model: Path, adapter: Path) -> None:
+def test_another_connector_runs_after_ours(model: Path, adapter: Path) -> None:
     theirs = {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -191,9 +189,7 @@ def test_settings_of_several_connectors_are_kept(model: Path, adapter: Path) -> 
 
 
 @pytest.mark.parametrize("num_cores", [2, 3, 8])
-def test_a_cpu_computes_with_no_fewer_cores_than_without_prefixes(
-    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int
-) -> None:
+def test_prefixes_cost_no_cpu_core(model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int) -> None:
     monkeypatch.setattr(cpu_resource_utils, "get_allowed_cpu_list", lambda: cores)
     monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: [0])
     monkeypatch.setattr("vllm_plugin.front_end.cpu_cores._num_cores", lambda: num_cores)

@@ -73,7 +73,7 @@ STOCK = {"num_layers": 2, "num_attention_heads": 2, "token_dim": 64}
 
 @settings(max_examples=40)
 @given(data=st.data(), stock=st.booleans())
-def test_whatever_an_adapter_holds_the_server_lives(
+def test_malformed_adapters_do_not_crash_the_server(
     server: TestClient, tmp_path: Path, data: st.DataObject, stock: bool
 ) -> None:
     folder = adapter(tmp_path / "fuzzed", 2, **({"peft_type": "PREFIX_TUNING", **STOCK} if stock else {}))

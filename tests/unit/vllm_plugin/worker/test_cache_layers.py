@@ -63,7 +63,7 @@ def test_a_pipeline_stage_checks_and_publishes_its_own_layers(tmp_path: Path) ->
     assert Registry(tmp_path).block_size() == 96
 
 
-def test_what_is_written_alike_is_one_stack() -> None:
+def test_layers_of_one_shape_are_one_stack() -> None:
     layers = [layer(0), layer(1, group=1), layer(2), layer(3, size=64), layer(4, group=1), layer(5, value_size=16)]
     assert [[each.index for each in stack.layers] for stack in stacks_of(layers)] == [[0, 2], [1, 4], [3], [5]]
 
@@ -73,7 +73,7 @@ def config_of(*groups: tuple[list[int], Any]) -> KVCacheConfig:
     return KVCacheConfig(8, [], [KVCacheGroupSpec(*group) for group in names])
 
 
-def test_layers_are_what_vllm_says_they_are() -> None:
+def test_layers_of_a_kv_cache_config() -> None:
     sizes = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
     full = FullAttentionSpec(**sizes)
     sliding = SlidingWindowSpec(**sizes, head_size_v=16, sliding_window=64)

@@ -147,7 +147,7 @@ def test_the_least_recently_used_makes_room(adapters: Any) -> None:
     assert worker.manager._on_device.used == 2 * 6 * BYTES_PER_TOKEN
 
 
-def test_what_does_not_fit_is_written_all_the_same(adapters: Any) -> None:
+def test_prefixes_that_do_not_fit_are_still_written(adapters: Any) -> None:
     specs = {name: adapters(name, p) for name, p in (("a", 6), ("b", 6), ("large", 13))}
     worker = Worker(12 * BYTES_PER_TOKEN)
     blocks = {"a": [1, 2], "b": [3, 4], "large": [5, 6, 7, 8]}
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_written_all_the_same(adapters: Any) -> None:
     assert worker.opened == ["a", "b", "large", "large"]
 
 
-def test_without_device_memory_prefixes_wait_on_the_host(adapters: Any) -> None:
+def test_without_device_memory_prefixes_stay_on_the_host(adapters: Any) -> None:
     spec, kv = adapters("one")
     # Not a CPU to the manager, which then has a pool on the host as well.
     worker = Worker(6 * BYTES_PER_TOKEN, torch.device("meta"))
@@ -172,7 +172,7 @@ def test_without_device_memory_prefixes_wait_on_the_host(adapters: Any) -> None:
     assert worker.manager._on_host.capacity == HOST_FACTOR * 6 * BYTES_PER_TOKEN
 
 
-def test_no_memory_on_the_device_is_no_failure(
+def test_out_of_device_memory_keeps_the_prefix_on_the_host(
     adapters: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -188,7 +188,9 @@ def test_no_memory_on_the_device_is_no_failure(
     assert worker.manager._on_device.capacity == 0
 
 
-def test_no_memory_to_write_fails_all_loads_of_the_step(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_writing_fails_all_loads_of_the_step(
+    adapters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -238,7 +240,7 @@ def not_a_number(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, replaced, overwritten, renumbered, truncated, not_a_number])
-def test_what_changed_on_disk_fails_its_loads_only(
+def test_changed_files_fail_only_their_loads(
     adapters: Any, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     (bad, _), (good, good_kv) = adapters("bad"), adapters("good")
@@ -255,7 +257,7 @@ def test_what_changed_on_disk_fails_its_loads_only(
     assert message.endswith("Its requests fail.")
 
 
-def test_what_is_on_the_device_outlives_its_file(adapters: Any) -> None:
+def test_resident_prefixes_survive_changes_of_their_file(adapters: Any) -> None:
     spec, kv = adapters("one")
     worker = Worker(1 << 20)
     worker.writer.write([load(spec, [1, 2])])
@@ -274,7 +276,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(adapters: Any, monkeypa
         Worker(1 << 20).manager.open(spec)
 
 
-def test_a_failure_nobody_thought_of_ends_no_engine(adapters: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_error_does_not_end_the_engine(adapters: Any, caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(1 << 20)
     worker.manager.open = lambda spec: 1 / 0
     worker.writer.write([load(adapters("one")[0], [1, 2])])
@@ -282,7 +284,7 @@ def test_a_failure_nobody_thought_of_ends_no_engine(adapters: Any, caplog: pytes
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_how_many_are_on_the_device_is_told_when_it_changes(adapters: Any) -> None:
+def test_the_resident_count_is_reported_when_it_changes(adapters: Any) -> None:
     one, two = adapters("one")[0], adapters("two")[0]
     worker = Worker(1 << 20)
     told = []
