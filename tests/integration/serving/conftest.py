@@ -1,4 +1,4 @@
-"""Engines in this process, where tests can look into them, one at a time; and a whole server."""
+"""Engines in the tests' own process, which can inspect them, one at a time; and a whole server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from helpers.serving import support
 from helpers.serving.engines import Engine, Pool
 from helpers.serving.fixtures import adapter, log, model, options, other, server  # noqa: F401
+from helpers.serving.oracle import Oracle
 from helpers.serving.server import serve, write_models
 
 
@@ -23,7 +24,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture
 def engine_factory(pool: Pool) -> Callable[..., Engine]:
-    """Starts an engine of a kind of its own, as `engines.make_engine` does."""
+    """Starts an engine with its own settings, as `engines.make_engine` does."""
     return pool.start
 
 
@@ -43,6 +44,11 @@ def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def client(server_folder: Path) -> Iterator[openai.OpenAI]:
-    # A prefix of 200 tokens does not fit into that much, and is read from its file for each request.
+    # A prefix of 200 tokens does not fit into this memory, and is read from its file for each request.
     with serve(server_folder, "--prefix-adapter-device-memory", "0.00018") as client:
         yield client
+
+
+@pytest.fixture(scope="package")
+def oracle(server_folder: Path) -> Oracle:
+    return Oracle(server_folder)

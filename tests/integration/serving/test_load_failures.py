@@ -1,8 +1,7 @@
-"""Loads that fail: whom they take with them, and what may not stay in the cache when the file is back."""
+"""A failed load fails only its requests, and leaves no wrong blocks in the cache for when the file is back."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +9,10 @@ import pytest
 from helpers.serving import support
 from helpers.serving.engines import Engine, Pool, file_gone
 from helpers.serving.support import prompt_ids
-from vllm_plugin.scheduler.load_failures import STEPS_IN_FLIGHT, RecentBlocks, recent_blocks_of
 
 
 def fails_without_its_file(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asks for a prefix whose file is gone, in one batch with others, and again when the file is back."""
+    """Requests a prefix whose file is gone, in one batch with others, and again when the file is back."""
     prompts = [prompt_ids(70, seed=seed) for seed in (1, 1, 4, 2, 3)]
     names = [name, name, name, None, "p7"]
     with file_gone(engine, name, monkeypatch):
@@ -32,7 +30,7 @@ def test_a_failed_load_with_several_kv_cache_groups(pool: Pool, monkeypatch: pyt
     fails_without_its_file(engine, "p33", monkeypatch)
 
 
-# Of an aligned prefix, all but the first request of a step have blocks that the first one loads.
+# With an aligned prefix, the first request of a step loads blocks that the others share.
 @pytest.mark.parametrize("name", ["p33", "p32"])
 def test_a_failed_load_fails_only_its_requests_and_leaves_nothing_in_the_cache(
     llama: Engine, name: str, monkeypatch: pytest.MonkeyPatch
@@ -49,7 +47,7 @@ def test_aborted_requests_of_a_failed_load_leave_nothing_in_the_cache(
     from vllm_plugin import PrefixAdapterRequest
 
     engine, update = llama.llm.llm_engine, llama.scheduler.update_from_output
-    # The second one has the block that the first one was to load, and blocks of its own behind it.
+    # The second request shares the block that the first one loads, and has its own blocks after it.
     prompts = [prompt_ids(70, seed=seed) for seed in (1, 4)]
     ids = [
         engine.add_request(
@@ -62,58 +60,15 @@ def test_aborted_requests_of_a_failed_load_leave_nothing_in_the_cache(
     ]
 
     def abort_first(*args: Any) -> Any:
-        """As vLLM does when clients hang up while a step runs."""
+        """As vLLM does when clients disconnect while a step runs."""
         llama.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
         return update(*args)
 
     with file_gone(llama, "p32", monkeypatch), monkeypatch.context() as aborted:
         aborted.setattr(llama.scheduler, "update_from_output", abort_first)
-        # Where steps overlap, the outcome of the first is known in the second.
+        # With async scheduling, the outcome of the first step is known in the second.
         engine.step()
         engine.step()
     engine.abort_request(ids, internal=True)
     for _ in range(2):
         llama.check(["p32", "p32"], prompts)
-
-
-def request() -> Any:
-    return SimpleNamespace()
-
-
-def test_a_bad_block_expands_to_its_requests() -> None:
-    given = RecentBlocks()
-    given.add(request(), ([1, 2, 3], [8, 9]))
-    given.add(request(), ([1, 4], [0, 7]))
-    given.add(request(), ([5, 6], [0, 10]))
-    assert given.expand_to_requests({2}) == {1, 2, 3, 8, 9}
-    # Both of the first two have it; the null block is no block in common.
-    assert given.expand_to_requests({1}) == {1, 2, 3, 4, 8, 9, 0, 7}
-    assert given.expand_to_requests({99}) == {99}
-
-
-def test_blocks_of_all_recent_steps_count() -> None:
-    given, preempted = RecentBlocks(), request()
-    given.add(preempted, ([1, 2],))
-    given.next_step()
-    # Elsewhere after a preemption; when it ends, its first block has left a window.
-    given.add(preempted, ([3, 4],))
-    given.add(preempted, ([0, 4, 5],))
-    assert given.expand_to_requests({1}) == {1, 2}
-    assert given.expand_to_requests({4}) == {0, 3, 4, 5}
-
-
-def test_old_steps_are_forgotten() -> None:
-    given, long, short = RecentBlocks(), request(), request()
-    given.add(long, ([1, 2],))
-    given.add(short, ([3],))
-    for _ in range(STEPS_IN_FLIGHT - 1):
-        given.next_step()
-    given.add(short, ([3, 4],))
-    assert given.expand_to_requests({1}) == {1, 2}
-    assert recent_blocks_of(long) == ([1, 2],)
-    given.next_step()
-    assert given.expand_to_requests({1}) == {1}
-    # Its blocks may be another request's by now.
-    assert recent_blocks_of(long) == ()
-    assert recent_blocks_of(short) == ([3, 4],)
-    assert len(given) == 1

@@ -1,9 +1,8 @@
-"""Prefixes beside vLLM's offloading connector, which keeps blocks that the KV cache has no room for."""
+"""Prefixes beside vLLM's offloading connector, which stores blocks outside of the KV cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from helpers.serving import offloading, support
 from helpers.serving.engines import Engine, Pool, file_gone
 from helpers.serving.support import prompt_ids
-from vllm_plugin.scheduler.other_connectors import OtherConnectors
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def test_text_after_a_prefix_is_loaded_back(offloaded: Engine) -> None:
     offloaded.check(["p32"], [prompt])
     before = worker().num_loaded
     offloaded.llm.reset_prefix_cache()
-    # Once the prefix is in the cache, what stands behind it comes from where it was offloaded to.
+    # Once the prefix is in the cache, the offloaded blocks after it are loaded.
     offloaded.check(["p32"], [prompt_ids(5, seed=21)])
     assert worker().num_loaded == before
     offloaded.check(["p32"], [prompt])
@@ -60,24 +58,6 @@ def test_blocks_computed_after_a_missing_prefix_are_not_offloaded(
         assert output.outputs[0].finish_reason == "error"
     offloaded.check([None, "p32"], [other, other])
     offloaded.check(["p32"], [prompt])
-
-
-def test_other_connectors_are_reset_twice_and_never_twice_before_a_step() -> None:
-    other_connectors, answers = OtherConnectors(), [None, False, True]
-    connector = SimpleNamespace(reset_cache=lambda: answers.pop(0))
-    other_connectors.next_step()
-    other_connectors.load_failed([connector])
-    other_connectors.update()
-    assert answers == [False, True]
-    other_connectors.next_step()
-    other_connectors.were_reset()
-    other_connectors.update()
-    assert answers == [False, True]
-    # One that cannot is asked again, and then no more.
-    for left in ([True], [], []):
-        other_connectors.next_step()
-        other_connectors.update()
-        assert answers == left
 
 
 def test_prefixes_and_offloaded_text_where_layers_have_windows(pool: Pool) -> None:

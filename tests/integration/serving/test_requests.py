@@ -1,8 +1,7 @@
-"""What a request may ask for, and those that cannot be answered correctly: refused in one sentence, the engine goes on."""
+"""The options of a request, and requests that cannot be served correctly: refused in one sentence, and the engine goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from helpers.serving.engines import Engine
 from helpers.serving.support import prompt_ids, specs_in
 from vllm_plugin import PrefixAdapterRequest
-from vllm_plugin.front_end import requests
 
 
 def ask(engine: Engine, prompt: dict[str, Any], name: str | None, **params: Any) -> Any:
@@ -164,39 +162,3 @@ def test_streaming_input_is_refused(llama: Engine) -> None:
             lora_request=PrefixAdapterRequest("p7"),
             resumable=True,
         )
-
-
-def checks() -> list[tuple[Callable[[], requests.Prompt], Callable[[], Any], str]]:
-    from vllm import PoolingParams, SamplingParams
-
-    def prompt(**fields: Any) -> Callable[[], requests.Prompt]:
-        plain = {"num_tokens": 5, "cache_salt": None, "has_embeds": False, "has_media": False}
-        return lambda: requests.Prompt(**{**plain, **fields})
-
-    return [
-        (prompt(), PoolingParams, "pooling requests cannot use the prefix adapter 'p7'"),
-        (prompt(has_embeds=True), SamplingParams, "`prompt_embeds` are not supported"),
-        (prompt(num_tokens=None), SamplingParams, "`prompt_embeds` are not supported"),
-        (prompt(has_media=True), SamplingParams, "Images, audio and video are not supported"),
-        (prompt(num_tokens=0), SamplingParams, "The prompt is empty"),
-        (
-            prompt(),
-            lambda: SamplingParams(prompt_logprob_token_ids=[[5, 6]] * 4, max_tokens=1),
-            "`prompt_logprob_token_ids` is not supported",
-        ),
-    ]
-
-
-@pytest.mark.parametrize(("prompt", "params", "message"), checks())
-def test_checks(llama: Engine, prompt: Any, params: Any, message: str) -> None:
-    spec = specs_in(llama.llm.llm_engine.vllm_config.kv_transfer_config)["p7"]
-    with pytest.raises(ValueError, match=message):
-        requests.check(spec, prompt(), params(), 512)
-
-
-def test_prefixes_are_unknown_to_an_engine_without_them(llama: Engine) -> None:
-    class Config:
-        kv_transfer_config = None
-
-    with pytest.raises(ValueError, match="this engine has: none"):
-        requests.adapter_named(PrefixAdapterRequest("p7"), Config())
