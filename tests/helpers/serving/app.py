@@ -1,4 +1,4 @@
-"""vLLM's own server app without an engine, as one of several API server processes has it, and how the tests ask it."""
+"""vLLM's server app without an engine, as in one of several API server processes, and requests to it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def options(model: Path, folder: Path) -> Any:
 
 
 def start(options: Any, *loras: str) -> TestClient:
-    """Builds the app of one API server process, up to where its engine would answer."""
+    """Builds the app of one API server process, without its engine."""
     registry_at.cache_clear()
     config = AsyncEngineArgs.from_cli_args(options).create_engine_config()
     engine = SimpleNamespace(vllm_config=config, model_config=config.model_config, renderer=None, input_processor=None)
@@ -65,7 +65,7 @@ def cards(server: TestClient) -> dict[str, Any]:
 
 
 def digest(server: TestClient, name: str) -> str | None:
-    """Asks for a model as vLLM's handlers do, and returns the content they would run it with."""
+    """Looks up a model as vLLM's handlers do, and returns the digest of its adapter."""
     models = server.app.state.openai_serving_models
     serving = BaseServing(models, models.model_config)
     request = SimpleNamespace(model=name)

@@ -1,4 +1,4 @@
-"""One tiny base model with prefixes, of any architecture, in training and in an engine."""
+"""A tiny base model of any architecture with prefixes, in PEFT and in an engine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vllm_plugin import PrefixAdapterRequest, prefix_adapters
 LENGTHS = (7, 32, 45)
 PROMPT_LENGTHS = (3, 40, 71)  # the windows of the sliding layers are 24
 NEW_TOKENS = 16
-# The longest request fills the context, and where positions are learned, all of them. The CPU engine has no kernel for
-# heads smaller than 32.
+# The longest request fills the context, and therefore uses all learned positions. The CPU engine has no kernel for heads
+# smaller than 32.
 CONTEXT = max(LENGTHS) + max(PROMPT_LENGTHS) + NEW_TOKENS
 SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": CONTEXT}
 Request = tuple[str | None, list[int]]
@@ -29,13 +29,13 @@ Answer = tuple[list[int], list[float]]
 
 
 class Served:
-    """A base model and prefixes of it, what `PeftModel.generate` says with each, and an engine to say the same.
+    """A base model with prefixes, the outputs of `PeftModel.generate` with each, and an engine.
 
     Args:
         name: As in `tiny.CONFIGS`.
-        folder: An empty folder for what is saved.
-        config: Fields of the config of its own; `...` stands for no such field.
-        settings: Of the engine.
+        folder: An empty folder to save the models in.
+        config: Fields of the config that differ; `...` removes a field.
+        settings: Settings of the engine.
     """
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any], **settings: Any) -> None:
@@ -63,7 +63,7 @@ class Served:
             self._classes = stack.pop_all()
 
     def answers(self) -> list[Answer]:
-        """Returns the tokens of every request, and the log-probability of each."""
+        """Returns the tokens of every request and their log-probabilities."""
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for _, prompt in self.requests],
             SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0),
@@ -73,7 +73,7 @@ class Served:
         return [_answer(output.outputs[0]) for output in outputs]
 
     def check(self) -> None:
-        """Compares every token with `PeftModel.generate`'s, and every log-probability."""
+        """Compares every token and log-probability with `PeftModel.generate`."""
         answers = self.answers()
         for (adapter, prompt), (tokens, logprobs), (expected, theirs) in zip(
             self.requests, answers, self.expected, strict=True
@@ -89,7 +89,7 @@ class Served:
 
 @contextmanager
 def _unchanged(cls: type) -> Iterator[None]:
-    """Undoes changes of a class: vLLM decorates transformers' own of some models, which then makes none outside of vLLM."""
+    """Restores a class of transformers: vLLM decorates some, which then cannot be instantiated outside of vLLM."""
     bases, own = cls.__bases__, dict(vars(cls))
     try:
         yield
@@ -103,7 +103,7 @@ def _unchanged(cls: type) -> Iterator[None]:
 
 
 def forget_engine() -> None:
-    """Ends what an engine leaves behind: the groups of one without experts have none for the next one's experts."""
+    """Destroys the process groups of an engine: those of a model without experts do not fit a model with experts."""
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 

@@ -1,4 +1,4 @@
-"""Offline engines with prefixes, whose scheduler a test can look into, beside a reference by transformers."""
+"""Offline engines with prefixes, whose scheduler tests can inspect, and a reference by transformers."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class Engine:
 
     @property
     def bookkeeping(self) -> Any:
-        """The plugin's own part of the scheduler, alone or under vLLM's `MultiConnector`."""
+        """The plugin's part of the scheduler, with or without vLLM's `MultiConnector`."""
         connector = self.scheduler.connector
         return getattr(connector, "sub_connectors", [connector])[0].scheduler
 
     @property
     def writer(self) -> Any:
-        """The plugin's own part of the worker."""
+        """The plugin's part of the worker."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         connector = get_kv_transfer_group()
         return getattr(connector, "sub_connectors", [connector])[0].writer
 
     def register(self, name: str, path: Path) -> None:
-        """Gives `name` to the adapter in `path`, as a server does with `load_inplace`."""
+        """Loads the adapter in `path` under `name`, as a server does with `load_inplace`."""
         from vllm_plugin.adapters.loading import open_adapter
         from vllm_plugin.adapters.options import AdapterOption
         from vllm_plugin.adapters.registry import registry_in
@@ -61,7 +61,7 @@ class Engine:
         registry.add([open_adapter(AdapterOption(name, str(path)), config, registry.layers())], replace=True)
 
     def counts(self, count: str) -> dict[str, int]:
-        """Reads a count per adapter from vLLM's Prometheus registry, as of `forget_counts`."""
+        """Returns a count per adapter from vLLM's Prometheus registry, since `forget_counts`."""
         new = self._all_counts() - self._counted
         return {adapter: number for (name, adapter), number in new.items() if name == count}
 
@@ -81,7 +81,7 @@ class Engine:
     def generate(
         self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10, **params: Any
     ) -> list[Any]:
-        """Runs one batch, greedily, and returns vLLM's outputs."""
+        """Runs one batch with greedy decoding and returns vLLM's outputs."""
         from vllm import SamplingParams
 
         from vllm_plugin import PrefixAdapterRequest
@@ -97,7 +97,7 @@ class Engine:
         )
 
     def check(self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10) -> None:
-        """Runs one batch and compares every token with transformers'."""
+        """Runs one batch and compares every token with transformers."""
         outputs = self.generate(names, prompts, max_tokens)
         for name, prompt, output in zip(names, prompts, outputs, strict=True):
             prefix = None if name is None else self.prefixes[name]
@@ -105,7 +105,7 @@ class Engine:
             assert output.prompt_token_ids == prompt
 
     def check_prompt_logprobs(self, outputs: list[Any], names: list[str | None]) -> None:
-        """Compares every log-probability of prompts with transformers', and says nothing of virtual tokens."""
+        """Compares the log-probabilities of real prompt tokens with transformers."""
         for name, output in zip(names, outputs, strict=True):
             prompt = output.prompt_token_ids
             logits = self.reference.logits(prompt, None if name is None else self.prefixes[name])
@@ -121,7 +121,7 @@ class Engine:
                 assert best <= {int(expected.argmax())}
 
     def block_ids(self) -> dict[str, list[int]]:
-        """Returns the physical blocks of each running request, of the first KV cache group."""
+        """Returns the block ids of each running request in the first KV cache group."""
         manager = self.scheduler.kv_cache_manager
         return {request.request_id: manager.get_block_ids(request.request_id)[0] for request in self.scheduler.running}
 
@@ -129,17 +129,17 @@ class Engine:
 def start(model: Path, **settings: Any) -> Any:
     """Starts an `LLM` in this process, where it has all requests of a batch before its first step.
 
-    So what it schedules, and what it preempts, depends on no machine's speed.
+    So scheduling and preemption do not depend on the speed of the machine.
     """
     from vllm import LLM, envs
 
     with pytest.MonkeyPatch.context() as environment:
-        # Read when an engine starts: no compiler, a small cache, and the engine in this process.
+        # vLLM reads these when an engine starts.
         environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         environment.setenv("VLLM_CPU_CI_ENV", "1")
         environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         environment.setenv("VLLM_NO_USAGE_STATS", "1")
-        # vLLM reads what a model class can do in a process of its own, for the sake of CUDA; here it is imported anyway.
+        # vLLM inspects model classes in a subprocess because of CUDA. These tests import them anyway.
         environment.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect())
         llm = LLM(
             **{
@@ -153,7 +153,7 @@ def start(model: Path, **settings: Any) -> Any:
                 **settings,
             }
         )
-    # An engine that runs keeps what it read, for its whole process; tests change it.
+    # A running engine caches its environment for the whole process, but tests change it.
     envs.disable_envs_cache()
     return llm
 
@@ -167,7 +167,7 @@ def make_engine(
     more: Mapping[str, str] | None = None,
     **overrides: Any,
 ) -> Engine:
-    """Starts an offline engine with one adapter per length, named `p<length>`, and `more` that are there already."""
+    """Starts an offline engine with one adapter per length, named `p<length>`, and `more` that exist already."""
     from vllm_plugin import prefix_adapters
 
     if not (folder / "model").exists():
@@ -187,20 +187,20 @@ class Pool:
         self._kind: Any = None
 
     def start(self, config: Any, *args: Any, **settings: Any) -> Engine:
-        """Stops the engine at hand and starts another."""
+        """Stops the current engine and starts another."""
         from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
         self.close()
         try:
             self._engine = make_engine(self._folders.mktemp("engine"), config, *args, **settings)
         except BaseException:
-            # One that did not start is still in the way of the next.
+            # An engine that failed to start leaves its connector, which blocks the next engine.
             ensure_kv_transfer_shutdown()
             raise
         return self._engine
 
     def shared(self, kind: Callable[[], Any], **settings: Any) -> Engine:
-        """Returns the engine at hand if it was started for this kind of config and these settings, else starts one."""
+        """Returns the current engine if it has this config and these settings, else starts another."""
         if self._engine is None or self._kind != (kind, settings):
             self.start(kind(), **settings)
             self._kind = (kind, settings)
@@ -215,7 +215,7 @@ class Pool:
 
 @contextmanager
 def file_gone(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Moves an adapter's folder away, and has the worker forget what it keeps, as after an eviction."""
+    """Moves an adapter's folder away and empties the worker's pools, as after an eviction."""
     from vllm_plugin.worker.prefix_manager import LRUPool
 
     for pool in ("_on_device", "_on_host"):

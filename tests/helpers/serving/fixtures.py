@@ -1,4 +1,4 @@
-"""Fixtures of the serving half that need no engine: a model, an adapter, a server's app."""
+"""Fixtures for serving that need no engine: a model, an adapter, a server's app."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """The folder of a prefix of 4 tokens for it."""
+    """The folder of a prefix of 4 tokens for this model."""
     config = support.llama_config()
     return support.write_adapter(tmp_path / "adapter", config, support.random_prefix(config, 4))
 
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What is logged; vLLM keeps its own from whoever else listens."""
+    """The log. vLLM's logger does not propagate by default."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
 
 
 @pytest.fixture
 def options(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The parsed options of a server with one adapter, which may be told to load others."""
+    """The parsed options of a server with one adapter, which may load others at run time."""
     monkeypatch.setenv(SWITCH, "1")
     return app.options(model, tmp_path)
 

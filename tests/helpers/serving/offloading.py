@@ -1,4 +1,4 @@
-"""vLLM's offloading connector on a CPU: all of it is vLLM's but the copies themselves, which it has for GPUs only."""
+"""vLLM's offloading connector on CPU: vLLM's code except for the copies, which it supports only on GPUs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CONNECTOR = {
 
 
 class HostWorker(OffloadingWorker):
-    """Copies blocks of the KV cache, one at a time, and is done at once.
+    """Copies blocks of the KV cache one at a time and synchronously.
 
     Args:
         caches: The KV cache, a row per block.
-        num_chunks: How many blocks there is room for.
+        num_chunks: The number of blocks that it can store.
     """
 
     def __init__(self, caches: CanonicalKVCaches, num_chunks: int) -> None:
-        # The tensors that the layers of each KV cache group lie in: another group's may lie there, too, in other blocks.
+        # The tensors of each KV cache group. Groups may share tensors, but use different blocks.
         self._groups = [[ref.tensor_idx for ref in group] for group in caches.group_data_refs]
         self._cache = [entry.tensor for entry in caches.tensors]
         self._kept = [torch.empty(num_chunks, tensor.shape[1], dtype=torch.int8) for tensor in self._cache]
@@ -52,7 +52,7 @@ class HostWorker(OffloadingWorker):
         return
 
     def _copy(self, job_id: int, sizes: Any, source: Any, source_spec: Any, target: Any, target_spec: Any) -> int:
-        """Copies the blocks of one job, which come group by group, and returns how many there are."""
+        """Copies the blocks of one job, which are sorted by group, and returns their number."""
         pairs = zip(source_spec.block_ids.tolist(), target_spec.block_ids.tolist(), strict=True)
         for tensor_ids, size in zip(self._groups, sizes, strict=True):
             for from_block, to_block in islice(pairs, size):
@@ -63,7 +63,7 @@ class HostWorker(OffloadingWorker):
 
 
 class HostOffloadingSpec(CPUOffloadingSpec):
-    """vLLM's own, with its bookkeeping, on a CPU."""
+    """vLLM's offloading, with its bookkeeping, on CPU."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._worker is None:

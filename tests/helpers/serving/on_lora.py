@@ -1,4 +1,4 @@
-"""Prefixes on top of LoRA, as PEFT saves them and as it answers with both."""
+"""Prefixes trained on LoRA, as PEFT saves them, and PEFT's answers with both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_prefix_ext import PrefixExtConfig
 
 
 def train(folder: Path, model: Path, seed: int, *, lora_first: bool) -> PeftModel:
-    """Saves LoRA and a prefix, as if they had been trained together, and returns both."""
+    """Saves a LoRA adapter and a prefix, as if trained together, and returns the model with both."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])

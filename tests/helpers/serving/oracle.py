@@ -1,4 +1,4 @@
-"""What transformers says after each prefix of the server, for tests that ask a server over OpenAI's API."""
+"""The outputs of transformers with each prefix of the server, for tests of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Oracle:
         self._reference = support.Reference(folder / "model")
 
     def logprobs(self, model: str, tokens: list[int]) -> torch.Tensor:
-        """Returns the log-probabilities of what comes after each of `tokens`: `[len(tokens), vocab_size]`."""
+        """Returns the log-probabilities of the next token after each of `tokens`: `[len(tokens), vocab_size]`."""
         return self._reference.logits(tokens, PREFIXES.get(model)).log_softmax(-1)
 
     def greedy(self, model: str, prompt: list[int], max_tokens: int = 6, adjust: Adjust | None = None) -> list[int]:

@@ -19,7 +19,7 @@ from vllm_plugin.prefix_serve import parser_patch
 
 RECORDED = Path(__file__).with_name("releases.json")
 PLUGIN = Path(__file__).parents[3] / "vllm_plugin"
-# What is called on objects that vLLM hands to the plugin.
+# Methods that the plugin calls on vLLM's objects.
 CALLED = {
     "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
     "vllm.lora.peft_helper:PEFTHelper.validate_legal",
@@ -40,7 +40,7 @@ CALLED = {
 
 
 def overridden() -> set[str]:
-    """Lists the methods of vLLM's connectors that ours overrides, as `module:Class.method`."""
+    """Returns the methods of vLLM's connectors that ours overrides, as `module:Class.method`."""
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
     from vllm_plugin.connector import PrefixConnector
@@ -64,7 +64,7 @@ def wrapped() -> set[str]:
 
 
 def describe(release: Release) -> dict[str, Any]:
-    """Returns what a release has of what the plugin needs."""
+    """Returns the signatures and names that a release has of those the plugin needs."""
     return {
         "signatures": {name: release.signature(name) for name in sorted(wrapped() | overridden() | CALLED)},
         "names": {name: release.has(name) for name in sorted(imported(PLUGIN, "vllm"))},

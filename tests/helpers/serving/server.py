@@ -1,4 +1,4 @@
-"""A server with two prefixes, in a process of its own, and how the tests ask it."""
+"""A server with two prefixes in a process of its own, and requests to it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def serve(folder: Path, *options: str, adapters: Mapping[str, Path] | None = Non
         )
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
-            # For as long as pytest lets a test run.
+            # pytest's timeout ends this loop if the server never answers.
             while not _answers(client):
                 assert server.poll() is None
                 time.sleep(0.5)

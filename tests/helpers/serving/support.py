@@ -1,4 +1,4 @@
-"""Tiny models, adapters and reference outputs for tests of the serving half; no downloads, no training half."""
+"""Tiny models, adapters and reference outputs for tests of serving, without downloads and without the training code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.spec import PrefixSpec
 
 BLOCK_SIZE = 32
-# What vLLM takes: heads of 32 on CPUs.
+# vLLM supports heads of 32 and more on CPU.
 _SERVED = {"intermediate_size": 128, "head_dim": 32, "max_position_embeddings": 1024, "eos_token_id": 2}
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,7 +40,7 @@ def gemma3_config(**overrides: Any) -> PreTrainedConfig:
 
 
 def write_model(folder: Path, config: Any, *, tokenizer: bool = False, seed: int = 0) -> Path:
-    """Saves a random float32 model, with weights large enough that its outputs depend on what it reads."""
+    """Saves a random float32 model with weights large enough that its outputs depend on its inputs."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def random_prefix(config: Any, num_virtual_tokens: int, *, seed: int = 0) -> Pre
 
 
 def write_adapter(folder: Path, config: Any, prefix: Prefix, **overrides: Any) -> Path:
-    """Saves a prefix as the on-disk contract says; `overrides` replace fields of its config."""
+    """Saves a prefix in the on-disk format; `overrides` replace fields of its config."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors, rows = {}, []
     for index, (key, value) in enumerate(prefix):
@@ -109,12 +109,12 @@ def prompt_ids(length: int, *, seed: int = 0) -> list[int]:
 
 
 def text_of(token_ids: Sequence[int]) -> str:
-    """Returns the text that the tokenizer of `write_tokenizer` reads as these ids."""
+    """Returns the text that the tokenizer of `write_tokenizer` encodes to these ids."""
     return " ".join(WORDS[index] for index in token_ids)
 
 
 class Reference:
-    """Greedy decoding by plain transformers, the prefix given as past key/values."""
+    """Greedy decoding by transformers, with the prefix as past key/values."""
 
     def __init__(self, model_folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
@@ -137,14 +137,14 @@ class Reference:
         ).logits[0]
 
     def greedy(self, token_ids: Sequence[int], prefix: Prefix | None, max_tokens: int) -> list[int]:
-        """Returns `max_tokens` greedy tokens, end of sequence ignored, without reuse of a cache between them."""
+        """Returns `max_tokens` greedy tokens, ignoring the end of the sequence and without a cache between steps."""
         tokens = list(token_ids)
         for _ in range(max_tokens):
             tokens.append(int(self.logits(tokens, prefix)[-1].argmax()))
         return tokens[len(token_ids) :]
 
     def beams(self, token_ids: Sequence[int], prefix: Prefix | None, width: int, max_tokens: int) -> list[list[int]]:
-        """Returns the best `width` outputs of a beam search that does not end."""
+        """Returns the best `width` outputs of a beam search that ignores the end of the sequence."""
         beams: list[tuple[float, list[int]]] = [(0.0, [])]
         for _ in range(max_tokens):
             candidates = [
@@ -158,6 +158,6 @@ class Reference:
 
 
 def specs_in(kv_transfer_config: Any) -> dict[str, PrefixSpec]:
-    """Returns the adapters of an engine at this moment, by name; {} for one without prefixes."""
+    """Returns the current adapters of an engine by name; {} for an engine without prefixes."""
     registry = registry_in(kv_transfer_config)
     return {} if registry is None else {adapter.spec.name: adapter.spec for adapter in registry.adapters()}

@@ -1,4 +1,4 @@
-"""What vLLM runs of the architectures that can be trained: served exactly, or refused at the start with the reason."""
+"""The trainable architectures in vLLM: served exactly, or refused at the start with the reason."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from helpers.serving.architectures import Served, forget_engine
 from helpers.serving.engines import Pool
 from vllm_plugin.errors import PrefixServeError
 
-# vLLM has no other head for these.
+# vLLM supports only tied embeddings here.
 _TIED = {"tie_word_embeddings": True}
 
-# By name, fields of the config of their own.
+# By name: fields of the config that differ.
 EXACT: dict[str, dict] = {
     # With layers that share K/V, and heads of two sizes.
     "gemma4": {"num_experts": None},
@@ -23,7 +23,7 @@ EXACT: dict[str, dict] = {
     # With learned positions.
     "gpt2": {},
 }
-# With nothing of their own.
+# Without fields that differ.
 PLAIN = [
     *("llama", "apertus", "arcee", "bitnet", "ctrl", "ernie4_5", "gemma", "glm", "glm4", "gpt_bigcode"),
     *("gpt_neox", "gptj", "granite", "helium", "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3"),
@@ -44,7 +44,7 @@ SOAK: dict[str, dict] = {
 _RECURRENT = r"do not support models with Mamba or linear-attention layers"
 _MLA = {"head_dim": ...}
 _OTHER_FORM = r"vLLM's cache has .*whose K/V vLLM keeps in another form"
-# By name, what the error says and fields of the config of their own.
+# By name: the error, and fields of the config that differ.
 REFUSED: dict[str, tuple[str, dict]] = {
     "llama4": (r"plain attention layers only.* of type ChunkedLocalAttentionSpec", {}),
     "deepseek_v2": (r"do not support multi-head latent attention \(MLA\)", _MLA),
@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[str, dict]] = {
 
 @pytest.fixture
 def serve(pool: Pool, tmp_path: Path):
-    """Starts an engine of its own; the one that other tests share goes."""
+    """Starts a separate engine, and stops the shared one."""
     pool.close()
     forget_engine()
     served: list[Served] = []

@@ -1,7 +1,7 @@
-"""In half precision and with an fp8 cache: what a prefix leaves in the cache is what its text would, bit for bit.
+"""In half precision and with an fp8 cache, a prefix leaves the same bytes in the cache as the text it was made from.
 
-Answers in such dtypes depend on the order of sums, so there is no reference outside of the engine. In it there is one:
-the K/V that it computes of a text, taken as they come, are a prefix that does what the text does.
+Outputs in such dtypes depend on the order of sums, so no reference outside of the engine is exact. Inside there is one: the
+K/V that the engine computes for a text, used as a prefix, must give the same outputs as the text.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from helpers.serving import support
 from helpers.serving.engines import Engine
 from helpers.serving.support import BLOCK_SIZE, prompt_ids
 
-# Two blocks, and a tail.
+# Two blocks and a tail.
 ALIGNED, LENGTH = 64, 77
 
 
 @contextmanager
 def recorded(engine: Engine) -> Iterator[list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]]:
-    """Notes, for each layer, the keys and values of every write to its cache, `[N, H, D]`, and where they go, `[N]`."""
+    """Records every write to the cache of each layer: keys and values, `[N, H, D]`, and slots, `[N]`."""
     writes: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = []
     with pytest.MonkeyPatch.context() as patch:
         for module in attention(engine):
@@ -69,14 +69,14 @@ NEEDS_FP8 = pytest.mark.skipif(
 def test_a_prefix_is_its_text(engine_factory: Callable[..., Engine], tmp_path: Path, dtype: str, cache: str) -> None:
     engine = engine_factory(support.llama_config(), (7,), dtype=dtype, kv_cache_dtype=cache)
     for index, module in enumerate(attention(engine)):
-        # What a checkpoint with scales sets; without fp8 nothing reads them.
+        # Set by a checkpoint with scales, and only read with fp8.
         module._k_scale_float, module._v_scale_float = 0.5 + index, 0.25 + index
     text, rest = prompt_ids(LENGTH), prompt_ids(20, seed=1)
     with recorded(engine) as writes:
         engine.generate([None], [text], max_tokens=1)
     of_text = [first for first, *_ in writes]
     for length in (ALIGNED, LENGTH):
-        # Every number of these dtypes is one of float32's.
+        # float32 represents every number of these dtypes.
         kv = [
             tuple(part[:length].float().transpose(0, 1).contiguous() for part in (key, value))
             for key, value, _ in of_text
@@ -96,7 +96,7 @@ def test_a_prefix_is_its_text(engine_factory: Callable[..., Engine], tmp_path: P
                 )
                 assert mine.equal(theirs)
                 assert mine.any()
-    # Of both, what comes before `rest` is found in the cache: they compute the same in the same order.
+    # Both find everything before `rest` in the cache, so they compute the same in the same order.
     assert answer(engine, f"text{ALIGNED}", rest) == answer(engine, None, text[:ALIGNED] + rest)
     assert answer(engine, None, rest) != answer(engine, None, text[:ALIGNED] + rest)
     unaligned, expected = answer(engine, f"text{LENGTH}", rest), answer(engine, None, text + rest)

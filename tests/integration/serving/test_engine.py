@@ -1,4 +1,4 @@
-"""The offline engine: what it says with a prefix, and how often it copies one."""
+"""The offline engine: its output with a prefix, and how often it copies one."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_wakes_up_with_another_cache(llama: Engine) -> None:
     names, prompts = ["p33", "p130", None], [prompt_ids(40, seed=seed) for seed in range(3)]
     llama.check(names, prompts)
     llama.llm.sleep(level=1)
-    # The CPU's worker keeps its cache. Others throw it away.
+    # The CPU worker keeps its cache during sleep. Other workers discard it.
     for _, modules in llama.writer._stacks:
         for module in modules:
             module.kv_cache.normal_()
@@ -213,7 +213,7 @@ def test_survives_preemption_and_eviction_in_a_small_cache(pool: Pool) -> None:
     assert preempted
     assert engine.counts("loads")["p33"] > 3
 
-    # Five short prompts take 6 blocks and soon want 5 more; the long one, in chunks, needs all that are left.
+    # Five short prompts take 6 blocks and soon need 5 more; the long one, in chunks, needs all remaining blocks.
     names = ["p33", None, None, None, None, "p33"]
     prompts = [*(prompt_ids(28, seed=seed) for seed in range(5)), prompt_ids(280)]
     for _ in range(2):
@@ -223,8 +223,7 @@ def test_survives_preemption_and_eviction_in_a_small_cache(pool: Pool) -> None:
 
 
 def test_recently_used_prefixes_are_evicted_last(pool: Pool) -> None:
-    """What pinning is for, by vLLM's own order of eviction: a request's first blocks are freed last, so that a prefix
-    that is used within a cache's worth of other blocks stays."""
+    """vLLM frees the first blocks of a request last, so a prefix in regular use stays in the cache without pinning."""
     engine = pool.shared(support.llama_config, **SMALL)
     assert engine.llm.reset_prefix_cache()
     engine.forget_counts()
@@ -266,7 +265,7 @@ def test_loads_do_not_need_the_forward_context(llama: Engine, monkeypatch: pytes
 
     connector = get_kv_transfer_group()
     assert not connector.requires_piecewise_for_cudagraph({})
-    # With a full graph there are no metadata of the step's attention, either.
+    # With a full CUDA graph there is no forward context with attention metadata.
     load = connector.start_load_kv
     monkeypatch.setattr(connector, "start_load_kv", lambda forward_context, **kwargs: load(None))
     llama.check(["p33", None, "p130"], [prompt_ids(40, seed=seed) for seed in range(3)])

@@ -1,7 +1,7 @@
-"""No adapter is answered with another's blocks: many random requests, each compared with its own reference.
+"""No request reads blocks of another adapter: many random requests, each compared with its own reference.
 
-What happens is drawn from one seeded generator, step by step of an engine in this process, so that a run that fails can
-be had again. The cache holds few requests, and the manager few prefixes.
+All events are drawn from one seeded generator, step by step of an engine in this process, so a failure is reproducible. The
+cache holds few requests, and the prefix manager few prefixes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from helpers.serving.engines import Engine, Pool
 from helpers.serving.support import prompt_ids
 
 LENGTHS = (1, 7, 31, 32, 33, 64, 70)
-# Few blocks: a request of a Llama takes up to 6 of them. Prompts are cut into chunks, and requests preempted.
+# A Llama request takes up to 6 of these few blocks. Prompts are split into chunks, and requests preempted.
 SMALL: dict[str, Any] = {"lengths": LENGTHS, "max_model_len": 352, "max_num_batched_tokens": 48}
 NUM_BLOCKS = {support.llama_config: 17, support.gemma3_config: 65}
 MAX_TOKENS = 24
 NUM_WAITING = 6
-# Their beginnings are the same: real tokens share blocks, too, and may only do so behind the same prefix.
+# Prompts share their beginnings, so real tokens share blocks as well, but only after the same prefix.
 PROMPTS = [prompt_ids(count) for count in (1, 20, 32, 40, 70)] + [
     prompt_ids(common) + prompt_ids(8, seed=seed) for common in (31, 32, 64) for seed in (1, 2)
 ]
@@ -49,7 +49,7 @@ def greedy_batch(model: Any, prompts: list[list[int]], prefix: support.Prefix | 
 
 @dataclass
 class Content:
-    """What an adapter may hold: a prefix in a folder, and what it says to each of `PROMPTS`."""
+    """One content of an adapter: a prefix in a folder, and its answers to `PROMPTS`."""
 
     path: Path | None
     answers: list[list[int]]
@@ -66,7 +66,7 @@ class Content:
 
 @dataclass
 class Running:
-    """A request: what it is about, and what it may share blocks with."""
+    """A running request, and the identity of the requests it may share blocks with."""
 
     expected: list[int]
     max_tokens: int
@@ -87,7 +87,7 @@ class Chaos:
     def run(self, num_requests: int) -> None:
         numbers = iter(range(num_requests))
         core = self.engine.llm.llm_engine
-        # What each name means now.
+        # The current content of each name.
         self.current = {name: versions[0] for name, versions in self.contents.items()}
         while True:
             while len(self.running) < NUM_WAITING + self.random.randrange(6):
@@ -111,7 +111,7 @@ class Chaos:
         index = self.random.randrange(len(PROMPTS))
         max_tokens = self.random.randint(1, MAX_TOKENS)
         salt = self.random.choice([None, None, "a", "b"])
-        # Which has vLLM not look into its cache.
+        # With these, vLLM skips its prefix cache.
         prompt_logprobs = self.random.choice([None] * 9 + [1])
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": PROMPTS[index]}
         self.engine.llm.llm_engine.add_request(
@@ -136,7 +136,7 @@ class Chaos:
             del self.running[request_id]
             self.happened["abort"] += 1
         elif draw < 0.06:
-            # All that run start again.
+            # All running requests start again.
             preempted = self.happened["preempt"]
             assert self.engine.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
             self.happened["preempt"] = preempted
@@ -146,7 +146,7 @@ class Chaos:
             self.happened["replace"] += 1
 
     def replace(self, name: str) -> None:
-        """Gives a name its other content, as `/v1/load_prefix_adapter` does in place."""
+        """Replaces the content of an adapter, as `/v1/load_prefix_adapter` does with `load_inplace`."""
         (other,) = (content for content in self.contents[name] if content is not self.current[name])
         self.engine.register(name, other.path)
         self.current[name] = other
@@ -163,15 +163,15 @@ class Chaos:
             self.happened["answer"] += 1
 
     def check_blocks(self) -> None:
-        """A physical block of two requests is of one adapter's one content, and of one client's salt."""
+        """Requests share a physical block only if adapter, content and client salt are the same."""
         owners: dict[int, tuple[Any, ...]] = {}
         scheduler = self.engine.scheduler
         for request in scheduler.running:
-            # vLLM adds what makes it unique.
+            # vLLM appends a suffix that makes it unique.
             running = self.running.get(request.request_id.rpartition("-")[0])
             if running is None:
                 continue
-            # All groups of layers take theirs from one pool; 0 is the null block.
+            # All KV cache groups share one pool; 0 is the null block.
             blocks = set().union(*scheduler.kv_cache_manager.get_block_ids(request.request_id)) - {0}
             for block in blocks:
                 assert owners.setdefault(block, running.identity) == running.identity, block
@@ -183,7 +183,7 @@ class Chaos:
 def engine(pool: Pool, request: pytest.FixtureRequest) -> Iterator[Engine]:
     kind = request.param
     engine = pool.shared(kind, num_gpu_blocks_override=NUM_BLOCKS[kind], **SMALL)
-    # Of 238 virtual tokens, 120 fit: keys and values of 32 numbers of 4 bytes.
+    # 120 of 238 virtual tokens fit: keys and values of 32 numbers of 4 bytes.
     config = engine.config
     engine.writer._manager._on_device.capacity = (
         120 * config.num_hidden_layers * config.num_key_value_heads * 2 * 32 * 4
@@ -194,7 +194,7 @@ def engine(pool: Pool, request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def contents(engine: Engine) -> dict[str, list[Content]]:
-    """Two contents per adapter, the second of the next length."""
+    """Two contents per adapter; the second has the next length."""
     model, folder = engine.reference.model, engine.model.parent
     found = {}
     for name, length in zip(engine.prefixes, (*LENGTHS[1:], LENGTHS[0]), strict=True):
@@ -209,7 +209,7 @@ def contents(engine: Engine) -> dict[str, list[Content]]:
     [
         (support.llama_config, 0, 400),
         *(pytest.param(support.llama_config, seed, 2000, marks=pytest.mark.soak) for seed in (1, 2, 3)),
-        # Six groups of layers, of which five have sliding windows.
+        # Six KV cache groups, five of them with sliding windows.
         pytest.param(support.gemma3_config, 4, 2000, marks=pytest.mark.soak),
     ],
     indirect=["engine"],
@@ -231,11 +231,11 @@ def test_every_answer_is_its_own(
         patch.setattr(engine.scheduler, "_preempt_request", preempt)
         chaos.run(num_requests)
     happened = chaos.happened
-    # It was as wild as it is meant to be.
+    # All events happened often enough.
     assert happened["answer"] + happened["abort"] == num_requests
     assert all(happened[what] > num_requests // 100 for what in ("abort", "reset", "replace", "preempt", "shared")), (
         happened
     )
     assert sum(engine.counts("block_hits").values()) > num_requests // 20
-    # Of two contents per name.
+    # There are two contents per name.
     assert 0 < engine.writer._manager.num_resident < 2 * len(LENGTHS)

@@ -17,7 +17,7 @@ from vllm_plugin import prefix_adapters
 from vllm_plugin.adapters.validation import check_engine
 from vllm_plugin.errors import PrefixServeError
 
-# What each forbids depends on all of the prompt, and one of them is for each request to ask for.
+# The forbidden tokens depend on the whole prompt. Requests opt in to the second processor.
 MODULE = """
 import torch
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
@@ -56,7 +56,7 @@ class ByContent(ByLength):
 
 @pytest.fixture(scope="module")
 def processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module of two processors, of which a package's entry points name one."""
+    """A module with two processors, one of them an entry point of an installed package."""
     folder = tmp_path_factory.mktemp("package")
     (folder / "prompt_processors.py").write_text(MODULE)
     info = folder / "prompt_processors-1.0.dist-info"
@@ -73,7 +73,7 @@ def engine(pool: Pool, processors: Any) -> Iterator[Engine]:
     from vllm.v1.sample import logits_processor
 
     logits_processor.cached_load_custom_logitsprocs.cache_clear()
-    # Few blocks and short steps: prompts are cut into chunks, and requests preempted.
+    # Few blocks and short steps, so prompts are split into chunks and requests preempted.
     settings = {"max_model_len": 352, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 17}
     yield pool.start(
         support.llama_config(), (1, 7, 32, 45), logits_processors=["prompt_processors:ByContent"], **settings

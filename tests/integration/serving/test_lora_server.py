@@ -24,19 +24,19 @@ def load(client: Any, name: str, path: Path) -> None:
 
 
 def priority(job: tuple[str, list[int]]) -> dict[str, int]:
-    """Long prompts come first; what that does to a queue is tested offline."""
+    """Long prompts come first. Offline tests check the order of the queue."""
     return {"priority": -len(job[1])}
 
 
 def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None:
     model = server_folder / "model"
     # `first/prefix` on `first`, `second` on `second/lora`.
-    below = train(tmp_path / "first", model, 1, lora_first=True)
+    on_lora = train(tmp_path / "first", model, 1, lora_first=True)
     late = train(tmp_path / "second", model, 2, lora_first=False)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     alone = PeftModel.from_pretrained(base, tmp_path / "first").eval()
     reference = support.Reference(model)
-    # One more than there are LoRAs: see `lora.confuses_slots`.
+    # One more than there are LoRA adapters: see `base_lora.confuses_slots`.
     options = (
         "--enable-lora",
         "--max-loras",
@@ -47,15 +47,15 @@ def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None
         f"alone={tmp_path / 'first'}",
         *("--scheduling-policy", "priority", "--max-num-seqs", "3"),
     )
-    adapters = {"below": tmp_path / "first" / "prefix", "pirate": server_folder / "pirate"}
+    adapters = {"on-lora": tmp_path / "first" / "prefix", "pirate": server_folder / "pirate"}
     with server.serve(server_folder, *options, adapters=adapters) as client:
         load(client, "late", tmp_path / "second")
-        assert [each.id for each in client.models.list()] == ["base", "alone", "below", "pirate", "late"]
+        assert [each.id for each in client.models.list()] == ["base", "alone", "on-lora", "pirate", "late"]
         jobs, expected = [], []
         for length in (5, 40):
             prompt = prompt_ids(length, seed=length)
-            jobs += [(name, prompt) for name in ("alone", "below", "late", "pirate", "base")]
-            expected += [greedy(each, prompt, 6) for each in (alone, below, late)]
+            jobs += [(name, prompt) for name in ("alone", "on-lora", "late", "pirate", "base")]
+            expected += [greedy(each, prompt, 6) for each in (alone, on_lora, late)]
             expected += [reference.greedy(prompt, prefix, 6) for prefix in (server.PREFIXES["pirate"], None)]
         assert len(set(map(tuple, expected))) == len(expected)
         for _ in range(2):
@@ -64,6 +64,6 @@ def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None
             for (name, _), response, tokens in zip(jobs, responses, expected, strict=True):
                 assert response.model == name
                 assert response.choices[0].text.split() == text_of(tokens).split(), name
-        for name in ("alone", "below"):
+        for name in ("alone", "on-lora"):
             with pytest.raises(openai.ConflictError):
                 load(client, name, tmp_path / "second")

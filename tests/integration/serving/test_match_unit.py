@@ -1,4 +1,4 @@
-"""Hits of the prefix cache that end within a block (`--prefix-match-unit`), and with them within or behind a prefix."""
+"""Cache hits that end within a block (`--prefix-match-unit`), and therefore within a prefix or shortly after it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UNIT = 8
 
 
 def test_a_finer_match_unit_gives_the_same_tokens(pool: Pool) -> None:
-    """Blocks of 32 in six groups of layers; a prefix ends at, before and behind a unit and a block."""
+    """Blocks of 32 in six KV cache groups; prefixes end at, before and after a unit and a block."""
     engine = pool.start(support.gemma3_config(), (7, 8, 32, 37, 45, 70), prefix_match_unit=UNIT)
     assert (engine.scheduler.block_size, engine.scheduler.hash_block_size) == (BLOCK_SIZE, UNIT)
     first = prompt_ids(20, seed=1)
-    # Of one beginning, which ends within a block.
+    # A common beginning that ends within a block.
     prompts = [first, first + prompt_ids(6, seed=2), first[:-6] + prompt_ids(6, seed=3), prompt_ids(100)]
     for _ in range(2):
         for name in (None, *engine.prefixes):
@@ -30,7 +30,7 @@ def test_a_finer_match_unit_gives_the_same_tokens(pool: Pool) -> None:
 
 
 class HybridScheduler:
-    """vLLM's scheduler of a model with recurrent layers, in whose cache hits may end within a block, without the model."""
+    """vLLM's scheduler for a model with recurrent layers, where cache hits may end within a block, without the model."""
 
     def __init__(self, engine: Engine) -> None:
         from vllm.v1.core.sched.scheduler import Scheduler
@@ -58,7 +58,7 @@ class HybridScheduler:
         self._numbers = iter(range(100))
 
     def run(self, name: str, prompt: list[int]) -> tuple[int, list[tuple[int, int]]]:
-        """Runs a request for one token. Returns how many tokens vLLM found in its cache or took as loaded, and the loads."""
+        """Runs a request for one token. Returns the number of cached and loaded tokens, and the loads."""
         from vllm import SamplingParams
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher
@@ -80,7 +80,7 @@ class HybridScheduler:
             if computed is None:
                 computed = step.scheduled_new_reqs[0].num_computed_tokens
             request = self.scheduler.requests[scheduled]
-            # A token comes out when the whole prompt went in.
+            # A token is sampled once the whole prompt is computed.
             sampled = [[5]] if request.num_computed_tokens >= request.num_prompt_tokens else [[]]
             self.scheduler.update_from_output(step, ModelRunnerOutput([scheduled], {scheduled: 0}, sampled))
         return computed, loads
@@ -95,8 +95,8 @@ def test_a_hit_beyond_the_prefix_needs_no_load(hybrid: HybridScheduler) -> None:
     # 33 virtual tokens: one block, and one token of the next.
     first = prompt_ids(20, seed=1)
     assert hybrid.run("p33", first) == (33, [(0, 33)])
-    # 48 of 53 tokens are cached to a unit's end: the prefix and 15 more.
+    # 48 of 53 tokens are cached up to the end of a unit: the prefix and 15 more.
     computed, loads = hybrid.run("p33", first + prompt_ids(6, seed=2))
     assert (computed, loads) == (48, [])
-    # Another prompt finds no state to go on from.
+    # Another prompt finds no recurrent state to continue from.
     assert hybrid.run("p33", prompt_ids(20, seed=3)) == (33, [(0, 33)])

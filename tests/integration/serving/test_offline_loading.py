@@ -1,4 +1,4 @@
-"""Adapters that a request offline loads by their path, replaces, or reads again; and what it is told if it cannot."""
+"""Offline requests that load, replace or reload an adapter by its path, and the errors if they cannot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPT = prompt_ids(20)
 
 @pytest.fixture
 def engine(llama: Engine) -> Iterator[Engine]:
-    """The shared engine, without what a test has loaded into it afterwards."""
+    """The shared engine; adapters that a test loads are removed afterwards."""
     registry = registry_in(config_of(llama).kv_transfer_config)
     before = {adapter.spec.name for adapter in registry.adapters()}
     yield llama
@@ -34,7 +34,7 @@ def engine(llama: Engine) -> Iterator[Engine]:
 
 @pytest.fixture
 def write(tmp_path: Path, llama: Engine) -> Callable[..., tuple[Path, support.Prefix]]:
-    """Writes an adapter of 33 tokens, which differs by its seed."""
+    """Writes an adapter of 33 tokens; its content depends on the seed."""
 
     def write(name: str, seed: int) -> tuple[Path, support.Prefix]:
         prefix = support.random_prefix(llama.config, 33, seed=seed)
@@ -45,7 +45,7 @@ def write(tmp_path: Path, llama: Engine) -> Callable[..., tuple[Path, support.Pr
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths that were read since."""
+    """The paths that were read during the test."""
     paths: list[str] = []
     original = runtime_loading.open_adapter
     monkeypatch.setattr(
@@ -59,7 +59,7 @@ def config_of(engine: Engine) -> Any:
 
 
 def ask(engine: Engine, *requests: PrefixAdapterRequest | None) -> list[list[int]]:
-    """Asks all requests the same, in one call."""
+    """Sends the same prompt with each of the requests, in one call."""
     from vllm import SamplingParams
 
     outputs = engine.llm.generate(
@@ -78,7 +78,7 @@ def answer(engine: Engine, prefix: support.Prefix | None) -> list[int]:
 def test_a_path_loads_an_adapter_and_another_replaces_it_in_place(engine: Engine, write: Any) -> None:
     (first, v1), (second, v2) = write("v1", 101), write("v2", 102)
     assert ask(engine, PrefixAdapterRequest("task", 1, str(first))) == [answer(engine, v1)]
-    # From then on the name is enough, and the same path the same adapter.
+    # Then the name is enough, and the same path means the same adapter.
     assert ask(engine, PrefixAdapterRequest("task"), PrefixAdapterRequest("task", 7, first)) == [answer(engine, v1)] * 2
     with pytest.raises(
         ValueError, match=r"\AThe prefix adapter 'task' was loaded from '.*v1'; set `load_inplace=True`"
@@ -93,7 +93,7 @@ def test_load_inplace_reads_the_folder_again(engine: Engine, write: Any) -> None
     folder, v1 = write("task", 103)
     assert ask(engine, PrefixAdapterRequest("task", 1, str(folder))) == [answer(engine, v1)]
     _, v2 = write("task", 104)
-    # Neither the name nor the path says that anything is new: what was checked goes on.
+    # Neither the name nor the path asks to reload, so the checked content stays.
     assert ask(engine, PrefixAdapterRequest("task"), PrefixAdapterRequest("task", 1, str(folder))) == (
         [answer(engine, v1)] * 2
     )
@@ -164,7 +164,7 @@ def test_a_failed_request_logs_the_remedy(
     assert ask(engine, PrefixAdapterRequest("task", 1, str(folder))) == [answer(engine, v1)]
     _, v2 = write("task", 112)
     with monkeypatch.context() as patch:
-        # As if other prefixes had taken its place in memory.
+        # As if other prefixes had evicted it.
         for pool in ("_on_device", "_on_host"):
             patch.setattr(engine.writer._manager, pool, LRUPool(0))
         assert engine.llm.reset_prefix_cache()

@@ -78,7 +78,7 @@ def presence(logits: torch.Tensor, prompt: list[int], output: list[int]) -> torc
 def test_penalties_are_about_real_tokens(
     client: Any, oracle: Oracle, model: str, options: dict[str, Any], adjust: Adjust
 ) -> None:
-    # The first token is the one that stands for virtual tokens.
+    # The placeholders repeat the first token.
     for prompt in (PROMPT, [oracle.greedy(model, PROMPT)[0], *PROMPT]):
         (choice,) = complete(client, model, prompt, 12, **options).choices
         assert choice.text.split() == text_of(oracle.greedy(model, prompt, 12, adjust)).split()

@@ -50,7 +50,7 @@ def test_prompts_are_truncated_to_the_context(client: Any, oracle: Oracle, model
         model=model, input=text_of(long), max_output_tokens=6, temperature=0, truncation="auto"
     )
     assert (response.usage.input_tokens, response.usage.output_tokens) == (room - 1, 1)
-    # The tokenizer's first three words are special: an answer does not show them.
+    # The tokenizer's first three words are special tokens, which answers omit.
     assert response.output_text.split() == text_of([token for token in expected if token > 2]).split()
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model=model, input=text_of(long), max_output_tokens=6)

@@ -1,4 +1,4 @@
-"""What an engine may do besides: LoRA, speculation by n-grams, priorities; all at once, in one batch with prefixes."""
+"""LoRA, n-gram speculation and priorities, all at once and in one batch with prefixes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> dict[str, PeftModel]:
-    """Two prefixes on two LoRAs, each saved as PEFT does: `first/prefix` on `first`, and `second` on `second/lora`."""
+    """Two prefixes on two LoRA adapters, as PEFT saves them: `first/prefix` on `first`, and `second` on `second/lora`."""
     model = support.write_model(folder / "model", CONFIG)
     return {
         "first": train(folder / "first", model, 1, lora_first=True),
@@ -44,9 +44,9 @@ def trained(folder: Path) -> dict[str, PeftModel]:
 
 
 def hide_library_from_vllm() -> None:
-    """Lets other engines start in this process: each looks into all modules then, and trips over one of numba's.
+    """Hides a library of numba from vLLM, which inspects all modules when an engine starts.
 
-    The library there, asked for its `__dict__`, answers with a function.
+    The library returns a function for every attribute, even for `__dict__`, which breaks the start of a second engine.
     """
     from llvmlite.binding import ffi
 
@@ -74,7 +74,7 @@ def engine(pool: Any, folder: Path, trained: dict[str, PeftModel]) -> Engine:
             "copy": str(folder / "copy" / "prefix"),
         },
         enable_lora=True,
-        # One more than there are: see `base_lora.confuses_slots`.
+        # One more than there are LoRA adapters: see `base_lora.confuses_slots`.
         max_loras=4,
         max_lora_rank=8,
         max_num_seqs=6,
@@ -118,7 +118,7 @@ def test_base_lora_and_other_lora(engine: Engine, folder: Path, trained: dict[st
         assert run(engine, requests) == expected
     for some in (0, 1, 4):
         assert run(engine, requests[some::6]) == expected[some::6]
-    # A prefix and its copy have one LoRA between them.
+    # A prefix and its copy share one LoRA adapter.
     assert engine.llm.llm_engine.list_loras() == {
         1,
         *(base_lora.request_for(spec).lora_int_id for spec in specs(engine)),
@@ -147,7 +147,7 @@ def test_ngram_speculation_changes_no_token(engine: Engine) -> None:
         return original(*args, **kwargs)
 
     engine.scheduler.make_spec_decoding_stats = observe
-    # Placeholders are copies of the first token: here the n-grams that match best lie among them.
+    # Placeholders repeat the first token, so the best n-gram matches lie among them.
     first, period = prompt_ids(1), prompt_ids(5)
     prompts = [first, first * 9, [*first, *first, *period, *first, *first], period * 6, prompt_ids(70)]
     engine.check(["p33", "p7", "p32", None, "p33"], prompts, max_tokens=30)
@@ -232,7 +232,7 @@ def test_a_missing_lora_is_refused(
 
 
 class Server:
-    """What a server has of an engine."""
+    """The part of `AsyncLLM` that loads LoRA adapters."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.llm.llm_engine

@@ -1,4 +1,4 @@
-"""Servers of several processes: whichever a client reaches, and whichever engine runs its request, all agree."""
+"""Servers with several processes: all give the same answers, whichever process or engine serves a request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_processes_agree(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setitem(server.ENVIRONMENT, name, value)
-    # Two engines, or workers, may not share their threads.
+    # Two engines or workers must not share threads.
     monkeypatch.setitem(server.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "auto" if "api" in options[0] else "0|1")
     reference = support.Reference(server_folder / "model")
     prefixes = {**server.PREFIXES, "base": None}
@@ -50,7 +50,7 @@ def test_processes_agree(
         client.post("/unload_prefix_adapter", body={"prefix_name": "late"}, cast_to=str)
         del prefixes["late"]
         check(client, reference, prefixes)
-        # Not what is said when it ends: workers may be gone before the front end is.
+        # Read before the server shuts down, since workers may exit before the front end.
         log = (server_folder / "log").read_text()
     answered = set(re.findall(r"\((ApiServer_\d|APIServer) .*Received request cmpl-", log))
     several = options[0] in ("--api-server-count", "--data-parallel-size")
@@ -61,7 +61,7 @@ def test_processes_agree(
 
 def test_a_load_that_fails_in_a_rank_is_a_503_and_no_more(server_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(server.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    # Nothing is kept on the device, so that each load reads the file.
+    # No prefix stays on the device, so each load reads the file.
     options = ("--tensor-parallel-size", "2", "--prefix-adapter-device-memory", "0")
     folder, gone = server_folder / "poet", server_folder / "gone"
     with server.serve(server_folder, *options) as client:
@@ -77,7 +77,7 @@ def test_a_load_that_fails_in_a_rank_is_a_503_and_no_more(server_folder: Path, m
 
 
 def check(client: Any, reference: support.Reference, prefixes: dict[str, Any]) -> None:
-    """Asks for every model through connections that are open at the same time, so that each process has some."""
+    """Requests every model over concurrent connections, so that each process serves some."""
     all_open = threading.Barrier(CLIENTS)
 
     def ask(number: int) -> None:

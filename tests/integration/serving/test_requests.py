@@ -28,7 +28,7 @@ def test_prompt_logprobs_are_those_of_real_tokens(llama: Engine, name: str) -> N
     names = [name, None, name, None, name, name]
     prompts = [prompt_ids(count, seed=count) for count in (1, 40, 2, 31, 70, 70)]
     for _ in range(2):
-        # The second time over blocks that others may read, and this request may not.
+        # The second time, its blocks are cached, but this request must not read them.
         outputs = llama.generate(names, prompts, max_tokens=3, prompt_logprobs=2, logprobs=1)
         llama.check_prompt_logprobs(outputs, names)
         assert [output.num_cached_tokens for output in outputs] == [0] * 6
@@ -63,7 +63,7 @@ def test_a_request_may_skip_the_prefix_cache(llama: Engine) -> None:
         assert output.num_cached_tokens == 0
         assert output.outputs[0].token_ids == llama.reference.greedy(prompt, llama.prefixes["p33"], 10)
     assert llama.counts("loads") == {"p33": 2}
-    # What it computed others may read.
+    # Other requests may read what it computed.
     assert llama.generate(["p33"], [prompt])[0].num_cached_tokens == 63
 
 
@@ -87,7 +87,7 @@ def test_offline_beams_reach_the_end_of_the_context(
     (output,) = search(4)
     expected = llama.reference.beams(prompt, name and llama.prefixes[name], 2, 4)
     assert [beam.tokens[len(prompt) :] for beam in output.sequences] == expected
-    # vLLM cuts nothing off here, with a prefix or without.
+    # vLLM does not truncate here, with or without a prefix.
     with pytest.raises(VLLMValidationError, match="tokens"):
         search(5)
     assert not llama.llm.llm_engine.has_unfinished_requests()
@@ -131,7 +131,7 @@ def test_a_prefix_in_a_lora_request_is_refused(llama: Engine) -> None:
         assert "holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({'mine': path}))`" in str(
             caught.value
         )
-    # Any other LoRA is vLLM's business.
+    # vLLM handles any other LoRA request.
     with pytest.raises(VLLMValidationError, match="LoRA is not enabled"):
         llama.llm.generate({"prompt_token_ids": [5]}, lora_request=LoRARequest("mine", 1, "/lora"), use_tqdm=False)
     llama.check(["p7", None], [prompt_ids(5)] * 2, max_tokens=2)

@@ -1,4 +1,4 @@
-"""The tests of engines once more with what vLLM runs by default on a GPU: model runner V2 and async scheduling."""
+"""Runs the tests of engines again with vLLM's defaults on a GPU: model runner V2 and async scheduling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHORT = [
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("tests", [SHORT, pytest.param(ALL, marks=pytest.mark.soak)])
 def test_engines_with_model_runner_v2_and_async_scheduling(tests: list[str]) -> None:
-    """In a process of their own: what the runner's kernels are is settled when Triton is imported."""
+    """They run in a process of their own, since Triton selects the runner's kernels when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "runs_ahead", *tests]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server, started by the launcher, asked by the `openai` client."""
+"""The OpenAI-compatible server, started by `prefix-serve` and used through the `openai` client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_log_ends_with_models_and_address(client: Any, server_folder: Path) 
     (last,) = [index for index, line in enumerate(lines) if "Serving on" in line]
     address = f"http://{client.base_url.host}:{client.base_url.port}"
     assert lines[last].endswith(f"Serving on {address}: base; prefix adapters: pirate, poet")
-    # What comes later is of requests.
+    # Later lines belong to requests.
     started = [index for index, line in enumerate(lines) if "startup complete" in line]
     assert started
     assert started[-1] < last
@@ -124,7 +124,7 @@ def test_invalid_requests_are_400(
 
 @pytest.mark.parametrize("forged", ["nobody", "pirate", ["x"], {"x": 1}, 7])
 def test_forged_transfer_parameters_are_refused(client: Any, forged: Any) -> None:
-    """vLLM hands the parameters of a refused request on to the connector where they say so."""
+    """vLLM passes the parameters of a refused request to the connector if they ask for it."""
     body = {"kv_transfer_params": {"do_remote_prefill": True, "prefix_adapters": forged}}
     for model in ("base", "poet"):
         with pytest.raises(openai.BadRequestError, match="choose a prefix adapter with `model`"):
@@ -189,7 +189,7 @@ def test_an_overwritten_folder_is_503_until_it_is_loaded_again(client: Any, serv
     support.write_adapter(folder, CONFIG, new)
     whole = (folder / "adapter_model.safetensors").read_bytes()
     told = r'could not be read into the cache.*load it again, by POST /v1/load_prefix_adapter with "load_inplace": true'
-    # Half of it, too, as if the copy went on.
+    # First half of the file, as if it were still being copied.
     for content in (whole[: len(whole) // 2], whole):
         (folder / "adapter_model.safetensors").write_bytes(content)
         for ask in (
@@ -224,7 +224,7 @@ def test_a_request_outlives_its_adapter(client: Any, server_folder: Path) -> Non
 def test_warmed_up_prefixes_are_in_the_cache_before_their_first_request(client: Any, server_folder: Path) -> None:
     prefix = support.random_prefix(CONFIG, 64, seed=14)
     before = loaded_tokens(client)
-    assert before >= 32  # of `pirate`, which is aligned
+    assert before >= 32  # those of `pirate`, which is aligned
     load(client, "warm", support.write_adapter(server_folder / "warm", CONFIG, prefix))
     assert loaded_tokens(client) == before + 64
     complete(client, "warm", "w5 w6")
@@ -263,7 +263,7 @@ def test_metrics_and_log_list_the_adapters(client: Any, server_folder: Path) -> 
     complete(client, "poet", "w5")
     before = {name: count(name) for name in ("requests", "loads", "loaded_tokens")}
     complete(client, "poet", "w5")
-    # 7 virtual tokens, which fill no block.
+    # Its 7 virtual tokens do not fill a block.
     assert {name: count(name) - before[name] for name in before} == {"requests": 1, "loads": 1, "loaded_tokens": 7}
     assert 'vllm:prefix_adapters_resident{engine="0",model_name="base"}' in client.get("/../metrics", cast_to=str)
     log = (server_folder / "log").read_text()
@@ -275,7 +275,7 @@ def test_metrics_and_log_list_the_adapters(client: Any, server_folder: Path) -> 
 def test_beam_search_and_tokenize_with_adapters(client: Any) -> None:
     response = complete(client, "pirate", "w5 w6", n=2, extra_body={"use_beam_search": True})
     assert len({choice.text for choice in response.choices}) == 2
-    # To the end of the context, which the virtual tokens are part of.
+    # Up to the end of the context, which includes virtual tokens.
     body = {"use_beam_search": True, "ignore_eos": True}
     long = complete(client, "pirate", "w5", n=2, max_tokens=MAX_MODEL_LEN - 1, extra_body=body)
     assert long.usage.completion_tokens == 2 * (MAX_MODEL_LEN - 1 - 32)

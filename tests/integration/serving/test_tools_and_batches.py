@@ -1,4 +1,4 @@
-"""Tool calls, and the batch API: each in a process of its own, with a tokenizer that reads JSON."""
+"""Tool calls and the batch API, each in its own process, with a tokenizer that can encode JSON."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_calls_side_by_side(client: Any) -> None:
 
 @pytest.mark.parametrize("forced", ["required", {"type": "function", "function": {"name": "cancel"}}], ids=str)
 def test_a_call_that_is_forced(client: Any, subword_tokenizer: PreTrainedTokenizerFast, forced: Any) -> None:
-    # A random model would write blanks forever where JSON allows them, and call again and again.
+    # A random model would generate whitespace forever where JSON allows it, and call tools again and again.
     blanks = [token for word, token in subword_tokenizer.get_vocab().items() if not set(word) - set("ĠĊĉč")]
-    # Otherwise vLLM takes any JSON for arguments.
+    # Otherwise vLLM accepts any JSON as arguments.
     tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in (*TOOLS, CANCEL)]
     options: dict[str, Any] = {
         **{"messages": MESSAGES, "tools": tools, "tool_choice": forced, "temperature": 0, "max_tokens": 120},
@@ -113,7 +113,7 @@ def test_a_call_that_is_forced(client: Any, subword_tokenizer: PreTrainedTokeniz
         name, arguments = call.function.name, json.loads(call.function.arguments)
         assert name == "cancel" or forced == "required"
         assert arguments.keys() == ({"dish", "spicy"} if name == "order" else {"reason"})
-        # As OpenAI has it.
+        # OpenAI's format.
         assert choice.finish_reason == ("tool_calls" if forced == "required" else "stop")
         streamed = [
             delta.function

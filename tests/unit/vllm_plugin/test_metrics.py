@@ -67,7 +67,7 @@ def test_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'vllm:prefix_adapter_loads_total{adapter="a",engine="1",model_name="m"} 2.0' in text
     assert 'vllm:prefix_adapter_loads_total{adapter="b\\"",engine="1",model_name="m"} 1.0' in text
     assert 'vllm:prefix_adapter_loads_total{adapter="a",engine="0",model_name="m"} 1.0' in text
-    # A registry keeps each label for good.
+    # A Prometheus registry keeps every label forever.
     assert 'vllm:prefix_adapter_loads_total{adapter="(others)",engine="0",model_name="m"} 2.0' in text
     assert 'vllm:prefix_adapters_resident{engine="1",model_name="m"} 5.0' in text
     assert 'vllm:prefix_adapters_resident{engine="0",model_name="m"} 0.0' in text

@@ -1,4 +1,4 @@
-"""A plugin of pytest: the session fails unless its engines ran with model runner V2, a step ahead of what they knew."""
+"""A pytest plugin that fails the session unless engines ran with model runner V2 and scheduled steps ahead."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What vLLM runs by default on a GPU, on a CPU: model runner V2 and async scheduling, its Triton kernels interpreted.
+"""vLLM's defaults on a GPU, on CPU: model runner V2 and async scheduling, with interpreted Triton kernels.
 
-It is for all processes that start with `ENVIRONMENT`, which has this folder on Python's path: Python imports a module of
-this name when it starts. Model runner V2 has a form for CPUs, for builds of Triton that compile for them; Triton's own
-interpreter, which every build has, runs the same kernels, slowly.
+It applies to all processes that start with `ENVIRONMENT`, which puts this folder on Python's path: Python imports a module
+of this name when it starts. Model runner V2 supports CPUs through builds of Triton that compile for them. Triton's own
+interpreter, which every build has, runs the same kernels slowly.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ ENVIRONMENT = {
 
 
 def _add_cpu(backends: Any) -> None:
-    """vLLM uses Triton on a CPU if it has a backend of this name; who would compile for it finds none that is active."""
+    """Makes vLLM use Triton on CPU, which needs a backend of this name. It is not active, so nothing is compiled for it."""
     backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: False))
 
 
 def _leave_out(sampler: Any) -> None:
-    """The one kernel that the interpreter does not take: `tl.range` gives it numbers that are no tensors."""
+    """Disables the one kernel that the interpreter does not support: `tl.range` yields numbers instead of tensors."""
     sampler.HAS_TRITON = False
 
 
 def _keep_async_scheduling(platform: Any) -> None:
-    """vLLM switches it off on CPUs, where it gains nothing."""
+    """Keeps async scheduling, which vLLM disables on CPU."""
 
     def keep(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         scheduler = args[0].scheduler_config

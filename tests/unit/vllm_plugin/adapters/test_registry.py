@@ -1,4 +1,4 @@
-"""The table of adapters that all API server processes of a server share."""
+"""The registry that all API server processes of a server share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two requests share blocks only if adapter, content and client salt are the same."""
+"""Requests share blocks only if their adapter, its content and their client salt are the same."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_cards_are_those_of_lora_modules(server: TestClient, tmp_path: Path) -> 
 def test_a_reload_in_place_is_another_content(server: TestClient, other: TestClient, tmp_path: Path) -> None:
     before = digest(other, "one")
     adapter(tmp_path / "one", 7)
-    # The name alone brings nothing new: who asks for it goes on with what was checked.
+    # Requests by name still get the content that was checked.
     assert digest(server, "one") == before
     assert_refused(load(server, "one", tmp_path / "one"), 409, "set 'load_inplace' to True")
     assert load(server, "one", tmp_path / "one", load_inplace=True).status_code == 200
@@ -84,7 +84,7 @@ def test_loras_and_prefixes_stay_apart(options: Any) -> None:
     assert refusal.error.code == 404
     serving = BaseServing(models, models.model_config)
     assert serving._maybe_get_adapters(SimpleNamespace(model="a-lora")) == LoRARequest("a-lora", 1, "/lora")
-    # An adapter is no default for messages that hold a part of its name.
+    # Message types do not select an adapter of the same name.
     chat = SimpleNamespace(model="base", messages=[{"role": "user", "content": [{"type": "one"}]}])
     assert serving._maybe_get_adapters(chat, supports_default_mm_loras=True) is None
 
@@ -99,7 +99,7 @@ def test_loading_a_prefix_as_a_lora_names_the_right_endpoint(options: Any, tmp_p
     assert refusal.error.message == (
         "The lora adapter 'two' is a prefix, not a LoRA; load it by POST /v1/load_prefix_adapter."
     )
-    # vLLM without prefixes.
+    # A server without prefixes.
     del models.prefix_models
     refusal = asyncio.run(models.load_lora_adapter(request))
     assert "to a server that was started with --enable-prefix-adapters." in refusal.error.message

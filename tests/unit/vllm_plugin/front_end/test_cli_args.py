@@ -1,4 +1,4 @@
-"""What an operator writes on the command line, and how it reaches every process of a server."""
+"""The command line's options, and how they reach every process of a server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_malformed_options(text: str) -> None:
 
 
 def parsed(*options: str) -> argparse.Namespace:
-    """Reads options as `vllm serve` does, which has ideas of its own about JSON."""
+    """Parses options as `vllm serve` does, which treats JSON in its own way."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
@@ -108,7 +108,7 @@ def test_vllm_commands_are_refused(
     with pytest.raises(SystemExit, match=r"\Aprefix-serve: error: [^\n]*\Z") as caught:
         prefix_serve.main(arguments)
     assert message in str(caught.value)
-    # Unless it is the folder of one.
+    # A folder of that name may hold a model.
     (tmp_path / arguments[0]).mkdir()
     assert prefix_serve._mistake(arguments) is None
 
@@ -144,7 +144,7 @@ def test_all_processes_of_a_server_have_one_registry(model: Path, adapter: Path)
     options = parsed("--prefix-adapter", f"one={adapter}", *more)
     vars(options).update(vars(EngineArgs(model=str(model), skip_tokenizer_init=True, max_model_len=256)))
     first = EngineArgs.from_cli_args(options).create_engine_config()
-    # The folder is read once, by the first process.
+    # Only the first process reads the adapter's folder.
     (adapter / "adapter_config.json").unlink()
     copy = pickle.loads(pickle.dumps(options))
     second = EngineArgs.from_cli_args(copy).create_engine_config()

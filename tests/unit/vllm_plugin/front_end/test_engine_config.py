@@ -1,4 +1,4 @@
-"""What keeps an engine from starting: one clear sentence, before it takes any memory."""
+"""An engine that cannot serve its prefixes does not start: one clear sentence, before it allocates memory."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_another_base_model(model: Path, tmp_path: Path, other: dict[str, Any], 
     if recorded:
         refused(model, adapter, message)
     elif "rope_parameters" not in other:
-        # Without a fingerprint, the shapes still tell.
+        # Without a fingerprint, the shapes still differ.
         refused(model, adapter, "was trained on another base model")
 
 
@@ -146,7 +146,7 @@ def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, An
 
 def test_returned_routed_experts_are_refused(model: Path, adapter: Path) -> None:
     config = engine_config(model, adapter)
-    # An option of model runner V2, which no CPU has.
+    # An option of model runner V2, which does not run on CPU.
     config.aux_output_config.enable_return_routed_experts = True
     with pytest.raises(PrefixServeError, match="do not support --enable-return-routed-experts"):
         check_engine(config)

@@ -1,4 +1,4 @@
-"""Which rows of prompt log-probabilities are those of real tokens, for either model runner; `test_requests.py` runs them."""
+"""The rows of prompt log-probabilities that belong to real tokens, for both model runners. Engines run in `test_requests.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_last_rows_are_those_of_real_tokens(num_tokens: int, num_virtual_tok
     request = types.SimpleNamespace(sampling_params=params, prompt_token_ids=[7] * num_tokens)
     processor = types.SimpleNamespace(prompt_logprobs=[None])
     expect(processor, request)
-    # Runner V1 returns a row for each position but the last, V2 for each position that it ran but the last.
+    # Runner V1 returns a row for each position except the last, V2 for each position that it ran except the last.
     for num_rows in (num_virtual_tokens + num_tokens - 1, num_tokens - 1):
         rows = real_rows(processor, table(num_rows))
         expected = list(range(num_rows - num_tokens + 1, num_rows))

@@ -1,4 +1,4 @@
-"""An adapter that comes while the server runs: read and checked whole, or nothing changes and the server goes on."""
+"""Loading an adapter while the server runs: it is read and checked completely, or nothing changes and the server goes on."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_malformed_adapters_do_not_crash_the_server(
         place[data.draw(st.sampled_from(sorted(place)), "field")] = data.draw(JSON, "value")
         config.write_text(json.dumps(fields))
     else:
-        # The header, which says what there is and how much of it, comes first.
+        # The header with names and sizes comes first.
         for _ in range(data.draw(st.integers(1, 4), "bytes")):
             raw[data.draw(st.integers(0, 500), "position")] = data.draw(st.integers(0, 255), "byte")
         weights.write_bytes(raw[: data.draw(st.integers(0, len(raw)), "length")])

@@ -1,4 +1,4 @@
-"""Prompts that are cut to the context, which virtual tokens are part of; `test_openai.py` has a server cut some."""
+"""Truncation to the context, which includes virtual tokens; `test_openai_endpoints.py` has a server truncate prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MESSAGES = [{"role": "user", "content": "w5"}]
 
 
 def limit(server: TestClient, request: Any) -> int | None:
-    """Returns what a prompt is cut to, when a request came as far as its prompt is rendered."""
+    """Returns the length that the prompt of a request is truncated to before it is rendered."""
     models = server.app.state.openai_serving_models
     assert asyncio.run(BaseServing(models, models.model_config)._check_model(request)) is None
     cut: int | None = request.build_tok_params(models.model_config).truncate_prompt_tokens
@@ -36,7 +36,7 @@ def test_truncation_to_the_context(server: TestClient, name: str, room: int) -> 
 def test_truncation_only_on_request(server: TestClient, name: str) -> None:
     assert limit(server, CompletionRequest(model=name, prompt="w5", truncate_prompt_tokens=7)) == 7
     assert limit(server, ResponsesRequest(model=name, input="w5")) is None
-    # What a client makes up has no meaning.
+    # Limits forged by a client have no effect.
     forged = {"truncation": "auto", "prefix_prompt_limit": 7}
     assert limit(server, ChatCompletionRequest(model=name, messages=MESSAGES, **forged)) is None
     assert limit(server, ResponsesRequest(model=name, input="w5", truncation="disabled", prefix_prompt_limit=7)) is None

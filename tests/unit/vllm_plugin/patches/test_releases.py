@@ -1,4 +1,4 @@
-"""Every supported release of vLLM has what the plugin wraps, overrides, calls and imports, as it expects it."""
+"""Every supported release of vLLM has what the plugin wraps, overrides, calls and imports, in the expected form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_recorded_releases_are_the_supported_ones() -> None:
 
 @releases
 def test_every_release_has_what_the_plugin_needs(release: dict[str, Any]) -> None:
-    """A failure here after a change to the plugin: run releases.py again."""
+    """If this fails after a change to the plugin, run releases.py again."""
     assert release["signatures"].keys() == wrapped() | overridden() | CALLED
     assert release["names"].keys() == imported(PLUGIN, "vllm")
     assert [name for name, found in {**release["signatures"], **release["names"]}.items() if not found] == []

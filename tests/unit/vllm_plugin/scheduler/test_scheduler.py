@@ -60,7 +60,7 @@ def lora(name: str) -> LoRARequest:
 
 @pytest.mark.parametrize("p", SPECS)
 def test_hashes_equal_those_of_vllm(make: Any, p: int) -> None:
-    """Of a prompt that starts with p placeholders, under the prefix's salt; and only once for what all requests share."""
+    """They equal vLLM's hashes of p placeholders under the prefix's salt, and are computed once for all requests."""
     scheduler = PrefixScheduler(BLOCK_SIZE)
     full = p // BLOCK_SIZE
     for seed, salt, adapter in ((1, None, None), (2, None, None), (3, "mine", None), (4, None, lora("x"))):
@@ -78,7 +78,7 @@ def test_hashes_equal_those_of_vllm(make: Any, p: int) -> None:
 
 @pytest.mark.parametrize("spec", [None, SPECS[70]], ids=["base", "prefix"])
 def test_no_block_is_hashed_twice(spec: PrefixSpec | None) -> None:
-    """Not before its prefix is in front of it, either, where vLLM hashes new requests."""
+    """vLLM hashes new requests, but not before the placeholders precede the prompt."""
     require(server=False)
     hasher = kv_cache_utils.get_request_block_hasher(BLOCK_SIZE, sha256)
     hashed: list[Any] = []
@@ -94,10 +94,10 @@ def test_no_block_is_hashed_twice(spec: PrefixSpec | None) -> None:
     PrefixScheduler(BLOCK_SIZE).add_placeholders(request)
     assert hashed == request.block_hashes
     assert len(hashed) == (80 + (spec.num_virtual_tokens if spec else 0)) // BLOCK_SIZE
-    # Blocks of its own output go on being hashed.
+    # Blocks of its output are hashed as usual.
     request.append_output_token_ids([5] * BLOCK_SIZE)
     assert hashed == request.block_hashes
-    # The front end has the prompt still.
+    # The front end's prompt is unchanged.
     assert message.prompt_token_ids == prompt_ids(80)
 
 
@@ -123,13 +123,13 @@ def test_a_request_loads_uncached_tokens(make: Any) -> None:
         scheduler.add_placeholders(request)
         missing = scheduler.num_loadable(request, computed)
         assert missing == max(0, 70 - computed)
-        # Asked again before there was room for it.
+        # vLLM asks again if there was no room for the request.
         assert scheduler.num_loadable(request, computed) == missing
         scheduler.allocated(request, lambda: ([1, 2, 3, 4],), missing)
         assert [(load.spec, (load.start, load.stop)) for load in scheduler.take_loads()] == (
             [] if part is None else [(SPECS[70], part)]
         )
-        # Of a load by another connector, if any.
+        # The second call follows a load by another connector.
         scheduler.allocated(request, lambda: ([1, 2, 3, 4],), 0)
     taken = scheduler.stats.take()
     assert taken is not None
@@ -152,7 +152,7 @@ def test_a_load_that_vllm_cuts_short_is_an_error(make: Any) -> None:
 
 
 def test_a_skipped_load_must_be_cached(make: Any) -> None:
-    """Its cache may go beyond the last whole block, which is all that it asks about."""
+    """vLLM's cache may go beyond the last full block, up to which it asks the connector."""
     scheduler = PrefixScheduler(BLOCK_SIZE)
     for computed in (80, 70, 69):
         request = make(prompt_ids(50), SPECS[70])
@@ -185,7 +185,7 @@ def test_finished_requests_are_forgotten(make: Any) -> None:
 def test_requests_to_the_base_model_are_left_alone(make: Any) -> None:
     scheduler = PrefixScheduler(BLOCK_SIZE)
     prompt = prompt_ids(70)
-    # The last one vLLM refused, and hands on with what the client sent.
+    # The front end refused the last one, and vLLM passes it on with the client's parameters.
     for request in (make(prompt), make(prompt, abort_immediately=True)):
         if request.abort_immediately:
             request.kv_transfer_params = {"prefix_adapters": ["x"]}

@@ -34,7 +34,7 @@ def test_each_rank_has_its_heads(heads: int, tp_size: int, value_size: int) -> N
     for kind in (0, 1):
         together = torch.cat([part[kind] for part in shards], dim=1).transpose(0, 1)
         assert together.equal(kv[kind].repeat_interleave(max(1, tp_size // 2), 0))
-    # Whatever the number of ranks, these are two heads of the model.
+    # The model has two heads, whatever the number of ranks.
     assert model_shapes([own], tp_size, 2) == ((0, 2, 32, value_size),)
 
 
@@ -55,7 +55,7 @@ def test_a_pipeline_stage_checks_and_publishes_its_own_layers(tmp_path: Path) ->
             check_shapes("one", whole[:1], stage, whole_model=False)
         with pytest.raises(PrefixServeError, match="without a cache"):
             check_shapes("one", whole, stage)
-    # Each in a process of its own, and in any order.
+    # The stages run in separate processes, in any order.
     for stage in reversed(stages):
         Registry(tmp_path).add_layers(stage, 32)
     Registry(tmp_path).add_layers(stages[0], 48)

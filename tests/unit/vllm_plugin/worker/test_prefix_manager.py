@@ -1,4 +1,4 @@
-"""What a worker keeps of which prefix, and what it writes where; on a cache that a test can read."""
+"""The prefixes that a worker keeps, and what it writes to which slots of a cache that tests can read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 4
 
 
 class Cache:
-    """An attention layer that stores what it is given by slot: `[NUM_BLOCKS * BLOCK_SIZE, H, D]`, NaN where nothing is."""
+    """An attention layer with a cache by slot, `[NUM_BLOCKS * BLOCK_SIZE, H, D]`, NaN where nothing was written."""
 
     def __init__(self, layer: CacheLayer) -> None:
         self.impl = self
@@ -132,7 +132,7 @@ def test_layers_of_a_sliding_window_skip_what_has_left_it(adapters: Any) -> None
     assert full[4:14].equal(kv[0][0].transpose(0, 1))
     assert sliding[16:18].equal(kv[1][0][:, 8:].transpose(0, 1))
     assert sliding[:16].isnan().all()
-    # Nothing of the prefix is left in the window.
+    # The whole prefix has left the window.
     worker.writer.write([load(spec, [1, 2, 3], [0, 0, 0])])
     assert sliding[:16].isnan().all()
 
@@ -155,7 +155,7 @@ def test_prefixes_that_do_not_fit_are_still_written(adapters: Any) -> None:
         worker.writer.write([load(specs[name][0], blocks[name]) for name in specs])
         for name, (spec, kv) in specs.items():
             assert worker.holds(kv, blocks[name], 0, spec.num_virtual_tokens)
-    # Those that fit stay: one that does not, or more than fit in one step, displace none.
+    # Prefixes that fit stay. One that does not fit, or several that do not fit in one step, evict none.
     assert worker.opened == ["a", "b", "large", "large"]
 
 
@@ -226,7 +226,7 @@ def truncated(folder: Path) -> None:
 
 
 def renumbered(folder: Path) -> None:
-    """Other layers for the same weights."""
+    """Swaps the layer indices of the same weights."""
     config = folder / "adapter_config.json"
     fields = json.loads(config.read_text())
     fields["prefix_layers"][0]["index"], fields["prefix_layers"][1]["index"] = 1, 0
@@ -247,7 +247,7 @@ def test_changed_files_fail_only_their_loads(
     worker = Worker(1 << 20)
     damage(Path(bad.path))
     with caplog.at_level(logging.ERROR, "vllm.prefix_adapters"):
-        # The blocks from the first that the load was to write on: what follows is computed from it.
+        # All blocks from the first one of the load: those after it are computed from it.
         worker.writer.write([load(bad, [1, 2, 9]), load(good, [3, 4]), load(bad, [5, 6, 7], start=4)])
     assert worker.writer.take_unwritten() == {1, 2, 9, 6, 7}
     assert worker.writer.take_unwritten() == set()
