@@ -179,9 +179,11 @@ def medians(rounds: list[Measurement]) -> dict[str, float]:
 
 def patches_when_idle() -> list[str]:
     """Returns the methods in the path of a request that the plugin patches in a process without adapters."""
-    from vllm_plugin.patches.requests import ENGINE_PATCHES, SERVER_PATCHES
+    from vllm_plugin.patches.engine import ENGINE_PATCHES
+    from vllm_plugin.patches.requests import REQUEST_PATCHES
+    from vllm_plugin.patches.server import SERVER_PATCHES
 
-    patches = [(patch.module, patch.method) for patch in (*ENGINE_PATCHES, *SERVER_PATCHES)]
+    patches = [(patch.module, patch.method) for patch in (*REQUEST_PATCHES, *ENGINE_PATCHES, *SERVER_PATCHES)]
     child = subprocess.run(
         [sys.executable, "-c", _PATCHES_WHEN_IDLE],
         input=json.dumps(patches) + "\n",

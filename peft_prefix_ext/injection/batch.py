@@ -80,7 +80,9 @@ class BatchAdapters:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(self.adapter_indices)} and {size} respectively."
             )
-        adapter_indices, lengths = (rows.repeat_interleave(self.copies, dim=0) for rows in (self.adapter_indices, self.lengths))
+        adapter_indices, lengths = (
+            rows.repeat_interleave(self.copies, dim=0) for rows in (self.adapter_indices, self.lengths)
+        )
         by_row = tuple(length for length in self.by_row for _ in range(self.copies))
         names = tuple(name for name in self.names for _ in range(self.copies))
         return replace(self, adapter_indices=adapter_indices, lengths=lengths, copies=1, by_row=by_row, names=names)
