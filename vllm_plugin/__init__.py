@@ -1,7 +1,7 @@
 """Serves trained key/value prefixes on vLLM beside the base model, one prefix per request.
 
-`register` is vLLM's plugin entry point (`vllm.general_plugins`). vLLM calls it once in each of its processes, so importing
-this module must stay cheap. Offline use:
+`register` is vLLM's plugin entry point (`vllm.general_plugins`). vLLM calls it once in each of its processes, so
+importing this module must stay cheap. Offline use:
 
     llm = LLM(model=BASE, **prefix_adapters(name="path-or-repo"))
     llm.generate(prompts, params, lora_request=PrefixAdapterRequest("name"))

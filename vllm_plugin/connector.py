@@ -1,8 +1,8 @@
 """The KV connector that loads prefixes into vLLM's paged cache: a thin layer over `scheduler/` and `worker/`.
 
-Loads are synchronous: the scheduler counts the virtual tokens as computed, and the worker writes them before the forward
-pass of the same step. vLLM registers the blocks as cached while it schedules that step, so a second request of the step
-finds them, and it reads them after the write as well.
+Loads are synchronous: the scheduler counts the virtual tokens as computed, and the worker writes them before the
+forward pass of the same step. vLLM registers the blocks as cached while it schedules that step, so a second request of
+the step finds them, and it reads them after the write as well.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self.scheduler is not None
         self.scheduler.other_connectors.update()
-        # vLLM evicts blocks of running requests only. Requests that were aborted or preempted meanwhile left some as well.
+        # vLLM evicts blocks of running requests only. Requests that were aborted or preempted meanwhile left some as
+        # well.
         if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
             self._kv_cache_manager.evict_blocks(
                 self.scheduler.recent_blocks.expand_to_requests(connector_output.invalid_block_ids)

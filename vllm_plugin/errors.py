@@ -1,4 +1,4 @@
-"""Errors that stop an engine from starting with its prefix adapters. For errors of single requests, see `request_errors`."""
+"""Errors of adapters, options and engines. For errors of single requests, see `request_errors`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The plugin's settings in vLLM's `KVTransferConfig`, the part of its config that reaches every process.
 
-The command line and `prefix_adapters` write the requested adapters there (`ADAPTERS`). When the engine's config is created,
-these adapters are opened and added to the server's registry, and the settings then name the registry's folder (`REGISTRY`).
-vLLM is imported on use only.
+The command line and `prefix_adapters` write the requested adapters there (`ADAPTERS`). When the engine's config is
+created, these adapters are opened and added to the server's registry, and the settings then name the registry's folder
+(`REGISTRY`). vLLM is imported on use only.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ MAX_LABELS, OTHERS = 10_000, "(others)"
 
 
 class PrefixStats(KVConnectorStats):
-    """Counts since the last report, `{count: {adapter: number}}`, and the number of prefixes on the device, if it changed."""
+    """Counts since the last report, `{count: {adapter: number}}`, and the number of resident prefixes, if it changed."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
         super().__init__(data or {})

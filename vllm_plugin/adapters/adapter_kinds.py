@@ -1,4 +1,4 @@
-"""LoRA adapters and prefixes look alike on disk: a user who gives one in place of the other is told where it belongs."""
+"""LoRA adapters and prefixes look alike on disk. A user who mixes them up is told where each belongs."""
 
 from __future__ import annotations
 

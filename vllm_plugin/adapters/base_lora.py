@@ -1,8 +1,8 @@
 """The LoRA adapter that a prefix was trained on, and the LoRA request that goes with every request for the prefix.
 
-A prefix records its base adapters with the digest of their weights (`peft_prefix_ext/checkpoint/base_adapters.py`). PEFT saves them
-together in one folder: the adapter called "default" in the folder itself, every other one in a subfolder of its name. The
-LoRA adapter is looked for there, and identified by the digest of its weights.
+A prefix records its base adapters with the digest of their weights (`peft_prefix_ext/checkpoint/base_adapters.py`).
+PEFT saves them together in one folder: the adapter called "default" in the folder itself, every other one in a
+subfolder of its name. The LoRA adapter is looked for there, and identified by the digest of its weights.
 """
 
 from __future__ import annotations

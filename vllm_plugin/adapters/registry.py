@@ -1,8 +1,8 @@
 """The adapters of one server, in a private folder that all of its API server processes share.
 
-The registry is a journal. Each change appends a line, and a process reads the lines it has not read yet. The length of the
-journal lies in memory that all processes share, so a lookup compares this length and reads a dict: no system call, whatever
-the number of adapters. Names are never part of a path.
+The registry is a journal. Each change appends a line, and a process reads the lines it has not read yet. The length of
+the journal lies in memory that all processes share, so a lookup compares this length and reads a dict: no system call,
+whatever the number of adapters. Names are never part of a path.
 """
 
 from __future__ import annotations

@@ -13,17 +13,17 @@ from vllm_plugin.adapters.spec import PrefixSpec
 class PrefixAdapterRequest(LoRARequest, omit_defaults=True, array_like=True):
     """Names the prefix adapter of a request, wherever vLLM takes a `LoRARequest`.
 
-    It passes through vLLM's front end like a LoRA request, but never reaches its LoRA code: the plugin takes it out before
-    vLLM validates the request. Only the caller of the engine sets a path; clients of a server send names.
+    It passes through vLLM's front end like a LoRA request, but never reaches its LoRA code: the plugin takes it out
+    before vLLM validates the request. Only the caller of the engine sets a path; clients of a server send names.
 
     Args:
         lora_name: The name of the adapter.
         lora_int_id: Not used; `LoRARequest` has it at this position.
         lora_path: Folder or Hub repository to load the adapter from, if it is not loaded yet.
-        load_inplace: Whether to load the adapter again, from `lora_path` or from where it came, in place of the one that has
-            this name. It is loaded once per call, whatever the number of prompts.
-        spec: The adapter itself, once the front end has looked it up. The request keeps it even if the name is replaced or
-            unloaded before the request reaches the engine.
+        load_inplace: Whether to load the adapter again, from `lora_path` or from where it came, in place of the one
+            that has this name. It is loaded once per call, whatever the number of prompts.
+        spec: The adapter itself, once the front end has looked it up. The request keeps it even if the name is replaced
+            or unloaded before the request reaches the engine.
     """
 
     lora_int_id: int = 1

@@ -136,7 +136,8 @@ def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:
 def _unsupported_logits_processors(vllm_config: Any) -> str | None:
     """Returns a description of the custom logits processors that would see placeholders; None if none would.
 
-    In model runner V2 they read the runner's own buffers. In V1 `worker/logits_processors.py` shows them the real prompt.
+    In model runner V2 they read the runner's own buffers. In V1 `worker/logits_processors.py` shows them the real
+    prompt.
     """
     given = vllm_config.model_config.logits_processors or ()
     names = [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in given]

@@ -1,7 +1,7 @@
 """On CPU, vLLM computes with as many cores with prefixes as without.
 
-vLLM reserves one core per worker for the scheduler, and a second one if there is a KV connector, since some connectors copy
-K/V in threads of their own. Ours does not.
+vLLM reserves one core per worker for the scheduler, and a second one if there is a KV connector, since some connectors
+copy K/V in threads of their own. Ours does not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Prompt log-probabilities of a request with a prefix: only the rows of real tokens.
 
-Such a request runs every real token, so it skips the prefix cache but still loads its prefix (`PrefixScheduler.accept_load`).
-Its worker returns rows by position: model runner V1 a row per position, those of virtual tokens uninitialized; model runner
-V2 only the rows it computed. Either way the last L - 1 rows belong to the L real tokens. The first real token has none, as
-in vLLM without a prefix.
+Such a request runs every real token, so it skips the prefix cache but still loads its prefix
+(`PrefixScheduler.accept_load`). Its worker returns rows by position: model runner V1 a row per position, those of
+virtual tokens uninitialized; model runner V2 only the rows it computed. Either way the last L - 1 rows belong to the L
+real tokens. The first real token has none, as in vLLM without a prefix.
 """
 
 from __future__ import annotations

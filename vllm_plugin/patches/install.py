@@ -1,9 +1,9 @@
 """When the patches are attached: a few when vLLM imports what they wrap, all others once an engine serves prefixes.
 
-vLLM loads the plugin into each of its processes. There `install` patches the parsing of the command line, the creation of
-the engine's config, and the methods that accept a LoRA adapter, which could be a prefix. It waits until vLLM imports them.
-All other patches wait for `require`, so vLLM without prefixes runs unchanged. A patch that no longer fits this vLLM is left
-out, and `require` then raises a single error that names all of them.
+vLLM loads the plugin into each of its processes. There `install` patches the parsing of the command line, the creation
+of the engine's config, and the methods that accept a LoRA adapter, which could be a prefix. It waits until vLLM imports
+them. All other patches wait for `require`, so vLLM without prefixes runs unchanged. A patch that no longer fits this
+vLLM is left out, and `require` then raises a single error that names all of them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def all_patches(*, server: bool) -> tuple[MethodPatch, ...]:
 
 @functools.cache
 def _register_connector() -> None:
-    """Lets vLLM's `MultiConnector` find the class of our statistics, which it looks up by the connector's name alone."""
+    """Lets vLLM's `MultiConnector` find the class of our statistics, which it looks up by the connector's name."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)

@@ -63,7 +63,8 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
 async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Adds the prefixes to the message that lists the available models.
 
-    It also truncates the prompt to the context if the client asks for it: vLLM's own limit does not count virtual tokens.
+    It also truncates the prompt to the context if the client asks for it: vLLM's own limit does not count virtual
+    tokens.
     """
     request = kwargs["request"] if "request" in kwargs else args[0]
     prefixes = getattr(instance.models, "prefix_models", None)

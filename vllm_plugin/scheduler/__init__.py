@@ -1,1 +1,1 @@
-"""The scheduler's side of a prefix: placeholders, loads, and the consequences of a failed load. No tensors."""
+"""The scheduler's side of a prefix: placeholders, loads, and failed loads. No tensors."""

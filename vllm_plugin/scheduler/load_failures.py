@@ -1,9 +1,9 @@
 """Which requests fail with a failed load, and which of their blocks must leave the prefix cache.
 
-Blocks that were computed after a missing prefix are wrong, and later requests would find them in the prefix cache. vLLM does
-not report all of them. It misses the blocks of requests that share the block which was not loaded. With async scheduling it
-also misses those of a request that has ended, or whose first blocks have left a sliding window, before the outcome of the
-load is known.
+Blocks that were computed after a missing prefix are wrong, and later requests would find them in the prefix cache. vLLM
+does not report all of them. It misses the blocks of requests that share the block which was not loaded. With async
+scheduling it also misses those of a request that has ended, or whose first blocks have left a sliding window, before
+the outcome of the load is known.
 """
 
 from __future__ import annotations

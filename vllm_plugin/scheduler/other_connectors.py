@@ -1,6 +1,6 @@
-"""Other connectors must forget the blocks of requests whose prefix was missing: vLLM's own store blocks by their hashes.
+"""Other connectors must forget the blocks of requests whose prefix was missing.
 
-They cannot forget single blocks, so they forget all.
+vLLM's own connectors store blocks by their hashes. They cannot forget single blocks, so they forget all.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from vllm_plugin.logger import logger
 class OtherConnectors:
     """Empties the caches of other connectors after a failed load.
 
-    It does so twice: at once, which also cancels pending stores, and again when the connectors have been told of the failed
-    requests, since they store the remaining blocks of a request when it ends.
+    It does so twice: at once, which also cancels pending stores, and again when the connectors have been told of the
+    failed requests, since they store the remaining blocks of a request when it ends.
     """
 
     def __init__(self) -> None:

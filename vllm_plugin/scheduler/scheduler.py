@@ -1,7 +1,7 @@
 """The scheduler's side of a prefix: which tokens stand for it, and what to load where. No tensors.
 
-Inside the engine a request's prompt starts with p placeholders. Either vLLM's own prefix cache finds the blocks they fill,
-or `PrefixScheduler` reports that they can be loaded. In both cases the model never runs them.
+Inside the engine a request's prompt starts with p placeholders. Either vLLM's own prefix cache finds the blocks they
+fill, or `PrefixScheduler` reports that they can be loaded. In both cases the model never runs them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class PrefixScheduler:
 
     def add_placeholders(self, request: Request) -> None:
         """Inserts the placeholders before a new request's prompt and salts its block hashes."""
-        # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters, so
-        # that a connector can release what it holds for the request. It never runs.
+        # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters,
+        # so that a connector can release what it holds for the request. It never runs.
         packed = (request.kv_transfer_params or {}).get(ADAPTERS)
         if packed is None or getattr(request, "abort_immediately", False):
             return
@@ -63,8 +63,8 @@ class PrefixScheduler:
             # Each real token has to run, whatever the client asks for.
             request.skip_reading_prefix_cache = True
         request.block_hashes[:] = self._prefix_hashes(request, p)
-        # The placeholders repeat the request's own first token. So the set of prompt tokens, which the repetition penalty
-        # uses, stays the same, and every kernel that reads prompt ids gets a valid one.
+        # The placeholders repeat the request's own first token. So the set of prompt tokens, which the repetition
+        # penalty uses, stays the same, and every kernel that reads prompt ids gets a valid one.
         prompt = request.prompt_token_ids
         assert prompt is not None
         placeholders = [prompt[0]] * p
@@ -86,8 +86,8 @@ class PrefixScheduler:
     def accept_load(self, request: Request) -> None:
         """Makes vLLM accept the load of a request that skips the prefix cache.
 
-        vLLM reads one flag for two decisions: before it asks the connector, whether to look into its own cache, and after
-        that, whether to accept what the connector loads. The flag stays off from here to the end of the step
+        vLLM reads one flag for two decisions: before it asks the connector, whether to look into its own cache, and
+        after that, whether to accept what the connector loads. The flag stays off from here to the end of the step
         (`end_step`), since vLLM looks into its cache again after a preemption.
         """
         if request.skip_reading_prefix_cache:
@@ -116,8 +116,8 @@ class PrefixScheduler:
         if missing == 0:
             return
         if num_external == 0:
-            # With --prefix-match-unit, hits may end within blocks. vLLM then asks what can be loaded after the last full
-            # block, and accepts nothing if its own cache goes beyond that.
+            # With --prefix-match-unit, hits may end within blocks. vLLM then asks what can be loaded after the last
+            # full block, and accepts nothing if its own cache goes beyond that.
             self._found_in_cache.append((request, spec))
             return
         if num_external != missing:

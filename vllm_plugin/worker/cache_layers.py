@@ -105,7 +105,8 @@ def model_shapes(layers: Iterable[CacheLayer], tp_size: int, total_num_kv_heads:
     Args:
         layers: The layers of this worker.
         tp_size: Number of tensor-parallel ranks.
-        total_num_kv_heads: KV heads per layer of the model. With more ranks than heads, several ranks hold the same head.
+        total_num_kv_heads: KV heads per layer of the model. With more ranks than heads, several ranks hold the same
+            head.
     """
     replicas = max(1, tp_size // total_num_kv_heads)
     return tuple(

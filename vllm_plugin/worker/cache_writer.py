@@ -95,7 +95,7 @@ class PrefixWriter:
                 module.impl.do_kv_cache_update(module, key_NHD, value_NHD, module.kv_cache, slots_N)
 
     def _give_up(self, load: PrefixLoad) -> None:
-        """Marks all blocks from the first one that the load was to fill: those after it are computed from it in this step."""
+        """Marks all blocks from the first one of the load: those after it are computed from it in this step."""
         for stack, _ in self._stacks:
             self._unwritten.update(load.block_ids[stack.group][load.start // stack.block_size :])
         self._unwritten.discard(NULL_BLOCK)
@@ -105,8 +105,8 @@ def cache_slots(load: PrefixLoad, group: int, block_size: int) -> tuple[int, np.
     """Returns the target of a load in one KV cache group.
 
     Returns:
-        The first virtual token to copy, since tokens that have left a sliding window have no block, and the slots of the
-        tokens from there up to `load.stop`, `[N]`.
+        The first virtual token to copy, since tokens that have left a sliding window have no block, and the slots of
+        the tokens from there up to `load.stop`, `[N]`.
     """
     blocks = np.asarray(load.block_ids[group], np.int64)[: -(-load.stop // block_size)]
     (outside_window,) = np.nonzero(blocks == NULL_BLOCK)

@@ -1,7 +1,7 @@
 """Custom logits processors see a request's real prompt, without the placeholders of its prefix.
 
-vLLM's model runner V1 passes them the prompt of each request that joins the batch, and the placeholders are removed there.
-`adapters/validation.py` refuses them in model runner V2.
+vLLM's model runner V1 passes them the prompt of each request that joins the batch, and the placeholders are removed
+there. `adapters/validation.py` refuses them in model runner V2.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class PrefixManager:
         tp_size: Number of tensor-parallel ranks.
         dtype: The model's dtype.
         device: The device of the KV cache.
-        device_memory: Memory for prefixes there, in bytes. A prefix that does not fit is copied from the host each time.
+        device_memory: Memory for prefixes there, in bytes. A prefix that does not fit is copied from the host each
+            time.
     """
 
     def __init__(

@@ -20,8 +20,8 @@ from vllm_plugin import PrefixAdapterRequest, prefix_adapters
 LENGTHS = (7, 32, 45)
 PROMPT_LENGTHS = (3, 40, 71)  # the windows of the sliding layers are 24
 NEW_TOKENS = 16
-# The longest request fills the context, and therefore uses all learned positions. The CPU engine has no kernel for heads
-# smaller than 32.
+# The longest request fills the context, and therefore uses all learned positions. The CPU engine has no kernel for
+# heads smaller than 32.
 CONTEXT = max(LENGTHS) + max(PROMPT_LENGTHS) + NEW_TOKENS
 SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": CONTEXT}
 Request = tuple[str | None, list[int]]

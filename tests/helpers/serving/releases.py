@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python -m helpers.serving.releases WHEEL_OR_FOLDER ...
 
-writes `releases.json` for the given releases and prints what each changed. A release is a wheel or a folder with `vllm/` in
-it, and need not run here. Run it when the plugin needs something else of vLLM, and for each new release.
+writes `releases.json` for the given releases and prints what each changed. A release is a wheel or a folder with
+`vllm/` in it, and need not run here. Run it when the plugin needs something else of vLLM, and for each new release.
 """
 
 from __future__ import annotations

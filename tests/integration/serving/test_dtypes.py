@@ -1,7 +1,7 @@
 """In half precision and with an fp8 cache, a prefix leaves the same bytes in the cache as the text it was made from.
 
-Outputs in such dtypes depend on the order of sums, so no reference outside of the engine is exact. Inside there is one: the
-K/V that the engine computes for a text, used as a prefix, must give the same outputs as the text.
+Outputs in such dtypes depend on the order of sums, so no reference outside of the engine is exact. Inside there is one:
+the K/V that the engine computes for a text, used as a prefix, must give the same outputs as the text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """No request reads blocks of another adapter: many random requests, each compared with its own reference.
 
-All events are drawn from one seeded generator, step by step of an engine in this process, so a failure is reproducible. The
-cache holds few requests, and the prefix manager few prefixes.
+All events are drawn from one seeded generator, step by step of an engine in this process, so a failure is reproducible.
+The cache holds few requests, and the prefix manager few prefixes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Custom logits processors, given by name and by the entry points of an installed package: they see real prompts only."""
+"""Custom logits processors, given by name or by entry points of an installed package, see real prompts only."""
 
 from __future__ import annotations
 

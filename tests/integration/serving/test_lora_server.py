@@ -1,4 +1,4 @@
-"""LoRA modules, prefixes on LoRA, prefixes on the base model and the base model itself, on one server, with priorities."""
+"""LoRA modules, prefixes on LoRA, prefixes on the base model and the base model, on one server with priorities."""
 
 from __future__ import annotations
 

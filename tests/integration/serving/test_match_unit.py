@@ -30,7 +30,7 @@ def test_a_finer_match_unit_gives_the_same_tokens(pool: Pool) -> None:
 
 
 class HybridScheduler:
-    """vLLM's scheduler for a model with recurrent layers, where cache hits may end within a block, without the model."""
+    """vLLM's scheduler for a model with recurrent layers, where hits may end within a block; without the model."""
 
     def __init__(self, engine: Engine) -> None:
         from vllm.v1.core.sched.scheduler import Scheduler

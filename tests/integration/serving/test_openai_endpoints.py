@@ -1,4 +1,4 @@
-"""Streaming, truncation and the endpoints of OpenAI's and Anthropic's APIs with prefixes, compared with the reference."""
+"""Streaming, truncation and the other endpoints with prefixes, compared token by token with the reference."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> dict[str, PeftModel]:
-    """Two prefixes on two LoRA adapters, as PEFT saves them: `first/prefix` on `first`, and `second` on `second/lora`."""
+    """Two prefixes on two LoRA adapters, as PEFT saves them: `first/prefix` on `first`, `second` on `second/lora`."""
     model = support.write_model(folder / "model", CONFIG)
     return {
         "first": train(folder / "first", model, 1, lora_first=True),

@@ -1,4 +1,4 @@
-"""The options of a request, and requests that cannot be served correctly: refused in one sentence, and the engine goes on."""
+"""The options of a request, and requests that cannot be served: refused in one sentence, and the engine goes on."""
 
 from __future__ import annotations
 

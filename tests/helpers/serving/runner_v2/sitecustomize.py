@@ -1,8 +1,8 @@
 """vLLM's defaults on a GPU, on CPU: model runner V2 and async scheduling, with interpreted Triton kernels.
 
-It applies to all processes that start with `ENVIRONMENT`, which puts this folder on Python's path: Python imports a module
-of this name when it starts. Model runner V2 supports CPUs through builds of Triton that compile for them. Triton's own
-interpreter, which every build has, runs the same kernels slowly.
+It applies to all processes that start with `ENVIRONMENT`, which puts this folder on Python's path: Python imports a
+module of this name when it starts. Model runner V2 supports CPUs through builds of Triton that compile for them.
+Triton's own interpreter, which every build has, runs the same kernels slowly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENVIRONMENT = {
 
 
 def _add_cpu(backends: Any) -> None:
-    """Makes vLLM use Triton on CPU, which needs a backend of this name. It is not active, so nothing is compiled for it."""
+    """Makes vLLM use Triton on CPU, which needs a backend of this name. It is inactive, so nothing is compiled for it."""
     backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: False))
 
 

@@ -1,4 +1,4 @@
-"""The rows of prompt log-probabilities that belong to real tokens, for both model runners. Engines run in `test_requests.py`."""
+"""The rows of prompt log-probabilities that belong to real tokens, for both model runners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests with a prefix that cannot be served correctly; `integration/serving/test_requests.py` sends some to an engine."""
+"""Checks of requests with a prefix. `integration/serving/test_requests.py` sends such requests to an engine."""
 
 from __future__ import annotations
 

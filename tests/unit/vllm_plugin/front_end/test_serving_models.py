@@ -1,4 +1,4 @@
-"""Loading an adapter while the server runs: it is read and checked completely, or nothing changes and the server goes on."""
+"""Loading an adapter while the server runs: it is read and checked completely, or nothing changes."""
 
 from __future__ import annotations
 

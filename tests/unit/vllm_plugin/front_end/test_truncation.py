@@ -1,4 +1,4 @@
-"""Truncation to the context, which includes virtual tokens; `test_openai_endpoints.py` has a server truncate prompts."""
+"""Truncation to the context, which includes virtual tokens. `test_openai_endpoints.py` does it on a server."""
 
 from __future__ import annotations
 
