@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def e2e(tmp_path_factory):
-    """A folder like the challenge's: 20 meaning representations to train on, two sentences each, and 3 to test on."""
+    """A folder in the format of the challenge: 20 meaning representations to train on, with two sentences each, and 3 to test on."""
     folder = tmp_path_factory.mktemp("e2e")
     for name, count in (("devset.csv", 20), ("testset_w_refs.csv", 3)):
         lines = ['"mr","ref"']

@@ -1,4 +1,4 @@
-"""The challenge's files are read as they are, and what is held out shares no facts with what is trained on."""
+"""Reading of the challenge's files, and held-out rows that share no facts with the training rows."""
 
 import pytest
 

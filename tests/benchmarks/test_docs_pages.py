@@ -1,4 +1,4 @@
-"""The pages about benchmarks: their commands are valid, and their generated parts are those of the results."""
+"""The pages about benchmarks: their commands are valid, and their generated parts match the results."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The whole benchmark on a random model of a few thousand parameters: runs, resumes, reports."""
+"""The quality benchmark on a tiny random model: runs, resuming, and the report."""
 
 import json
 

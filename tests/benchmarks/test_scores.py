@@ -1,4 +1,4 @@
-"""The scores rise with what an answer has in common with any of its references."""
+"""Scores rise with the overlap of an answer and its references."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Batches and the loss of answers: what all methods share."""
+"""Batches and the loss of answers, which all methods share."""
 
 from itertools import chain
 
