@@ -1,4 +1,4 @@
-"""The environment of every engine that the tests start, and which tests run side by side."""
+"""The environment of every engine that tests start, which tests are slow, and which run side by side."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
 
+from helpers.progress import Progress
+from helpers.slow import is_slow
 from helpers.tiny import VOCABULARY, tiny_tokenizer
 
 collect_ignore = ["wheel"]  # for an environment of its own: `make test-wheel`
@@ -36,23 +38,40 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
-class TogetherWhatShares(LoadScopeScheduling):
-    """Under `-n`, keeps on one worker what shares something that is slow to make.
+ENGINES = "integration/serving/"
 
-    That is a file, an architecture of the sweep, and all tests of the serving half, which share engines. Long tests have
-    their own.
+
+class TogetherWhatShares(LoadScopeScheduling):
+    """Under `-n`, keeps tests on one worker that share something slow to create.
+
+    These are the tests of a file, of an architecture in the sweep, and all tests that share engines. Soak tests have engines
+    of their own.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, test = nodeid.partition("::")
-        if "integration/serving/" in path and self.config.option.markexpr != "soak":
-            return "serving"
+        if ENGINES in path and self.config.option.markexpr != "soak":
+            return "engines"
         architecture = test.partition("[")[2].rstrip("]").partition("-")[0] if "test_architectures" in path else ""
         return path + architecture
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    is_controller = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    if is_controller and config.get_verbosity() <= 0 and (reporter := config.pluginmanager.get_plugin("terminalreporter")):
+        config.pluginmanager.register(Progress(reporter))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+    # Engines first, on one worker. The other runs what needs none meanwhile; the many short tests come last, so that both
+    # workers end at about the same time.
+    items.sort(key=lambda item: ENGINES not in item.nodeid)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherWhatShares:
-    # As collected, engines come first: what is short and many comes last, and both workers end at about the same time.
     config.option.loadscopereorder = False
     return TogetherWhatShares(config, log)
 
