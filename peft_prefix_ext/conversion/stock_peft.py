@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from peft_prefix_ext.base_model.layers import ProbedLayer
-
 # What an adapter keeps, whatever its type.
 KEPT = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
@@ -142,6 +140,7 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
     Raises:
         ValueError: If the prefix was not made for this base model.
     """
+    from peft_prefix_ext.base_model.compatibility import check_layers
     from peft_prefix_ext.base_model.layers import probe_layers
     from peft_prefix_ext.injection.decoder_hook import without_prefixes
 
@@ -150,20 +149,6 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
     recorded = [layer for layer in recorded if layer.attention in prefix.attentions.values()]
     check_layers(prefix, base_model, recorded)
     return {layer.index: layer.module for layer in recorded}, fingerprint(base_model.config)
-
-
-def check_layers(prefix: PrefixCheckpoint, base_model: PreTrainedModel, recorded: list[ProbedLayer]) -> None:
-    """Raises `ValueError` if the prefix was not made for this base model, whose layers are `recorded`."""
-    prefix.check_base(fingerprint(base_model.config))
-    expected = {layer.index: layer.shapes(prefix.num_virtual_tokens) for layer in recorded}
-    found = {index: (list(kv.key.shape), list(kv.value.shape)) for index, kv in prefix.layers.items()}
-    if found != expected:
-        index = min(index for index in found.keys() | expected.keys() if found.get(index) != expected.get(index))
-        raise ValueError(
-            f"The prefix adapter in {prefix.path} was trained on another base model "
-            f"({prefix.base_model_name_or_path or 'name not recorded'}): layer {index} has keys and values {found.get(index)} "
-            f"in the adapter and {expected.get(index)} in {type(base_model).__name__}."
-        )
 
 
 def _uniform_shape(prefix: PrefixCheckpoint) -> tuple[int, int]:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from peft_prefix_ext.base_model.layers import ProbedLayer, record_layers
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.initialization.adapters import adapter_kv
+from peft_prefix_ext.initialization.adapters import kv_from_adapters
 from peft_prefix_ext.initialization.exemplars import exemplar_tokens
-from peft_prefix_ext.initialization.past_key_values import given_kv
+from peft_prefix_ext.initialization.past_key_values import kv_from_past_key_values
 from peft_prefix_ext.initialization.tokens import given_tokens, text_tokens, vocabulary_tokens
 from peft_prefix_ext.sources import check_sources
 
@@ -49,9 +49,9 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Pro
         recorded = {layer.module: layer.kv for layer in record_layers(model, tokens.ids)}
         initial, source = [recorded[layer.module] for layer in layers], tokens.report
     elif config.init == "kv":
-        initial, source = given_kv(config, layers), "given K/V"
+        initial, source = kv_from_past_key_values(config, layers), "given K/V"
     elif config.init in ("adapter", "average"):
-        initial, source = adapter_kv(config, model, layers)
+        initial, source = kv_from_adapters(config, model, layers)
     else:
         initial = [_new(config, layer) for layer in layers]
         source = f"random K/V of standard deviation {config.init_std}"

@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from peft_prefix_ext.base_model.compatibility import check_layers
 from peft_prefix_ext.base_model.layers import ProbedLayer
 from peft_prefix_ext.checkpoint.format import LayerKV, PrefixCheckpoint, read_prefix
 from peft_prefix_ext.checkpoint.hub import resolve
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.conversion.stock_peft import check_layers
 
 
-def adapter_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> tuple[list[LayerKV], str]:
+def kv_from_adapters(
+    config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]
+) -> tuple[list[LayerKV], str]:
     """Returns the K/V of `init_adapter`, their mean where there are several, and a phrase that says so.
 
     Of a longer prefix the first tokens are taken: their positions are the same. With `init_adapter_part="keys"` the

@@ -13,7 +13,7 @@ from peft_prefix_ext.checkpoint.format import CROSS, DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 
 
-def given_kv(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerKV]:
+def kv_from_past_key_values(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerKV]:
     """Returns the K/V of `init_kv`, `[num_kv_heads, num_virtual_tokens, head_dim]` each, for each of `layers`.
 
     Raises:

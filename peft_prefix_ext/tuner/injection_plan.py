@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.architectures.encoder_decoder import embedded_positions
-from peft_prefix_ext.architectures.shared_kv import find_shared
+from peft_prefix_ext.architectures.encoder_decoder import find_position_embedding
+from peft_prefix_ext.architectures.shared_kv import find_shared_kv_layers
 from peft_prefix_ext.base_model.layers import ProbedLayer, probe_layers
-from peft_prefix_ext.base_model.tensor_parallel import share
+from peft_prefix_ext.base_model.tensor_parallel import broadcast_to_tensor_parallel
 from peft_prefix_ext.checkpoint.compatibility import check_saved_adapter, warn_of_other_base_name
 from peft_prefix_ext.checkpoint.format import DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.initialization import initial_kv
 from peft_prefix_ext.injection.decoder_hook import without_prefixes
-from peft_prefix_ext.injection.layer import reachable_arguments
-from peft_prefix_ext.injection.reparam import PrefixMLP, new_reparam
+from peft_prefix_ext.injection.layer import attention_arguments
+from peft_prefix_ext.injection.reparam import PrefixMLP, create_reparam
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.tuner.other_adapters import warn_of_other_adapters
 from peft_prefix_ext.tuner.requirements import (
@@ -65,18 +65,18 @@ def make_injection_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Inje
         check_layers_to_train(config, recorded)
         check_modules_to_save(config.modules_to_save, model, _at_work(model, recorded))
         for layer in recorded:
-            reachable_arguments(model.get_submodule(layer.module))
+            attention_arguments(model.get_submodule(layer.module))
         if not model.config.is_encoder_decoder and not _has_prefix(model):
             check_prefix_matches_text(model, model.get_submodule(find_decoder(model, recorded, DECODER)))
         initial, config.init_report = initial_kv(config, model, recorded)
-    share(model, *(state for kv in initial for state in kv))
+    broadcast_to_tensor_parallel(model, *(state for kv in initial for state in kv))
     config.forget_sources()  # a model is copied and pickled without them
     stacks = {attention: find_decoder(model, recorded, attention) for attention in config.attentions}
     mlps = {}
     for stack in dict.fromkeys(stacks.values()):
         inside = [number for number, layer in enumerate(recorded) if stacks[layer.attention] == stack]
-        mlps[stack] = new_reparam(config, [recorded[n] for n in inside], [initial[n] for n in inside])
-        share(model, *(mlp.parameters() if (mlp := mlps[stack]) is not None else ()))
+        mlps[stack] = create_reparam(config, [recorded[n] for n in inside], [initial[n] for n in inside])
+        broadcast_to_tensor_parallel(model, *(mlp.parameters() if (mlp := mlps[stack]) is not None else ()))
     return InjectionPlan(
         stacks,
         {layer.module: layer for layer in recorded},
@@ -88,8 +88,8 @@ def make_injection_plan(config: PrefixExtConfig, model: PreTrainedModel) -> Inje
 def _at_work(model: PreTrainedModel, layers: list[ProbedLayer]) -> set[nn.Module]:
     """Returns the modules that the prefixes of `layers` will have hooks on."""
     stacks = {model.get_submodule(find_decoder(model, layers, layer.attention)) for layer in layers}
-    embeddings = {embedding for stack in stacks if (embedding := embedded_positions(stack)) is not None}
-    shared = {module for module, _ in find_shared(model, {layer.module: layer for layer in layers})}
+    embeddings = {embedding for stack in stacks if (embedding := find_position_embedding(stack)) is not None}
+    shared = {module for module, _ in find_shared_kv_layers(model, {layer.module: layer for layer in layers})}
     return {model.get_submodule(layer.module) for layer in layers} | stacks | embeddings | shared
 
 

@@ -12,16 +12,16 @@ from peft import PeftModel, PeftType
 from peft.utils import register_peft_method
 from torch import nn
 
-from peft_prefix_ext.architectures.encoder_decoder import LAYERS, PrefixStackHook
-from peft_prefix_ext.architectures.select import layer_class
-from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
-from peft_prefix_ext.attention.flash import attention_of
-from peft_prefix_ext.attention.grouped_query import use_groups
+from peft_prefix_ext.architectures.encoder_decoder import LAYER_CLASSES, PrefixStackHook
+from peft_prefix_ext.architectures.select import select_layer_class
+from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared_kv_layers
+from peft_prefix_ext.attention.grouped_query import register_grouped_query_attention
+from peft_prefix_ext.base_model.attention_implementation import attention_implementation
 from peft_prefix_ext.checkpoint.compatibility import rename_to_model_modules
 from peft_prefix_ext.checkpoint.format import is_of_prefix
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.injection.caller_positions import modules_around
+from peft_prefix_ext.injection.caller_positions import enclosing_models
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook, decoder_hooks_of
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.peft_type import PREFIX_EXT
@@ -148,7 +148,7 @@ class PrefixExtModel(UnmergeableTuner):
         # `get_peft_model` a second time on one base, of which PEFT warns: an adapter of the same name starts anew.
         for module in list(model.modules()):
             if isinstance(module, PrefixTunerLayer):
-                module.forget(self._name_of(peft_config))
+                module.drop_adapter(self._name_of(peft_config))
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._plan.layers
@@ -168,7 +168,7 @@ class PrefixExtModel(UnmergeableTuner):
         layer = getattr(target, "prefix_ext", None)
         if layer is None:
             in_stacks = isinstance(runtime, PrefixStackHook)
-            kind = LAYERS[recorded.attention] if in_stacks else layer_class(target, recorded)
+            kind = LAYER_CLASSES[recorded.attention] if in_stacks else select_layer_class(target, recorded)
             layer = target.prefix_ext = kind(target, recorded, runtime)
         has_reparam = adapter_name in runtime.prefix_ext_reparam
         layer.update_layer(adapter_name, self._plan.initial[current_key], peft_config, has_reparam)
@@ -183,15 +183,15 @@ class PrefixExtModel(UnmergeableTuner):
             # Not before PEFT has looked at the model: it takes any tuner layer for a sign that the base is frozen.
             runtime_class = PrefixStackHook if self.model.config.is_encoder_decoder else PrefixDecoderHook
             is_first = not decoder_hooks_of(self.model)
-            runtime = module.prefix_ext = runtime_class(module, modules_around(module, self.model))
-            runtime.tested_attention.add(attention_of(module.config))  # by the plan
+            runtime = module.prefix_ext = runtime_class(module, enclosing_models(module, self.model))
+            runtime.tested_attention.add(attention_implementation(module.config))  # by the plan
             if not self.model.config.is_encoder_decoder:
                 runtime.test_attention = check_decoder_matches_text
             runtime.device = next(iter(self._plan.layers.values())).kv.key.device  # weights may be offloaded
             if is_first:
                 runtime.add_handle(self.model.register_load_state_dict_pre_hook(refuse_parts))
-            shared = find_shared(self.model, self._plan.layers)
-            runtime.shared_layers = [SharedKVLayer(attention, owner, runtime) for attention, owner in shared]
+            shared = find_shared_kv_layers(self.model, self._plan.layers)
+            runtime.shared_kv_layers = [SharedKVLayer(attention, owner, runtime) for attention, owner in shared]
         if adapter_name in runtime.num_virtual_tokens:
             return runtime
         runtime.num_virtual_tokens[adapter_name] = config.num_virtual_tokens
@@ -297,4 +297,4 @@ class PrefixExtModel(UnmergeableTuner):
 
 register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)
 wrap_peft_model()
-use_groups()
+register_grouped_query_attention()

@@ -12,8 +12,8 @@ import wrapt
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.architectures.shared_kv import at_work_in
-from peft_prefix_ext.base_model.offloaded import left_where_it_is
+from peft_prefix_ext.architectures.shared_kv import hooked_modules
+from peft_prefix_ext.base_model.offloaded import keep_offloading
 from peft_prefix_ext.checkpoint.atomic_save import CONFIG_NAME, config_of, replacing
 from peft_prefix_ext.checkpoint.compatibility import check_saved_adapter
 from peft_prefix_ext.config import PrefixExtConfig
@@ -58,7 +58,7 @@ def _from_pretrained(wrapped: Any, cls: Any, args: tuple, kwargs: dict[str, Any]
     base = call["model"]
     if getattr(base, "hf_device_map", None) is None or not _is_prefix(call):
         return wrapped(*args, **kwargs)
-    with left_where_it_is(base):
+    with keep_offloading(base):
         return wrapped(*args, **kwargs)
 
 
@@ -76,7 +76,7 @@ def _is_prefix(call: dict[str, Any]) -> bool:
 def _check_beside_prefix(config: PeftConfig, base: Any) -> None:
     """Of a prefix this is checked once it is known where it goes."""
     if config.peft_type != PREFIX_EXT:
-        check_modules_to_save(getattr(config, "modules_to_save", None), base, at_work_in(base))
+        check_modules_to_save(getattr(config, "modules_to_save", None), base, hooked_modules(base))
 
 
 def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
             if saved.base_adapters != live.base_adapters:  # else it was said when this one was put on
                 warn_of_other_adapters(saved, model)
     try:
-        with left_where_it_is(model.get_base_model()) if _has_prefix(model) else nullcontext():
+        with keep_offloading(model.get_base_model()) if _has_prefix(model) else nullcontext():
             return wrapped(*args, **kwargs)
     except KeyError as error:
         config = model.peft_config.get(call["adapter_name"])

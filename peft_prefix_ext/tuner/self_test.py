@@ -15,16 +15,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from peft_prefix_ext.architectures.select import layer_class
-from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
-from peft_prefix_ext.attention.flash import attention_of
+from peft_prefix_ext.architectures.select import select_layer_class
+from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared_kv_layers
+from peft_prefix_ext.base_model.attention_implementation import attention_implementation
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import ProbedLayer, evaluating, record_layers, refuse_unsupported
-from peft_prefix_ext.base_model.offloaded import device_of
+from peft_prefix_ext.base_model.layers import ProbedLayer, eval_mode, record_layers
+from peft_prefix_ext.base_model.offloaded import input_device
+from peft_prefix_ext.base_model.supported import check_supported
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.injection.caller_positions import modules_around
+from peft_prefix_ext.injection.caller_positions import enclosing_models
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 
@@ -44,7 +45,7 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
     ids = [token for token in range(NUM_TEXT + NUM_NEW + 1) if token != padding][: NUM_TEXT + NUM_NEW]
     said: list[torch.Tensor] = []
     handle = decoder.register_forward_hook(lambda module, args, output: said.append(output[0]))
-    device = device_of(model)
+    device = input_device(model)
     new = torch.tensor([ids[NUM_TEXT:]], device=device)
     padded = torch.cat([new[:, :1].expand(1, NUM_PADDING), new], dim=1)
     mask = (torch.arange(NUM_PADDING + NUM_NEW, device=device) >= NUM_PADDING).long()[None]
@@ -53,12 +54,12 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
     assert cache_name is not None  # or else it would be no decoder that a prefix can be given to
     try:
         layers = record_layers(model, ids)
-        with evaluating(model), _prefix_of_text(model, decoder, layers):
+        with eval_mode(model), _prefix_of_text(model, decoder, layers):
             model(input_ids=new, use_cache=False)
             model(input_ids=new[:, :-1], **{cache_name: cache}, use_cache=True)
             model(input_ids=new[:, -1:], **{cache_name: cache}, use_cache=True)
             model(input_ids=padded, attention_mask=mask, use_cache=False)
-        with evaluating(model):
+        with eval_mode(model):
             model(input_ids=new, use_cache=False)
             model(input_ids=padded, attention_mask=mask, use_cache=False)
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
@@ -91,7 +92,7 @@ def check_decoder_matches_text(decoder: PreTrainedModel) -> None:
     Raises:
         ValueError: As `check_prefix_matches_text`, or for what a short text does not show.
     """
-    refuse_unsupported(decoder)
+    check_supported(decoder)
     check_prefix_matches_text(decoder, decoder)
 
 
@@ -105,22 +106,24 @@ def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> flo
 def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[ProbedLayer]) -> Iterator[None]:
     """Lets hooks alone give `model` the prefix that was recorded: no module becomes a part of it."""
     config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
-    runtime = PrefixDecoderHook(decoder, modules_around(decoder, model))
+    runtime = PrefixDecoderHook(decoder, enclosing_models(decoder, model))
     runtime.num_virtual_tokens[_NAME] = NUM_TEXT
     runtime.prefix_dropout[_NAME] = 0.0
-    runtime.tested_attention.add(attention_of(model.config))  # by this very test
+    runtime.tested_attention.add(attention_implementation(model.config))  # by this very test
     hooked: list[PrefixDecoderHook | PrefixExtLayer] = [runtime]
     for recorded in layers:
         attention = model.get_submodule(recorded.module)
-        layer = layer_class(attention, recorded)(attention, recorded, runtime)
+        layer = select_layer_class(attention, recorded)(attention, recorded, runtime)
         kv = LayerKV(*(state[:, :NUM_TEXT] for state in recorded.kv))
         layer.update_layer(_NAME, kv, config, has_reparam=False)
         # Under `low_cpu_mem_usage` the parameters are without data.
-        own = LayerKV(*(recorded.own(state) for state in kv))
+        own = LayerKV(*(recorded.local_heads(state) for state in kv))
         layer.materialize = functools.partial(_given, own)  # type: ignore[method-assign]
         hooked.append(layer)
     by_module = {layer.module: layer for layer in layers}
-    runtime.shared_layers = [SharedKVLayer(module, owner, runtime) for module, owner in find_shared(model, by_module)]
+    runtime.shared_kv_layers = [
+        SharedKVLayer(module, owner, runtime) for module, owner in find_shared_kv_layers(model, by_module)
+    ]
     for tuner_layer in hooked:
         tuner_layer.set_adapter(_NAME)
         tuner_layer.eval()

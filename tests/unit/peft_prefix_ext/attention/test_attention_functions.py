@@ -139,5 +139,5 @@ def test_a_function_that_does_not_see_the_prefix_is_refused():
 def test_an_encoder_decoder_model_cannot_be_tested():
     base = tiny_encoder_decoder("t5")
     base.config._attn_implementation = "wrapped"
-    with pytest.raises(ValueError, match="attn_implementation='wrapped', with which PREFIX_EXT cannot test"):
+    with pytest.raises(ValueError, match="attn_implementation='wrapped', which PREFIX_EXT cannot test"):
         with_prefix(base, task_type="SEQ_2_SEQ_LM")

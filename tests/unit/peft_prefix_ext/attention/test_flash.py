@@ -119,7 +119,7 @@ def test_what_flash_attention_cannot_do_is_refused(model):
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     with pytest.raises(ValueError, match="Packed sequences under flash attention"):
         model(input_ids=ids, position_ids=positions, use_cache=False)
-    with pytest.raises(ValueError, match="Flash attention and a static cache"):
+    with pytest.raises(ValueError, match="Flash attention with a static cache"):
         model.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
 
 

@@ -10,7 +10,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers.prefixed import perturb, prefix_layers, with_prefix
 from helpers.tiny import random_ids, tiny_model
-from peft_prefix_ext.attention.grouped_query import additive, attend, use_groups
+from peft_prefix_ext.attention.grouped_query import (
+    additive_mask,
+    grouped_query_attention_forward,
+    register_grouped_query_attention,
+)
 
 ROWS, HEADS, TOKENS, LENGTH = 2, 4, 7, 11
 
@@ -19,7 +23,7 @@ ROWS, HEADS, TOKENS, LENGTH = 2, 4, 7, 11
 def transformers_own():
     ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_attention_forward)
     yield
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", grouped_query_attention_forward)
 
 
 def step(model, padded):
@@ -65,15 +69,15 @@ def test_what_somebody_else_registered_stays(transformers_own):
         return sdpa_attention_forward(*args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register("sdpa", own)
-    use_groups()
+    register_grouped_query_attention()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
 
 
 def test_a_mask_that_was_written_into_is_read_again():
     mask = torch.ones(1, 1, 2, 3, dtype=torch.bool)
-    assert additive(mask, torch.float32) is additive(mask, torch.float32)
+    assert additive_mask(mask, torch.float32) is additive_mask(mask, torch.float32)
     mask[..., 0] = False
-    assert additive(mask, torch.float32)[..., 0].isneginf().all()
-    assert additive(mask, torch.float64).dtype == torch.float64
+    assert additive_mask(mask, torch.float32)[..., 0].isneginf().all()
+    assert additive_mask(mask, torch.float64).dtype == torch.float64
     with torch.no_grad():
-        assert additive(mask, torch.float32) is mask
+        assert additive_mask(mask, torch.float32) is mask
