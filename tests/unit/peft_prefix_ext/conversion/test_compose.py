@@ -29,8 +29,8 @@ def base_of(name, **overrides):
 
 def write_text(folder, base, token_ids, **config):
     """Writes the prefix that these tokens are: the K/V of a prefill."""
-    recorded = record_layers(base, token_ids)
-    layers, modules = {row.index: row.kv for row in recorded}, {row.index: row.module for row in recorded}
+    probed = record_layers(base, token_ids)
+    layers, modules = {row.index: row.kv for row in probed}, {row.index: row.module for row in probed}
     return write_prefix(folder, layers, modules, task_type="CAUSAL_LM", **config)
 
 

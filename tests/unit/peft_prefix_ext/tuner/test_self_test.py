@@ -36,8 +36,8 @@ def test_errors_name_the_model_and_the_transformers_release(llama):
         ("llama", lambda patch: patch.setattr(BatchAdapters, "shift", 0)),  # positions that overlap those of the prefix
         ("llama", lambda patch: patch.setattr(BatchAdapters, "shift", 5)),
         ("llama", lambda patch: patch.setattr(PrefixExtLayer, "_mask", lambda layer, step, mask, k: None)),
-        ("bloom", lambda patch: patch.setattr(self_test, "layer_class", lambda *args: PrefixExtLayer)),
-        ("gemma4", lambda patch: patch.setattr(self_test, "find_shared", lambda *args: [])),
+        ("bloom", lambda patch: patch.setattr(self_test, "select_layer_class", lambda *args: PrefixExtLayer)),
+        ("gemma4", lambda patch: patch.setattr(self_test, "find_shared_kv_layers", lambda *args: [])),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
