@@ -1,1 +1,1 @@
-"""What some architectures need besides: one module per kind of attention."""
+"""Prefix layers of architectures that need more than K/V and a mask: one module for each kind of attention."""

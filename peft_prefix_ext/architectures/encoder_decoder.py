@@ -1,9 +1,10 @@
-"""What a prefix needs in an encoder-decoder model (T5, BART and their kin) besides what it needs in a decoder.
+"""Prefixes of encoder-decoder models (T5, BART and related ones).
 
-Two stacks, each with a runtime of its own, and three kinds of attention: in the decoder's self-attention the prefix stands
-before the decoder's tokens, in the encoder's before the encoder's, in cross-attention before what the encoder says, as Li
-& Liang (2021) have it for BART. In both stacks real tokens start at position p. These models are not given positions:
-some embed them, some add a bias by distance to the scores of attention.
+The encoder and the decoder have a decoder hook each, and there are three kinds of attention: the prefix stands before
+the decoder's tokens in its self-attention, before the encoder's tokens in the encoder's self-attention, and before the
+encoder's output in cross-attention (Li & Liang 2021 use all three in BART). In both stacks real tokens start at position
+p. These models take no `position_ids`: BART embeds positions that it counts itself, T5 adds a bias by distance to the
+attention scores.
 """
 
 from __future__ import annotations
@@ -24,65 +25,69 @@ from peft_prefix_ext.injection.layer import PrefixExtLayer
 
 
 class PrefixStackHook(PrefixDecoderHook):
-    """The runtime of an encoder or a decoder: moves positions that the stack embeds by itself."""
+    """The hook on an encoder or a decoder, which also shifts positions that the stack counts itself."""
 
-    def __init__(self, stack: Any, around: Sequence[nn.Module] = ()) -> None:
-        super().__init__(stack, around)
-        embedding = embedded_positions(stack)
+    def __init__(self, stack: Any, enclosing: Sequence[nn.Module] = ()) -> None:
+        super().__init__(stack, enclosing)
+        embedding = find_position_embedding(stack)
         if embedding is not None:
-            self._arguments_of_embedding = list(inspect.signature(embedding.forward).parameters)
-            self._handles.append(embedding.register_forward_pre_hook(self._before_embedding, with_kwargs=True))
+            self._embedding_parameters = list(inspect.signature(embedding.forward).parameters)
+            self.add_handle(embedding.register_forward_pre_hook(self._before_embedding, with_kwargs=True))
 
     def _before_embedding(self, embedding: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        step = self.step
-        if step is None or not step.running:
+        context = self.context
+        if context is None or not context.is_running:
             return None
-        kwargs = {**dict(zip(self._arguments_of_embedding, args, strict=False)), **kwargs}
-        given = _length_argument(embedding) if kwargs.get("position_ids") is None else "position_ids"
-        assert given is not None
-        kwargs[given] = kwargs.get(given, 0) + step.batch.num_virtual_tokens
+        kwargs = {**dict(zip(self._embedding_parameters, args, strict=False)), **kwargs}
+        name = _past_length_argument(embedding) if kwargs.get("position_ids") is None else "position_ids"
+        assert name is not None
+        kwargs[name] = kwargs.get(name, 0) + context.batch.num_virtual_tokens
         return (), kwargs
 
 
 class DecoderPrefix(PrefixExtLayer):
-    """The prefix of a self-attention in the decoder."""
+    """The prefix of the decoder's self-attention."""
 
-    def _put_prefix(self, attention: Any, step: PrefixForwardContext, named: dict[str, Any]) -> None:
-        cache = named.get(self._cache_argument)
+    def _put_prefix(self, attention: Any, context: PrefixForwardContext, arguments: dict[str, Any]) -> None:
+        cache = arguments.get(self._cache_argument)
         if isinstance(cache, EncoderDecoderCache):
-            cache = named[self._cache_argument] = cache.self_attention_cache
-        super()._put_prefix(attention, step, named)
-        # T5's first layer makes the bias, the others are handed it.
-        if getattr(attention, "has_relative_attention_bias", False) and named.get("position_bias") is None:
+            cache = arguments[self._cache_argument] = cache.self_attention_cache
+        super()._put_prefix(attention, context, arguments)
+        # T5's first layer computes the bias and passes it to the others.
+        if getattr(attention, "has_relative_attention_bias", False) and arguments.get("position_bias") is None:
             past = 0 if cache is None else cache.get_seq_length(self.index)
-            named["position_bias"] = relative_bias(attention, step, past, self._kv_length(step, cache))
+            arguments["position_bias"] = relative_bias(attention, context, past, self._kv_length(context, cache))
 
 
 class EncoderPrefix(DecoderPrefix):
-    """The prefix of a self-attention in the encoder, where every token sees every other and nothing is cached."""
+    """The prefix of the encoder's self-attention, which is not causal and has no cache."""
 
-    def _mask(self, step: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
-        return None if mask is None else super()._mask(step, mask, kv_length)
+    def _mask(self, context: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+        return None if mask is None else super()._mask(context, mask, kv_length)
 
 
 class CrossPrefix(PrefixExtLayer):
-    """The prefix of a cross-attention, where there are no positions."""
+    """The prefix of cross-attention, which has no positions."""
 
-    def _mask(self, step: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
-        return None if mask is None else super()._mask(step, mask, kv_length)
+    def _mask(self, context: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
+        return None if mask is None else super()._mask(context, mask, kv_length)
 
-    def _kv_length(self, step: PrefixForwardContext, cache: Cache | None) -> int:
-        return 0  # only a mask that the model leaves out would have to be made
+    def _kv_length(self, context: PrefixForwardContext, cache: Cache | None) -> int:
+        return 0  # not needed: `None` stays `None`, and other masks have their length
 
-    def _view(self, cache: Any, prefix: LayerKV) -> CrossCacheView:
+    def _cache_view(self, cache: Any, prefix: LayerKV) -> CrossCacheView:
         return CrossCacheView(cache, prefix)
 
 
-LAYERS: dict[str, type[PrefixExtLayer]] = {DECODER: DecoderPrefix, CROSS: CrossPrefix, ENCODER: EncoderPrefix}
+LAYER_CLASSES: dict[str, type[PrefixExtLayer]] = {
+    DECODER: DecoderPrefix,
+    CROSS: CrossPrefix,
+    ENCODER: EncoderPrefix,
+}
 
 
 class CrossCacheView(EncoderDecoderCache):
-    """Takes the cache's place inside one cross-attention, which writes the encoder's K/V once and then reads them off.
+    """Replaces the cache in the arguments of a cross-attention, which writes the encoder's K/V once and reads them later.
 
     Without a cache, as in training, nothing is written.
     """
@@ -91,7 +96,7 @@ class CrossCacheView(EncoderDecoderCache):
         self.is_updated = {} if cache is None else cache.is_updated
         written = None if cache is None else cache.cross_attention_cache
         self.cross_attention_cache: Any = _WrittenView(written, prefix)
-        # Asked for a length that cross-attention has no use for.
+        # Some modules ask it for a length that they do not use.
         self.self_attention_cache: Any = self.cross_attention_cache
 
 
@@ -119,37 +124,45 @@ class _WrittenLayer:
         return prepend(self.prefix.value, self.written.values)
 
 
-def relative_bias(attention: Any, step: PrefixForwardContext, past: int | torch.Tensor, kv_length: int) -> torch.Tensor:
+def relative_bias(
+    attention: Any, context: PrefixForwardContext, past: int | torch.Tensor, kv_length: int
+) -> torch.Tensor:
     """Returns T5's bias over prefix and real tokens, `[b or 1, num_heads, q, p + kv_length]`.
 
-    Real tokens are told their distances by the model itself, between columns. Those to the prefix are taken between
-    positions: padding must not push it away.
+    Distances between real tokens are the model's own, between columns. Distances to the prefix are those between
+    positions: padding must not move it away.
+
+    Args:
+        attention: The attention module that has the bias.
+        context: The forward pass.
+        past: How many real tokens are cached.
+        kv_length: The number of real tokens, cached and new.
     """
-    p, (_, q) = step.batch.num_virtual_tokens, step.positions.shape
-    own = attention.compute_bias(q, kv_length, past_seen_tokens=past)
-    # Seen from the last position of all, the column of distance d is the d-th from the right.
-    reach = p + kv_length
-    by_column = attention.compute_bias(1, reach, past_seen_tokens=reach - 1)[0, :, 0]
-    distances = step.positions[..., None].to(own.device) - torch.arange(p, device=own.device)
-    prefix = by_column[:, reach - 1 - distances].transpose(0, 1)
-    return torch.cat([prefix, own.expand(prefix.shape[0], -1, -1, -1)], dim=-1)
+    p, q = context.batch.num_virtual_tokens, context.num_new_tokens
+    text_bias = attention.compute_bias(q, kv_length, past_seen_tokens=past)
+    # The bias of one query at the last position: the column at distance d is the d-th from the right.
+    length = p + kv_length
+    by_distance = attention.compute_bias(1, length, past_seen_tokens=length - 1)[0, :, 0]
+    distances = context.positions[..., None].to(text_bias.device) - torch.arange(p, device=text_bias.device)
+    prefix_bias = by_distance[:, length - 1 - distances].transpose(0, 1)
+    return torch.cat([prefix_bias, text_bias.expand(prefix_bias.shape[0], -1, -1, -1)], dim=-1)
 
 
-def embedded_positions(stack: nn.Module) -> nn.Module | None:
-    """Returns the module by which a stack embeds positions that it counts by itself, if any."""
+def find_position_embedding(stack: nn.Module) -> nn.Module | None:
+    """Returns the module that embeds positions which a stack counts itself; `None` if there is none."""
     embedding = getattr(stack, "embed_positions", None)
-    counts = isinstance(embedding, nn.Module) and _length_argument(embedding) is not None
+    counts = isinstance(embedding, nn.Module) and _past_length_argument(embedding) is not None
     return embedding if counts else None
 
 
-def _length_argument(embedding: nn.Module) -> str | None:
-    """Returns what an embedding of positions calls the number of tokens before the new ones; transformers 5.24 renamed it."""
+def _past_length_argument(embedding: nn.Module) -> str | None:
+    """Returns the argument that is the number of cached tokens; transformers 5.24 renamed it."""
     parameters = inspect.signature(embedding.forward).parameters
     return next((name for name in ("cache_length", "past_key_values_length") if name in parameters), None)
 
 
-def tells_positions(stack: nn.Module, attention: nn.Module) -> bool:
-    """Whether a prefix can stand before the input of a stack that is not given positions."""
+def supports_prefix_positions(stack: nn.Module, attention: nn.Module) -> bool:
+    """Whether the positions of a stack without `position_ids` can be shifted by a prefix."""
     if hasattr(attention, "compute_bias"):
         return "position_bias" in inspect.signature(attention.forward).parameters
-    return embedded_positions(stack) is not None
+    return find_position_embedding(stack) is not None

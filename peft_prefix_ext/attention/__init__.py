@@ -1,1 +1,1 @@
-"""Masks and kernels for attention over a prefix and the real tokens."""
+"""Masks and kernels for attention over a prefix and real tokens."""

@@ -1,36 +1,18 @@
-"""Flash attention, which takes no mask over columns, and forward passes that no prefix can be put into."""
+"""Flash attention, which takes a mask of tokens instead of one of queries and keys, and inputs that have no place for a prefix.
+
+Shapes: b batch, q new tokens, k cached and new tokens, p virtual tokens (of the longest prefix in the batch).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
-
-from peft_prefix_ext.base_model.cache_argument import cache_in
-
-# What a prefix is known to work with. Another attention function, such as one of the user's own, is tested first.
-KNOWN = ("eager", "sdpa")
-
-
-def attention_of(config: PreTrainedConfig) -> str:
-    """Returns the name of the attention function that a model with this config runs."""
-    name: str = config.get_text_config(decoder=True)._attn_implementation
-    return name
-
-
-def uses_flash(config: PreTrainedConfig) -> bool:
-    """Whether a model with this config runs flash attention, or another that takes the same masks."""
-    name = attention_of(config)
-    if name in KNOWN or "flash" in name:
-        return name not in KNOWN
-    return ALL_MASK_ATTENTION_FUNCTIONS.get(name) is flash_attention_mask
 
 
 def refuse_paged_cache(cache: Any) -> None:
-    """Raises `ValueError` for the cache of continuous batching."""
+    """Raises `ValueError` for the paged cache of continuous batching."""
     if isinstance(cache, PagedAttentionCache):
         raise ValueError(
             "Continuous batching reads the K/V of all requests from one paged cache, which PREFIX_EXT cannot put a prefix "
@@ -38,35 +20,41 @@ def refuse_paged_cache(cache: Any) -> None:
         )
 
 
-def flash_or_refuse(config: PreTrainedConfig, inputs: dict[str, Any], positions: torch.Tensor) -> bool:
-    """Whether a forward pass runs flash attention.
+def check_flash_inputs(cache: Any, inputs: dict[str, Any], positions: torch.Tensor) -> None:
+    """Checks that flash attention computes the right output for a forward pass with a prefix.
+
+    Args:
+        cache: The cache, or `None`.
+        inputs: The keyword arguments of the decoder.
+        positions: The positions of the new tokens, `[b or 1, q]`.
 
     Raises:
-        ValueError: If it would silently, or with strange words, go wrong.
+        ValueError: If the cache is static or the sequences are packed, which flash attention gets wrong without an error.
     """
-    if not uses_flash(config):  # asked each time: a model can be told otherwise
-        return False
-    if getattr(cache_in(inputs), "is_compileable", False):
-        raise ValueError("Flash attention and a static cache do not go with PREFIX_EXT: use a dynamic cache, or sdpa.")
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            "Flash attention with a static cache is not supported by PREFIX_EXT: use a dynamic cache, or load the model "
+            "with attn_implementation='sdpa'."
+        )
     is_packed = inputs.get("cu_seq_lens_q") is not None
     if not is_packed and len(positions) == 1 and positions.shape[-1] > 1 and inputs.get("attention_mask") is None:
         is_packed = bool((positions.diff(dim=-1) != 1).any())
     if is_packed:
         raise ValueError(
-            "Packed sequences under flash attention do not go with PREFIX_EXT: load the model with "
-            "attn_implementation='sdpa', which keeps them apart as well."
+            "Packed sequences under flash attention are not supported by PREFIX_EXT: load the model with "
+            "attn_implementation='sdpa', which keeps packed sequences apart too."
         )
-    return True
 
 
 def flash_mask(mask: torch.Tensor | None, is_prefix_seen: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
-    """Returns which columns of prefix and real tokens are tokens, `[b, p + k]`; `None` when all are.
+    """Returns which columns of prefix and real tokens are tokens, `[b, p + k]`; `None` if all are.
 
-    Flash attention is causal from the last column, so that every query sees all that stands before it.
+    Flash attention aligns its causal mask with the last column, so every query sees the prefix before it.
 
     Args:
-        mask: The model's own mask, `[b, k]`, or `None`.
-        is_prefix_seen: Which virtual tokens each row sees, `[b, p]`; `None` when neither padding nor prefixes differ.
+        mask: The model's mask, `[b, k]`, or `None`.
+        is_prefix_seen: Which virtual tokens each row sees, `[b, p]`; `None` if there is no padding and all rows have the
+            same prefix.
         kv_length: k.
     """
     if is_prefix_seen is None:

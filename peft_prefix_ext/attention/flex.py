@@ -1,4 +1,4 @@
-"""The mask of flex attention, a function of indices and not a tensor, with columns for the prefix.
+"""The mask of flex attention, a function of indices instead of a tensor, with columns for the prefix.
 
 Shapes: b batch, q new tokens, k cached and new tokens, p virtual tokens (of the longest prefix in the batch).
 """
@@ -22,39 +22,40 @@ def prepend_prefix_blocks(
 ) -> BlockMask:
     """Returns the mask over prefix and real tokens, `[b, 1, q, p + k]`; see `prepend_prefix` for the arguments."""
     batch, _, q, k = mask.shape
-    of_text, device = mask.mask_mod, positions.device
-    # All as tensors by row: a number that changes from one call to the next is a symbol to torch's compiler, of which the one
-    # for CPUs (2.13) loses some in a mask.
+    mask_of_text, device = mask.mask_mod, positions.device
+    # Numbers become tensors by row. torch's compiler makes a symbol of a number that changes from call to call, and its CPU
+    # backend (2.13) loses some of those inside a mask. It also fails if the variables that `mask_mod` captures come in another
+    # order, which is that of their names: `mask_of_text` must be before `width`.
     width = torch.full((batch,), num_virtual_tokens, device=device)
     ends = width if lengths is None else lengths[:, 0].to(device)
     windows = None if sliding_window is None else torch.full((batch,), sliding_window, device=device)
     position_of = None if windows is None else _position_of(positions.expand(batch, -1), ends)
 
-    def sees(row: Index, head: Index, query: Index, column: Index) -> torch.Tensor:
-        in_prefix = column < ends[row]
+    def mask_mod(row: Index, head: Index, query: Index, column: Index) -> torch.Tensor:
+        sees_prefix = column < ends[row]
         if windows is not None and position_of is not None:
-            in_prefix = in_prefix & (column > position_of(row, query) - windows[row])
-        in_text = of_text(row, head, query, (column - width[row]).clamp(min=0))
-        return torch.where(column < width[row], in_prefix, in_text)
+            sees_prefix = sees_prefix & (column > position_of(row, query) - windows[row])
+        sees_text = mask_of_text(row, head, query, (column - width[row]).clamp(min=0))
+        return torch.where(column < width[row], sees_prefix, sees_text)
 
-    # Compiled, it never holds the mask as a tensor, which matters at lengths that are no CPU's.
+    # Compiled, it never holds the whole mask in memory, which matters for the long texts that GPUs run.
     return create_block_mask(
-        sees, batch, None, q, num_virtual_tokens + k, device=str(device), _compile=device.type != "cpu"
+        mask_mod, batch, None, q, num_virtual_tokens + k, device=str(device), _compile=device.type != "cpu"
     )
 
 
 def _position_of(positions: torch.Tensor, starts: torch.Tensor) -> Callable[[Index, Index], torch.Tensor]:
-    """Returns the function that gives the position of a row's query.
+    """Returns a function from row and query to the query's position.
 
-    Where queries count on to the last one it needs no tensor of their number, which changes, too.
+    If positions are consecutive, the function holds no tensor of size q, which changes from call to call too.
 
     Args:
-        positions: `[b, q]`.
-        starts: The position of padding on the left, `[b]`.
+        positions: The positions of the new tokens, `[b, q]`.
+        starts: The position of left padding, `[b]`.
     """
     last = positions.shape[1] - 1
     first = positions[:, -1] - last
-    counted = first[:, None] + torch.arange(last + 1, device=positions.device)
-    if torch.equal(counted.maximum(starts[:, None]), positions):
+    consecutive = first[:, None] + torch.arange(last + 1, device=positions.device)
+    if torch.equal(consecutive.maximum(starts[:, None]), positions):
         return lambda row, query: first[row] + query
     return lambda row, query: positions[row, query]

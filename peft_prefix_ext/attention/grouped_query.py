@@ -1,8 +1,8 @@
-"""Grouped-query attention with a mask, on a CPU: without a copy of the K/V for every query head of a group.
+"""Grouped-query attention with a mask on a CPU, without a copy of the K/V for every query head of a group.
 
-A prefix needs a mask where the model alone needs none, and where there is a mask transformers repeats the K/V of a group
-for each of its heads, since CUDA's fused kernels take groups without a mask only. The CPU's take both; the repeated K/V
-are not written, read back or kept for the backward pass.
+A prefix needs a mask where the base model needs none. With a mask, transformers repeats the K/V for each head of a
+group, because CUDA's fused kernels take groups only without a mask. The CPU kernel takes both, so the repeated K/V are
+neither written nor kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# What changes the outcome of transformers' function, besides what `attend` hands on.
+# Arguments that change what transformers' function computes and that the kernel call here leaves out.
 _OTHER_ARGUMENTS = ("position_bias", "cache")
-# The attribute of a mask of booleans that holds what it adds to the scores, and of which state.
+# The attribute of a boolean mask that holds its additive form, and the dtype and version that it was made for.
 _ADDITIVE = "_prefix_ext_additive"
 
 
-def attend(
+def grouped_query_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -32,16 +32,20 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Takes the place of transformers' `sdpa_attention_forward`, which it calls but for attention modules with a prefix.
+    """Replaces transformers' `sdpa_attention_forward`, which it calls for all modules without a prefix.
 
     Args:
         module: The attention module.
         query: `[b, num_heads, q, head_dim]`.
-        key: `[b, num_kv_heads, p + k, head_dim]`, as `value`.
-        attention_mask: `[b or 1, 1 or num_heads, q, p + k]`, bool or additive; `None` where no query is kept from any key.
+        key: `[b, num_kv_heads, p + k, head_dim]`.
+        value: `[b, num_kv_heads, p + k, head_dim]`.
+        attention_mask: `[b or 1, 1 or num_heads, q, p + k]`, bool or additive; `None` if every query sees every key.
+        dropout: The probability of an attention weight to be zeroed.
+        scaling: The factor of the scores; `None` for 1 / sqrt(head_dim).
+        kwargs: Other arguments of `sdpa_attention_forward`.
 
     Returns:
-        `[b, q, num_heads, head_dim]`, and no weights.
+        The output, `[b, q, num_heads, head_dim]`, and `None` for the attention weights.
     """
     takes_groups = (
         hasattr(module, "prefix_ext")
@@ -52,38 +56,38 @@ def attend(
     )
     if attention_mask is None or not takes_groups:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    mask = additive(attention_mask, query.dtype)
-    attended = scaled_dot_product_attention(
+    mask = additive_mask(attention_mask, query.dtype)
+    output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
-    return attended.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None
 
 
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns what a mask of booleans adds to the scores: what the kernel takes, made and kept once for all layers.
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the additive form of a boolean mask, `[b or 1, 1 or num_heads, q, p + k]`, made once for all layers.
 
-    Layers are given the same mask, and it is the mask that remembers. Where nothing is kept for a backward pass, the kernel's
-    own conversion will do.
+    It is kept as an attribute of the mask, which all layers share. Without gradients the mask is returned as it is: the
+    kernel then converts it itself, and nothing is kept for a backward pass.
     """
-    # The compiler comes first: it cannot trace what follows.
+    # The compiler comes first: it cannot trace the other conditions.
     if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.is_inference() or not torch.is_grad_enabled():
         return mask
-    state = dtype, mask._version  # which tells whether somebody wrote into it
-    known_state, found = getattr(mask, _ADDITIVE, (None, mask))
+    state = dtype, mask._version  # the version changes with every in-place write
+    known_state, additive = getattr(mask, _ADDITIVE, (None, mask))
     if known_state != state:
-        found = mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-        setattr(mask, _ADDITIVE, (state, found))
-    return found
+        additive = mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        setattr(mask, _ADDITIVE, (state, additive))
+    return additive
 
 
-def use_groups() -> None:
-    """Registers `attend` with transformers, unless somebody else has registered an own `"sdpa"`, or it would not pay."""
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward and has_kernel():
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
+def register_grouped_query_attention() -> None:
+    """Registers the function with transformers as `"sdpa"`, unless another one is registered or the kernel is missing."""
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward and has_fused_kernel():
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", grouped_query_attention_forward)
 
 
-def has_kernel() -> bool:
-    """Whether this torch has the kernel, or else it would repeat the K/V itself, and attend without a fused one."""
+def has_fused_kernel() -> bool:
+    """Whether this torch has a fused CPU kernel for groups with a mask. Without one it would repeat the K/V itself."""
     query, key, mask = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 1, 8), torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    chosen: int = torch._fused_sdp_choice(query, key, key, mask, enable_gqa=True)
-    return chosen == SDPBackend.FLASH_ATTENTION.value
+    backend: int = torch._fused_sdp_choice(query, key, key, mask, enable_gqa=True)
+    return backend == SDPBackend.FLASH_ATTENTION.value

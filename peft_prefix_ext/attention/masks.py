@@ -1,4 +1,4 @@
-"""Attention masks with columns for the prefix, to the left of the real tokens' columns.
+"""Attention masks with columns for the prefix, to the left of those for real tokens.
 
 Shapes: b batch, q new tokens, k cached and new tokens, p virtual tokens (of the longest prefix in the batch).
 """
@@ -16,26 +16,26 @@ def prepend_prefix(
     sliding_window: int | None,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Returns the mask over prefix and real tokens.
+    """Returns the mask over prefix and real tokens, `[b or 1, 1, q, p + k]`; `None` if it is not needed.
 
-    Every query sees the whole prefix, whatever its padding or packing, except that in a layer with a sliding window the
-    prefix slides out of it as any other token does. Distances are taken between positions, not between columns: padding
-    between prefix and text must not push the prefix out.
+    Every query sees the whole prefix, also with padding or packing. In a layer with a sliding window the prefix leaves
+    the window as other tokens do. The distance to it is that between positions, not between columns: padding between
+    prefix and text must not push the prefix out of the window.
 
     Args:
-        mask: The model's own mask: `None` (causal, or a single query that sees all), or `[b or 1, 1, q, k]`, bool or additive.
+        mask: The model's mask: `[b or 1, 1, q, k]`, bool or additive, or `None` (causal, or one query that sees all).
         num_virtual_tokens: p.
-        positions: `[b or 1, q]`, of the queries, counted from the first virtual token.
+        positions: The positions of the queries, `[b or 1, q]`, counted from the first virtual token.
         kv_length: k.
         sliding_window: How many positions a query sees, itself included; `None` for all.
-        lengths: How many of the virtual tokens each row has, `[b, 1]`; `None` when all have p.
+        lengths: How many virtual tokens each row has, `[b, 1]`; `None` if all rows have p.
     """
     p, q = num_virtual_tokens, positions.shape[-1]
     if mask is None:
         if q == 1 and sliding_window is None and lengths is None:
             return None
-        # transformers leaves the mask out of a prefill only when the cache is empty: query i sees columns 0..i, and what
-        # a static cache has behind them is not seen. `is_causal` of a fused kernel knows no prefix: spell it out.
+        # transformers omits the mask of a prefill only if the cache is empty: query i sees columns 0..i, and not the unused
+        # columns of a static cache behind them. A kernel's `is_causal` has no place for a prefix, so make the mask.
         mask = torch.ones(q, kv_length, dtype=torch.bool, device=positions.device)
         mask = (mask.tril() if q > 1 else mask)[None, None]
     visible = torch.ones(1, 1, q, p, dtype=torch.bool, device=mask.device)

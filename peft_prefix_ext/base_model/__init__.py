@@ -1,1 +1,1 @@
-"""What the package knows about a base model and how its weights are held."""
+"""The base model: its attention layers, its cache argument, and where its weights are."""

@@ -1,7 +1,7 @@
-"""What transformers calls the cache among the arguments of a module.
+"""The name of the cache among the arguments of a module.
 
-`cache` since 5.24, `past_key_values` before and in models of other packages, `layer_past` in a few attention modules. Each
-module's own signature tells, so that old and new ones work side by side.
+transformers calls it `cache` since 5.24 and `past_key_values` before; models of other packages keep the old name, and a
+few attention modules have `layer_past`. The signature of each module tells, so that all of them work side by side.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import nn
 
-NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 
 
 def cache_argument(module: nn.Module) -> str | None:
-    """Returns what `module.forward` calls the cache; `None` if it takes none by a name of its own."""
+    """Returns the name of the cache argument of `module.forward`; `None` if it has none."""
     parameters = inspect.signature(module.forward).parameters
-    return next((name for name in NAMES if name in parameters), None)
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
-def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """Returns the cache among the keyword arguments of a call, or the fields of an output, whatever its name."""
-    # Not asked for by name: outputs of transformers answer to the old one with a warning.
-    return next((value for name, value in arguments.items() if name in NAMES and value is not None), None)
+def find_cache(arguments: Mapping[str, Any]) -> Any:
+    """Returns the cache among the keyword arguments of a call, or among the fields of an output; `None` if there is none."""
+    # Iterates instead of looking names up: outputs of transformers answer to the old name with a warning.
+    return next((value for name, value in arguments.items() if name in CACHE_NAMES and value is not None), None)

@@ -1,4 +1,4 @@
-"""What messages call a model: what is supported is a question of the architecture, and of the release that implements it."""
+"""How error messages name a model: support depends on the architecture and on the release that implements it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import transformers
 
 
 def describe(module: Any) -> str:
-    """Returns the name of a model or of one of its modules: `LlamaForCausalLM (model type 'llama', transformers 5.19.0)`."""
+    """Returns a name like `LlamaForCausalLM (model type 'llama', transformers 5.19.0)` of a model or a module of one."""
     model_type = getattr(getattr(module, "config", None), "model_type", None)
     kind = f"model type {model_type!r}, " if model_type else ""
     return f"{type(module).__name__} ({kind}transformers {transformers.__version__})"

@@ -1,16 +1,17 @@
-"""What the attention layers of a model look like, found by looking at what they write into its cache.
+"""The attention layers of a model, found by a probe: one forward pass with a cache that records what is written into it.
 
-One forward pass with a cache that records gives, for every layer that owns a KV cache, its module, its index and the
-K/V themselves: of one token it is a probe of the shapes, of a text it is the K/V of that text. Configs lie about this
-for a fair share of architectures (see PEFT's failures on MLA, multi-query and hybrid models); the cache does not.
+For every layer that writes K/V, the probe gives the attention module, its index in the cache and the K/V themselves.
+With one token it finds the shapes, with a text it yields the K/V of that text. It replaces the model's config as the
+source of shapes: configs are wrong or silent about them for many architectures (latent attention, multi-query
+attention, hybrid models).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,30 +19,35 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from peft_prefix_ext.attention.flash import KNOWN, attention_of, uses_flash
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.offloaded import device_of
-from peft_prefix_ext.base_model.tensor_parallel import SpreadHeads, share, with_all_heads
-from peft_prefix_ext.base_model.zero3 import gathering
+from peft_prefix_ext.base_model.offloaded import input_device
+from peft_prefix_ext.base_model.supported import check_supported
+from peft_prefix_ext.base_model.tensor_parallel import (
+    ShardedHeads,
+    broadcast_to_tensor_parallel,
+    gather_heads,
+    tensor_parallel_mesh,
+)
+from peft_prefix_ext.base_model.zero3 import gathered_parameters
 from peft_prefix_ext.checkpoint.format import ATTENTIONS, CROSS, DECODER, ENCODER, LayerKV
 
 
 @dataclass(frozen=True)
 class ProbedLayer:
-    """One attention layer as it wrote into the cache.
+    """One attention layer, as the probe found it.
 
     Args:
-        module: The name of the attention module within the model.
-        index: Its layer index in the cache; the layers of an encoder-decoder model count on through its kinds of
-            attention.
-        kv: The K/V of the recorded tokens, `[num_kv_heads, num_tokens, head_dim]` each, without positions cut off by a
-            sliding window.
-        sliding_window: How many positions a query of this layer sees, itself included; `None` for all.
-        is_chunked: Whether those are the ones of its own chunk of the sequence, and not the last.
-        attention: Its kind, one of `ATTENTIONS`.
-        in_hybrid: Whether the model has recurrent or convolutional layers besides.
-        heads: How its heads are spread over processes, if they are; `kv` has those of all.
+        module: The name of the attention module in the model.
+        index: Its layer index in the cache. In an encoder-decoder model the indices go on from the decoder's
+            self-attention to cross-attention and the encoder.
+        kv: The K/V of the tokens of the probe, `[num_kv_heads, num_tokens, head_dim]` each, of all positions even in a
+            layer with a sliding window.
+        sliding_window: How many positions a query sees, itself included; `None` for all.
+        attention: The kind of attention, one of `ATTENTIONS`.
+        is_chunked: Whether a query sees the positions of its own chunk, instead of the last ones.
+        in_hybrid: Whether the model also has recurrent or convolutional layers.
+        heads: How the heads are sharded in a tensor-parallel model; `kv` has all heads.
     """
 
     module: str
@@ -51,11 +57,11 @@ class ProbedLayer:
     attention: str = DECODER
     is_chunked: bool = False
     in_hybrid: bool = False
-    heads: SpreadHeads | None = None
+    heads: ShardedHeads | None = None
 
-    def own(self, state: torch.Tensor) -> torch.Tensor:
-        """Returns the heads of this process, `[num_own_heads, ...]`, of a K or V of all."""
-        return state if self.heads is None else self.heads.own(state)
+    def local_heads(self, full: torch.Tensor) -> torch.Tensor:
+        """Returns the heads of this process, `[num_local_heads, ...]`, of a K or V of all heads."""
+        return full if self.heads is None else self.heads.local(full)
 
     def shapes(self, num_virtual_tokens: int) -> tuple[list[int], list[int]]:
         """Returns the K and V shapes of a prefix for this layer."""
@@ -64,22 +70,24 @@ class ProbedLayer:
 
 
 class _RecordingCache(DynamicCache):
+    """A cache that keeps the K/V that each layer writes, and the name of the module that wrote them."""
+
     def __init__(self, config: Any, running: list[str]) -> None:
         super().__init__(config=config)
         self.running = running
-        self.recorded: dict[int, tuple[str, LayerKV]] = {}
+        self.written: dict[int, tuple[str, LayerKV]] = {}
         self.has_states = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer_idx = len(self.recorded) if layer_idx is None else layer_idx  # encoders need not count their layers
+        layer_idx = len(self.written) if layer_idx is None else layer_idx  # encoders may not number their layers
         if key_states.dim() != 4:
             raise ValueError(
                 f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which PREFIX_EXT does not support."
             )
         # A layer that shares the K/V of another one does not write; the first writer owns the cache.
-        self.recorded.setdefault(layer_idx, (self.running[-1], LayerKV(key_states[0], value_states[0])))
+        self.written.setdefault(layer_idx, (self.running[-1], LayerKV(key_states[0], value_states[0])))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -92,39 +100,41 @@ class _RecordingCache(DynamicCache):
 
 
 def probe_layers(model: PreTrainedModel) -> list[ProbedLayer]:
-    """Returns the layers of `model`, in order of their index, with the K/V of one token.
+    """Returns the attention layers of `model`, in order of their index, with the K/V of one token.
 
     Raises:
-        ValueError: If a prefix cannot stand before this model's input, or would silently change more than that.
+        ValueError: If the model is not causal, does not count positions from 0, or is not supported for another reason.
     """
-    refuse_unsupported(model)
+    check_supported(model)
     name = describe(model)
     # Some models count no position for padding.
     first, second, third = [
         token for token in range(4) if token != getattr(model.config.get_text_config(), "pad_token_id", None)
     ][:3]
-    at_zero = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
-    # What an encoder reads must be the same whenever the decoder is looked at.
-    read = {"input_ids": at_zero + first} if model.config.is_encoder_decoder else {}
-    short = record_layers(model, [first])
-    placed = record_layers(model, [first], position_ids=at_zero)
-    if len({layer.module for layer in short}) < len(short):
+    zero = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    # The encoder input stays the same while the decoder input changes.
+    encoder_input = {"input_ids": zero + first} if model.config.is_encoder_decoder else {}
+    layers = record_layers(model, [first])
+    at_position_0 = record_layers(model, [first], position_ids=zero)
+    if len({layer.module for layer in layers}) < len(layers):
         raise ValueError(f"{name} runs one attention module as several layers, which PREFIX_EXT does not support.")
-    # Activations that are rounded to 8 bits are so by what else is in the batch.
+    # With activations in int8, the scales and so the K/V depend on the whole batch.
     tolerance = (
         0.1 if getattr(model, "hf_quantizer", None) is not None else 1e-5 if model.dtype == torch.float32 else 2e-2
     )
     if not _same_first_token(
-        record_layers(model, [first, second], **read), record_layers(model, [first, third], **read), tolerance
+        record_layers(model, [first, second], **encoder_input),
+        record_layers(model, [first, third], **encoder_input),
+        tolerance,
     ):
         raise ValueError(f"{name} is not causal: its first token sees later ones, which PREFIX_EXT does not support.")
-    if not _same_first_token(short, placed, tolerance):
+    if not _same_first_token(layers, at_position_0, tolerance):
         raise ValueError(f"{name} does not count positions from 0, which PREFIX_EXT does not support.")
-    return short
+    return layers
 
 
 def _same_first_token(some: list[ProbedLayer], others: list[ProbedLayer], tolerance: float) -> bool:
-    """Whether the first token's K/V are the same, but for rounding (experts are given other tokens at a time)."""
+    """Whether the K/V of the first token are the same, up to rounding (experts batch other tokens with it)."""
     for one, other in zip(some, others, strict=True):
         for a, b in zip(one.kv, other.kv, strict=True):
             if not torch.allclose(a[:, :1], b[:, :1], rtol=0.0, atol=tolerance * float(a.abs().max())):
@@ -134,14 +144,66 @@ def _same_first_token(some: list[ProbedLayer], others: list[ProbedLayer], tolera
 
 @torch.no_grad()
 def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -> list[ProbedLayer]:
-    """Runs the frozen `model` on `token_ids` at positions 0.. and returns its layers, in order of their index.
+    """Runs the frozen `model` on `token_ids` at positions 0, 1, ... and returns its layers with the K/V they write.
 
-    The encoder and the decoder of an encoder-decoder model both read them; the layers of the decoder come first, then its
-    cross-attention and the encoder. Other inputs are passed on to the model.
+    In an encoder-decoder model both the encoder and the decoder read the tokens. The layers are in order of their index:
+    the decoder's self-attention, cross-attention, the encoder's self-attention.
+
+    Args:
+        model: The base model.
+        token_ids: The tokens, at least one.
+        inputs: Other arguments of the model's forward, which replace those made from `token_ids`.
 
     Raises:
-        ValueError: If the model has no attention layer that a prefix can be given to.
+        ValueError: If the model has no attention layer with a KV cache.
     """
+    cache_name = cache_argument(model) or "past_key_values"  # some models pass on arguments that they do not name
+    ids = torch.tensor([token_ids], device=input_device(model))
+    broadcast_to_tensor_parallel(model, ids)  # they may be random
+    with _running_modules(model) as running, ExitStack() as hooks:
+        if model.config.is_encoder_decoder:
+            # The decoder has a config of its own: other numbers of layers (T5), sliding windows (T5Gemma).
+            configs = {DECODER: model.get_decoder().config}
+            caches = {attention: _RecordingCache(configs.get(attention), running) for attention in ATTENTIONS}
+            both = EncoderDecoderCache(caches[DECODER], caches[CROSS])
+            inputs = {"input_ids": ids, "decoder_input_ids": ids, cache_name: both, **inputs}
+            for module in _encoder_attentions(model):
+                hooks.callback(_pass_cache_to(module, caches[ENCODER]).remove)
+        else:
+            caches = {DECODER: _RecordingCache(model.config, running)}
+            inputs = {"input_ids": ids, cache_name: caches[DECODER], "use_cache": True, **inputs}
+        try:
+            with eval_mode(model):
+                # Classification heads look for an end-of-sequence token, which the tokens may not have.
+                (model.base_model if model.config.is_encoder_decoder else model)(**inputs)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{describe(model)} does not run with a cache that records: {error}") from error
+    if not caches[DECODER].written:
+        raise ValueError(f"{describe(model)} has no attention layer with a KV cache to give a prefix to.")
+    return _layers_of(model, caches)
+
+
+def _layers_of(model: PreTrainedModel, caches: dict[str, _RecordingCache]) -> list[ProbedLayer]:
+    """Returns the layers that wrote into `caches`, one cache for each kind of attention."""
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    layers: list[ProbedLayer] = []
+    for attention, cache in caches.items():
+        first = len(layers)
+        for index, (module, kv) in sorted(cache.written.items()):
+            sliding_window = getattr(cache.layers[index], "sliding_window", None)
+            is_chunked = attention == DECODER and layer_types[index : index + 1] == ["chunked_attention"]
+            layers.append(
+                ProbedLayer(module, first + index, kv, sliding_window, attention, is_chunked, cache.has_states)
+            )
+    if (mesh := tensor_parallel_mesh(model)) is None:
+        return layers
+    gathered = [gather_heads(model.get_submodule(layer.module), layer.kv, mesh) for layer in layers]
+    return [replace(layer, kv=kv, heads=heads) for layer, (kv, heads) in zip(layers, gathered, strict=True)]
+
+
+@contextmanager
+def _running_modules(model: nn.Module) -> Iterator[list[str]]:
+    """Yields a list that holds, during a forward pass, the names of the modules that run, the innermost last."""
     running: list[str] = []
 
     def enter(name: str) -> Any:
@@ -150,59 +212,23 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         running.pop()
 
-    handles = []
-    for name, module in model.named_modules():
-        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    cache_name = cache_argument(model) or "past_key_values"  # some models hand on what they do not name
-    ids = torch.tensor([token_ids], device=device_of(model))
-    share(model, ids)  # which may have been drawn at random
-    if model.config.is_encoder_decoder:
-        # The decoder has a config of its own: another number of layers (T5), sliding windows (T5Gemma).
-        configs = {DECODER: model.get_decoder().config}
-        caches = {attention: _RecordingCache(configs.get(attention), running) for attention in ATTENTIONS}
-        both = EncoderDecoderCache(caches[DECODER], caches[CROSS])
-        inputs = {"input_ids": ids, "decoder_input_ids": ids, cache_name: both, **inputs}
-        handles += [_hook_cache(module, caches[ENCODER]) for module in _encoder_attentions(model)]
-    else:
-        caches = {DECODER: _RecordingCache(model.config, running)}
-        inputs = {"input_ids": ids, cache_name: caches[DECODER], "use_cache": True, **inputs}
-    try:
-        with evaluating(model):
-            # Heads for classification ask for an end-of-sequence token, which need not be among the tokens.
-            (model.base_model if model.config.is_encoder_decoder else model)(**inputs)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{describe(model)} does not run with a cache that records: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not caches[DECODER].recorded:
-        raise ValueError(f"{describe(model)} has no attention layer with a KV cache to give a prefix to.")
-    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
-    layers: list[ProbedLayer] = []
-    for attention, cache in caches.items():
-        before = len(layers)
-        for index, (module, kv) in sorted(cache.recorded.items()):
-            sliding_window = getattr(cache.layers[index], "sliding_window", None)
-            is_chunked = attention == DECODER and layer_types[index : index + 1] == ["chunked_attention"]
-            layers.append(
-                ProbedLayer(module, before + index, kv, sliding_window, attention, is_chunked, cache.has_states)
-            )
-    return with_all_heads(model, layers)
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.callback(module.register_forward_pre_hook(enter(name)).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        yield running
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs `model` without dropout and the like, and leaves each module's mode as it was.
-
-    Parameters that are spread over processes are there, whether training was prepared or not.
-    """
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Runs `model` in eval mode, with its parameters gathered under ZeRO-3, and restores each module's mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in modes:
-        # bitsandbytes' 4-bit layers, in eval mode on a CPU, pack their weights in a way that passes no gradient on.
+        # In eval mode on a CPU, bitsandbytes packs 4-bit weights in a layout that passes no gradient on.
         module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
-        with gathering(model):
+        with gathered_parameters(model):
             yield
     finally:
         for module, mode in modes.items():
@@ -210,7 +236,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _encoder_attentions(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the attention modules of the encoder to which K/V can be given: those that could be cross-attention, too."""
+    """Returns the attention modules of the encoder that take a cache: those whose class serves cross-attention too."""
     return [
         module
         for module in model.get_encoder().modules()
@@ -218,31 +244,12 @@ def _encoder_attentions(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
-def _hook_cache(attention: nn.Module, cache: Cache) -> RemovableHandle:
-    """Gives an attention module a cache that its model has not."""
-
+def _pass_cache_to(attention: nn.Module, cache: Cache) -> RemovableHandle:
+    """Passes an attention module a cache, where its model passes none."""
     name = cache_argument(attention)
     assert name is not None
 
-    def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def add_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         return args, {**kwargs, name: cache}
 
-    return attention.register_forward_pre_hook(give, with_kwargs=True)
-
-
-def refuse_unsupported(model: nn.Module) -> None:
-    """Raises `ValueError` for a model whose output a prefix would silently get wrong."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"A prefix needs a transformers `PreTrainedModel`, got {type(model).__name__}.")
-    config = model.config.get_text_config(decoder=True)
-    name = describe(model)
-    if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
-        raise ValueError(f"{name} reads `{model.main_input_name}` and not text, which PREFIX_EXT does not support.")
-    if model.config.is_encoder_decoder and not uses_flash(config) and attention_of(config) not in KNOWN:
-        raise ValueError(
-            f"{name} runs attn_implementation={attention_of(config)!r}, with which PREFIX_EXT cannot test a prefix of an "
-            "encoder-decoder model; load it with 'sdpa' or 'eager'."
-        )
-    layer_types = getattr(config, "layer_types", None) or []
-    if uses_flash(config) and (getattr(config, "sliding_window", None) or "sliding_attention" in layer_types):
-        raise ValueError(f"{name} has sliding windows: load it with attn_implementation='sdpa' for PREFIX_EXT.")
+    return attention.register_forward_pre_hook(add_cache, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps elsewhere, on the CPU or the disk, until a module runs."""
+"""Models that accelerate offloads: their weights are on the CPU or the disk until a module runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 
-def device_of(model: Any) -> torch.device:
-    """Returns where a model takes its input: not where its weights are, while they are nowhere."""
+def input_device(model: Any) -> torch.device:
+    """Returns the device of a model's inputs, which is not that of its weights while they are offloaded."""
     if model.device.type != "meta":
         return model.device
     devices = (hook.execution_device for module in model.modules() for hook in _hooks(module))
@@ -19,10 +19,10 @@ def device_of(model: Any) -> torch.device:
 
 
 @contextmanager
-def left_where_it_is(model: nn.Module) -> Iterator[None]:
-    """Keeps PEFT from taking an offloaded model apart and offloading it anew with the adapter in it, as others need.
+def keep_offloading(model: nn.Module) -> Iterator[None]:
+    """Hides `hf_device_map` from PEFT, which would dispatch the model again to place a new adapter.
 
-    A prefix is looked for by running the model, and changes none of its modules.
+    A prefix needs no new dispatch: it replaces no module of the model.
     """
     devices = vars(model).pop("hf_device_map", None)
     try:

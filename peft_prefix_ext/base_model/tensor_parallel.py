@@ -1,13 +1,14 @@
-"""Models whose attention heads are spread over processes (transformers' `tp_plan`): each process keeps the whole prefix.
+"""Tensor-parallel models (transformers' `tp_plan`), whose attention heads are sharded over processes.
 
-So all hold the same parameters, take the same steps, and save the same file, which loads anywhere. In the forward pass an
-attention sees the heads of its own process. As with all that is random in such a model, dropout needs one seed for all.
+Every process holds the whole prefix, so that all train the same parameters and save the same file, which loads on any
+number of processes. In the forward pass, each attention module gets the prefix of its local heads. Dropout of the
+prefix needs the same seed on all processes, as anything random in such a model does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,95 +18,90 @@ from torch.distributed.tensor import DTensor
 
 from peft_prefix_ext.checkpoint.format import LayerKV
 
-if TYPE_CHECKING:
-    from peft_prefix_ext.base_model.layers import ProbedLayer
-
 
 @dataclass(frozen=True)
-class SpreadHeads:
-    """How the heads of an attention are spread.
+class ShardedHeads:
+    """How the K/V heads of an attention module are sharded.
 
     Args:
         mesh: The processes, in one dimension.
-        has_own_kv: Whether each has K/V heads of its own; else all have the same, each for other queries.
+        has_own_kv: Whether each process has K/V heads of its own. Otherwise all have the same K/V heads, for different
+            query heads.
     """
 
     mesh: DeviceMesh
     has_own_kv: bool
 
-    def own(self, whole: torch.Tensor) -> torch.Tensor:
-        """Returns the K or V of this process' heads, `[num_own_heads, p, head_dim]`, of those of all."""
-        return _OwnHeads.apply(whole, self)
+    def local(self, full: torch.Tensor) -> torch.Tensor:
+        """Returns the local heads, `[num_local_heads, p, head_dim]`, of a K or V of all heads."""
+        return _LocalHeads.apply(full, self)
 
 
-class _OwnHeads(torch.autograd.Function):
-    """Each process learns the gradient of its own heads; afterwards all know that of all."""
+class _LocalHeads(torch.autograd.Function):
+    """Selects the local heads; the backward pass gathers the gradient of all heads."""
 
     @staticmethod
-    def forward(ctx: Any, whole: torch.Tensor, heads: SpreadHeads) -> torch.Tensor:
+    def forward(ctx: Any, full: torch.Tensor, heads: ShardedHeads) -> torch.Tensor:
         ctx.heads = heads
         if not heads.has_own_kv:
-            return whole.view_as(whole)
-        return whole.chunk(heads.mesh.size())[heads.mesh.get_local_rank()].clone()
+            return full.view_as(full)
+        return full.chunk(heads.mesh.size())[heads.mesh.get_local_rank()].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         if ctx.heads.has_own_kv:
-            return torch.cat(_gather(gradient, ctx.heads.mesh)), None
+            return torch.cat(_all_gather(gradient, ctx.heads.mesh)), None
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=ctx.heads.mesh.get_group())
         return gradient, None
 
 
-def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """Returns the processes that the heads of `model` are spread over, in one dimension; `None` where there is but one."""
+def tensor_parallel_mesh(model: nn.Module) -> DeviceMesh | None:
+    """Returns the mesh that the heads of `model` are sharded over, in one dimension; `None` for a model in one process."""
     if (getattr(model, "_tp_size", None) or 1) == 1:
         return None
     mesh: Any = model._device_mesh
     return mesh if mesh.ndim == 1 else mesh["tp"]
 
 
-def with_all_heads(model: nn.Module, layers: list[ProbedLayer]) -> list[ProbedLayer]:
-    """Returns `layers` with the K/V of all processes' heads."""
-    mesh = mesh_of(model)
-    return (
-        layers
-        if mesh is None
-        else [_with_all_heads(model.get_submodule(layer.module), layer, mesh) for layer in layers]
-    )
+def gather_heads(attention: nn.Module, local: LayerKV, mesh: DeviceMesh) -> tuple[LayerKV, ShardedHeads | None]:
+    """Returns the K/V of all heads of an attention module, and how they are sharded; `None` if they are not.
 
-
-def _with_all_heads(attention: nn.Module, layer: ProbedLayer, mesh: DeviceMesh) -> ProbedLayer:
+    Args:
+        attention: The attention module.
+        local: The K/V of the local heads, `[num_local_heads, num_tokens, head_dim]` each.
+        mesh: The processes.
+    """
     if not any(
         isinstance(weight, DTensor) and not weight.placements[-1].is_replicate() for weight in attention.parameters()
     ):
-        return layer
-    parts = [_gather(state, mesh) for state in layer.kv]
-    # Other heads say something else of the same token; equal ones may differ by rounding.
+        return local, None
+    keys, values = (_all_gather(tensor, mesh) for tensor in local)
+    # Different heads have different K/V for the same token; those of equal heads may differ by rounding.
     has_own_kv = not all(
-        torch.allclose(part, of_kind[0], rtol=1e-3, atol=1e-3) for of_kind in parts for part in of_kind
+        torch.allclose(part, parts[0], rtol=1e-3, atol=1e-3) for parts in (keys, values) for part in parts
     )
-    kv = LayerKV(*(torch.cat(of_kind) for of_kind in parts)) if has_own_kv else layer.kv
-    return replace(layer, kv=kv, heads=SpreadHeads(mesh, has_own_kv))
+    kv = LayerKV(torch.cat(keys), torch.cat(values)) if has_own_kv else local
+    return kv, ShardedHeads(mesh, has_own_kv)
 
 
 @torch.no_grad()
-def share(model: nn.Module, *tensors: torch.Tensor) -> None:
-    """Gives all processes that hold a part of `model` the first one's `tensors`, in place."""
-    if (mesh := mesh_of(model)) is not None:
-        copy_from_first(mesh.get_group(), *tensors)
+def broadcast_to_tensor_parallel(model: nn.Module, *tensors: torch.Tensor) -> None:
+    """Overwrites `tensors` with those of the first process that holds a part of `model`."""
+    if (mesh := tensor_parallel_mesh(model)) is not None:
+        broadcast_from_first_rank(mesh.get_group(), *tensors)
 
 
 @torch.no_grad()
-def copy_from_first(group: dist.ProcessGroup, *tensors: torch.Tensor) -> None:
-    """Gives all processes of a group the first one's `tensors`, in place; all must call it."""
+def broadcast_from_first_rank(group: dist.ProcessGroup, *tensors: torch.Tensor) -> None:
+    """Overwrites `tensors` with those of the first process of a group; all its processes must call this."""
     for tensor in tensors:
-        same = tensor.contiguous()
-        dist.broadcast(same, dist.get_global_rank(group, 0), group=group)
-        tensor.copy_(same)
+        buffer = tensor.contiguous()
+        dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
+        tensor.copy_(buffer)
 
 
-def _gather(state: torch.Tensor, mesh: DeviceMesh) -> list[torch.Tensor]:
-    parts = [torch.empty_like(state, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
-    dist.all_gather(parts, state.contiguous(), group=mesh.get_group())
+def _all_gather(tensor: torch.Tensor, mesh: DeviceMesh) -> list[torch.Tensor]:
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=mesh.get_group())
     return parts

@@ -1,6 +1,7 @@
-"""Models whose parameters DeepSpeed's ZeRO-3 spreads over processes, and gives to a module while it runs.
+"""Models whose parameters DeepSpeed ZeRO-3 partitions over processes.
 
-It does so once training is prepared; a model that is born partitioned is looked at before that.
+Once training is prepared, DeepSpeed gathers the parameters of a module while it runs. A model that is created
+partitioned is probed before that, and needs `gathered_parameters`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch import nn
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Whether a parameter has no values of its own, in this moment."""
+    """Whether a parameter is partitioned and not gathered at the moment."""
     status = getattr(tensor, "ds_status", None)
     return status is not None and status.name != "AVAILABLE"
 
 
 @contextmanager
-def gathering(model: nn.Module) -> Iterator[None]:
-    """Gives each module of `model` its own parameters while it runs, if they are spread; all processes must run it."""
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
+    """Gathers the partitioned parameters of each module while it runs; all processes must run the model."""
     if not any(is_partitioned(parameter) for parameter in model.parameters()):
         yield
         return
@@ -29,10 +30,10 @@ def gathering(model: nn.Module) -> Iterator[None]:
     gathered: dict[nn.Module, ExitStack] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
-        spread = [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]
-        if spread:
+        partitioned = [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]
+        if partitioned:
             gathered[module] = ExitStack()
-            gathered[module].enter_context(deepspeed.zero.GatheredParameters(spread))
+            gathered[module].enter_context(deepspeed.zero.GatheredParameters(partitioned))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if module in gathered:

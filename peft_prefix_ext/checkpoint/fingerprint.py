@@ -38,24 +38,24 @@ def fingerprint(config: Any) -> dict[str, Any]:
     return {"sliding_window": None, **known} if hasattr(text_config, "sliding_window") else known
 
 
-def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:
+def differences(adapter: dict[str, Any], model: dict[str, Any]) -> list[str]:
     """Returns one phrase for each field in which the fingerprint of an adapter differs from that of a base model.
 
     Fields that only one of them has are ignored: config classes gain and lose fields between releases.
     """
     return [
         f"{path} is {expected!r} in the adapter and {found!r} in the model"
-        for path, expected, found in _walk("", recorded, present)
+        for path, expected, found in _walk("", adapter, model)
         if expected != found
     ]
 
 
-def _walk(path: str, recorded: Any, present: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(recorded, dict) and isinstance(present, dict):
-        for name in recorded.keys() & present.keys():
-            yield from _walk(f"{path}.{name}" if path else name, recorded[name], present[name])
+def _walk(path: str, adapter: Any, model: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(adapter, dict) and isinstance(model, dict):
+        for name in adapter.keys() & model.keys():
+            yield from _walk(f"{path}.{name}" if path else name, adapter[name], model[name])
     else:
-        yield path, recorded, present
+        yield path, adapter, model
 
 
 def _get(config: Any, name: str) -> Any:

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
-from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, shapes_of
+from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
 from peft_prefix_ext.checkpoint.hub import resolve
 from peft_prefix_ext.checkpoint.reader import read_prefix
 
@@ -42,11 +42,11 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
     Raises:
         PrefixCheckpointError: If the prefix was trained on another base model.
     """
+    from peft_prefix_ext.base_model.compatibility import check_layers
     from peft_prefix_ext.base_model.layers import probe_layers
     from peft_prefix_ext.injection.decoder_hook import without_prefixes
 
     with without_prefixes(base_model):
         layers = [layer for layer in probe_layers(base_model) if layer.attention in prefix.attentions.values()]
-    base_fingerprint = fingerprint(base_model.config)
-    prefix.check_base(base_fingerprint, shapes_of({layer.index: layer.kv for layer in layers}))
-    return {layer.index: layer.module for layer in layers}, base_fingerprint
+    check_layers(prefix, base_model, layers)
+    return {layer.index: layer.module for layer in layers}, fingerprint(base_model.config)

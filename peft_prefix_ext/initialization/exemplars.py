@@ -1,6 +1,6 @@
-"""Rows of a data set, packed one behind the other, as token ids that a prefix starts from.
+"""Initial tokens from rows of a dataset (`init_exemplars`), packed one after the other.
 
-A prefix that starts as a few worked examples is few-shot prompting, trained on from there.
+A prefix that starts as a few worked examples starts as few-shot prompting, and trains on from there.
 """
 
 from __future__ import annotations
@@ -11,40 +11,53 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.dataset_rows import iter_rows
-from peft_prefix_ext.initialization.tokens import SourceTokens, beginning, counted, encode, fill, load_tokenizer, render
+from peft_prefix_ext.initialization.tokens import (
+    SourceTokens,
+    apply_chat_template,
+    bos_tokens,
+    describe_count,
+    encode,
+    load_tokenizer,
+    repeat_or_cut,
+)
 
 
 def exemplar_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> SourceTokens:
-    """Returns as many rows of `init_exemplars` as fill the prefix, the last of them cut.
+    """Returns the tokens of as many rows of `init_exemplars` as fill the prefix; the last row is cut.
 
     Raises:
-        ValueError: If there are no rows, or one is of no known form, or the tokenizer cannot be loaded.
+        ValueError: If there are no rows, a row has an unknown form, or the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(config, model)
-    begin = beginning(tokenizer)
-    rows: list[int] = []
+    bos = bos_tokens(tokenizer)
+    ids: list[int] = []
     number = 0
     for row in iter_rows(config.init_exemplars):
-        rows += row_tokens(row, tokenizer, f"init_exemplars[{number}]")
+        ids += row_tokens(row, tokenizer, f"init_exemplars[{number}]")
         number += 1
-        if len(begin) + len(rows) >= config.num_virtual_tokens:
+        if len(bos) + len(ids) >= config.num_virtual_tokens:
             break
-    if not rows:
+    if not ids:
         raise ValueError("`init_exemplars` must have at least one row with a token.")
     p = config.num_virtual_tokens
-    # What the rows say stays out of the report, which is saved with the adapter.
-    report = f"exemplars, the first {number} row{'s' if number > 1 else ''} ({counted(len(begin) + len(rows), p)})"
-    return SourceTokens([*begin, *fill(rows, p)][:p], report)
+    # The report is saved with the adapter, so it says nothing of what is in the rows.
+    report = f"exemplars, the first {number} row{'s' if number > 1 else ''} ({describe_count(len(bos) + len(ids), p)})"
+    return SourceTokens([*bos, *repeat_or_cut(ids, p)][:p], report)
 
 
 def row_tokens(row: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
-    """Returns the token ids of one row of a data set, a text or messages, in the forms that TRL's `SFTTrainer` takes.
+    """Returns the token ids of one row of a dataset, in the forms that TRL's `SFTTrainer` takes.
 
-    Messages are rendered by the tokenizer's chat template. Other rows end with the end-of-sequence token, as they do in
+    Messages are rendered with the tokenizer's chat template. Other rows end with the end-of-sequence token, as they do in
     training.
 
+    Args:
+        row: A text, or a dict with `text`, `prompt` and `completion`, or `messages`.
+        tokenizer: The tokenizer.
+        name: The name of the row in error messages.
+
     Raises:
-        ValueError: If the row, which is called `name`, has neither.
+        ValueError: If the row has another form.
     """
     if isinstance(row, str):
         text: Any = row
@@ -63,9 +76,9 @@ def row_tokens(row: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> list[
             f"`{name}` must be a string or have `text`, `prompt` and `completion`, or `messages`, got {found}."
         )
     if isinstance(text, list):
-        return encode(tokenizer, render(tokenizer, text, name))
+        return encode(tokenizer, apply_chat_template(tokenizer, text, name))
     if not isinstance(text, str):
         raise ValueError(f"`{name}` must hold a text or a list of messages, got {type(text).__name__}.")
-    end = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     ids = encode(tokenizer, text)
-    return ids if end is None or not ids or ids[-1] == end else [*ids, end]
+    return ids if eos is None or not ids or ids[-1] == eos else [*ids, eos]

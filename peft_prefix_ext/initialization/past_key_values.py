@@ -1,4 +1,4 @@
-"""K/V that the user brings along, as the start of a prefix."""
+"""Initial K/V that the user gives (`init_kv`): a cache, a list of pairs or a dict of them."""
 
 from __future__ import annotations
 
@@ -13,45 +13,46 @@ from peft_prefix_ext.checkpoint.format import CROSS, DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
 
 
-def given_kv(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerKV]:
-    """Returns the K/V of `init_kv`, `[num_kv_heads, num_virtual_tokens, head_dim]` each, for each of `layers`.
+def kv_from_past_key_values(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerKV]:
+    """Returns the K/V of `init_kv` for each of `layers`, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
 
     Raises:
-        ValueError: If a layer is missing, or its K/V are of another shape.
+        ValueError: If a layer is missing, or its K/V have another shape or are not finite.
     """
     given = _by_index(config.init_kv, layers)
     if given.keys() != (expected := {layer.index for layer in layers}):
         raise ValueError(f"`init_kv` must have K/V for layers {sorted(expected)}, got {sorted(given)}.")
     initial = []
     for layer in layers:
-        states = []
+        kv = []
         kinds = zip(LayerKV._fields, given[layer.index], layer.shapes(config.num_virtual_tokens), strict=True)
-        for kind, state, shape in kinds:
-            if not isinstance(state, torch.Tensor) or list(state.shape) not in (shape, [1, *shape]):
-                found = list(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+        for kind, tensor, shape in kinds:
+            if not isinstance(tensor, torch.Tensor) or list(tensor.shape) not in (shape, [1, *shape]):
+                found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
                 raise ValueError(
                     f"`init_kv` must have a {kind} of shape {shape} (num_kv_heads, num_virtual_tokens, head_dim) for layer "
                     f"{layer.index}, got {found}."
                 )
-            if not torch.isfinite(state).all():
+            if not torch.isfinite(tensor).all():
                 raise ValueError(f"`init_kv` holds NaN or Inf in the {kind} of layer {layer.index}.")
-            states.append(state.detach().view(shape).to(layer.kv.key.device, layer.kv.key.dtype))
-        initial.append(LayerKV(*states))
+            kv.append(tensor.detach().view(shape).to(layer.kv.key.device, layer.kv.key.dtype))
+        initial.append(LayerKV(*kv))
     return initial
 
 
 def _by_index(given: Any, layers: list[ProbedLayer]) -> dict[int, tuple[Any, Any]]:
+    """Returns the pairs of K and V by layer index."""
     if isinstance(given, EncoderDecoderCache):
         caches = {DECODER: given.self_attention_cache, CROSS: given.cross_attention_cache}
-        first: dict[str, int] = {}  # what the layers of each kind of attention count from
+        first: dict[str, int] = {}  # the first index of each kind of attention
         pairs = {}
         for layer in layers:
             number = layer.index - first.setdefault(layer.attention, layer.index)
             if layer.attention in caches:
-                pairs[layer.index] = _of_cache(caches[layer.attention], number)
+                pairs[layer.index] = _layer_of_cache(caches[layer.attention], number)
         return pairs
     if isinstance(given, Cache):
-        return {layer.index: _of_cache(given, layer.index) for layer in layers if layer.index < len(given)}
+        return {layer.index: _layer_of_cache(given, layer.index) for layer in layers if layer.index < len(given)}
     if isinstance(given, Mapping):
         pairs = dict(given)
     elif isinstance(given, (list, tuple)):
@@ -71,13 +72,13 @@ def _by_index(given: Any, layers: list[ProbedLayer]) -> dict[int, tuple[Any, Any
     return pairs
 
 
-def _of_cache(cache: Cache, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _layer_of_cache(cache: Cache, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     layer: Any = cache.layers[index]
     length = int(cache.get_seq_length(index))
     if layer.keys is None or layer.keys.shape[-2] < length:
         raise ValueError(
             f"The cache in `init_kv` does not hold all of its {length} tokens in layer {index}: prefill a `DynamicCache()` "
-            "that is not told of sliding windows, or use `init='tokens'`."
+            "without the model's config, which keeps tokens outside of sliding windows, or use `init='tokens'`."
         )
-    # A static cache has room behind its tokens.
+    # A static cache has unused columns behind its tokens.
     return layer.keys[..., :length, :], layer.values[..., :length, :]

@@ -1,4 +1,7 @@
-"""Which prefix each row of a batch sees: all the same one, or each its own (PEFT's `adapter_names`)."""
+"""`BatchAdapters`: which prefix each row of a batch sees, all the same one or each its own (PEFT's `adapter_names`).
+
+Shapes: b batch, n adapters in the batch, p virtual tokens (of the longest prefix in the batch).
+"""
 
 from __future__ import annotations
 
@@ -10,102 +13,111 @@ from torch.nn import functional
 
 from peft_prefix_ext.checkpoint.format import LayerKV
 
-# PEFT's name for no adapter at all, among `adapter_names`.
-BASE = "__base__"
+# PEFT's name, in `adapter_names`, for a row without an adapter.
+BASE_ADAPTER = "__base__"
 
 
 @dataclass(frozen=True)
 class BatchAdapters:
     """The prefixes of one batch.
 
-    A row with a prefix shorter than the longest one has columns behind it that it never sees. It counts its positions
-    from its own.
+    A prefix shorter than the longest one is padded on the right with columns that its rows never see. The positions of a
+    row start behind its own prefix.
 
     Args:
         adapters: The adapters in use, each once.
-        num_virtual_tokens: p, of the longest of them.
-        adapter_indices: Which of `adapters` each row sees, `[b]`, `len(adapters)` for none; `None` where all see the one.
+        num_virtual_tokens: p.
+        adapter_indices: The index in `adapters` for each row, `[b]`, n for no prefix; `None` if all rows have the one
+            adapter.
         lengths: How many virtual tokens each row sees, `[b, 1]`; `None` as above.
-        copies: How many rows in a row a batch may have for each of these, as in a beam search.
-        by_row: The same as numbers, which need not be fetched from a device; empty where all see the one.
-        names: What `adapter_names` says of each row.
+        expand_size: How many consecutive rows of a batch come from each of these, as in a beam search.
+        lengths_by_row: `lengths` as numbers, which need not be read back from a device; empty if all rows have the one
+            adapter.
+        names: The `adapter_names`, one for each row; empty as above.
     """
 
     adapters: tuple[str, ...]
     num_virtual_tokens: int
     adapter_indices: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
-    copies: int = 1
-    by_row: tuple[int, ...] = ()
+    expand_size: int = 1
+    lengths_by_row: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
 
     @classmethod
-    def mixed(cls, names: Sequence[str], known: Mapping[str, int], device: torch.device, copies: int) -> BatchAdapters:
-        """Gives row i the prefix `names[i]`, none where that is `"__base__"`.
+    def from_adapter_names(
+        cls, names: Sequence[str], num_virtual_tokens: Mapping[str, int], device: torch.device, expand_size: int
+    ) -> BatchAdapters:
+        """Gives row i the prefix `names[i]`, and none where that is `"__base__"`.
 
         Args:
-            names: The names, `[b]`.
-            known: How many virtual tokens each adapter has.
-            device: Where the batch is.
-            copies: See the class.
+            names: The `adapter_names`, `[b]`.
+            num_virtual_tokens: How many virtual tokens each adapter has.
+            device: The device of the batch.
+            expand_size: As for the class.
         """
-        adapters = tuple(sorted(set(names) - {BASE}))
-        adapter_indices = [len(adapters) if name == BASE else adapters.index(name) for name in names]
-        lengths = [0 if name == BASE else known[name] for name in names]
+        adapters = tuple(sorted(set(names) - {BASE_ADAPTER}))
+        adapter_indices = [len(adapters) if name == BASE_ADAPTER else adapters.index(name) for name in names]
+        lengths = [0 if name == BASE_ADAPTER else num_virtual_tokens[name] for name in names]
         return cls(
             adapters,
-            max((known[name] for name in adapters), default=0),
+            max((num_virtual_tokens[name] for name in adapters), default=0),
             torch.tensor(adapter_indices, device=device),
             torch.tensor(lengths, device=device)[:, None],
-            copies,
+            expand_size,
             tuple(lengths),
             tuple(names),
         )
 
     @property
     def shift(self) -> int | torch.Tensor:
-        """By how much real tokens stand behind position 0: one number, or `[b, 1]`."""
+        """The position of the first real token: one number, or `[b, 1]`."""
         return self.num_virtual_tokens if self.lengths is None else self.lengths
 
-    def of_batch(self, size: int) -> BatchAdapters:
-        """Returns the rows of a batch of `size`.
+    def expand_to(self, batch_size: int) -> BatchAdapters:
+        """Returns the prefixes of a batch of `batch_size` rows.
 
         Raises:
-            ValueError: If there are not as many.
+            ValueError: If these are of another number of inputs.
         """
-        if self.adapter_indices is None or self.lengths is None or size == len(self.adapter_indices):
+        if self.adapter_indices is None or self.lengths is None or batch_size == len(self.adapter_indices):
             return self
-        if size != len(self.adapter_indices) * self.copies:
+        if batch_size != len(self.adapter_indices) * self.expand_size:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(self.adapter_indices)} and {size} respectively."
+                f"{len(self.adapter_indices)} and {batch_size} respectively."
             )
-        adapter_indices, lengths = (
-            rows.repeat_interleave(self.copies, dim=0) for rows in (self.adapter_indices, self.lengths)
+        return replace(
+            self,
+            adapter_indices=self.adapter_indices.repeat_interleave(self.expand_size, dim=0),
+            lengths=self.lengths.repeat_interleave(self.expand_size, dim=0),
+            expand_size=1,
+            lengths_by_row=tuple(length for length in self.lengths_by_row for _ in range(self.expand_size)),
+            names=tuple(name for name in self.names for _ in range(self.expand_size)),
         )
-        by_row = tuple(length for length in self.by_row for _ in range(self.copies))
-        names = tuple(name for name in self.names for _ in range(self.copies))
-        return replace(self, adapter_indices=adapter_indices, lengths=lengths, copies=1, by_row=by_row, names=names)
 
-    def offsets(self, size: int) -> tuple[int, ...]:
-        """Returns how many virtual tokens each row of a batch of `size` sees."""
-        return self.by_row or (self.num_virtual_tokens,) * size
+    def offsets(self, batch_size: int) -> tuple[int, ...]:
+        """Returns how many virtual tokens precede each row of a batch of `batch_size`."""
+        return self.lengths_by_row or (self.num_virtual_tokens,) * batch_size
 
-    def stack(self, states: list[LayerKV]) -> LayerKV:
-        """Returns the K/V of `adapters` as one, `[n + 1, num_kv_heads, p, head_dim]` each, the last of zeros.
+    def stack(self, prefixes: list[LayerKV]) -> LayerKV:
+        """Returns the K/V of all `adapters` in one tensor each, `[n + 1, num_kv_heads, p, head_dim]`, the last of zeros.
 
-        Where all rows see the same adapter, its K/V stay as they are.
+        If all rows have the same adapter, returns its K/V as they are, `[num_kv_heads, p, head_dim]` each.
         """
         if self.adapter_indices is None:
-            return states[0]
+            return prefixes[0]
         padded = [
-            [functional.pad(state, (0, 0, 0, self.num_virtual_tokens - state.shape[1])) for state in kind]
-            for kind in zip(*states, strict=True)
+            [functional.pad(tensor, (0, 0, 0, self.num_virtual_tokens - tensor.shape[1])) for tensor in kind]
+            for kind in zip(*prefixes, strict=True)
         ]
         return LayerKV(*(torch.stack([*kind, torch.zeros_like(kind[0])]) for kind in padded))
 
-    def pick(self, stacked: LayerKV) -> LayerKV:
-        """Returns what each row sees of `stack(...)`, `[b or none, num_kv_heads, p, head_dim]` each."""
+    def select_rows(self, stacked: LayerKV) -> LayerKV:
+        """Returns the K/V that each row sees, out of those of `stack`, `[b, num_kv_heads, p, head_dim]` each.
+
+        Without a batch dimension if all rows have the same adapter.
+        """
         if self.adapter_indices is None:
             return stacked
-        return LayerKV(*(state[self.adapter_indices.to(state.device)] for state in stacked))
+        return LayerKV(*(tensor[self.adapter_indices.to(tensor.device)] for tensor in stacked))

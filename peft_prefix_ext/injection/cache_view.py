@@ -1,4 +1,4 @@
-"""A view of the model's cache, for one attention layer, in which the prefix stands before the real tokens."""
+"""`PrefixCacheView`: the model's cache as one attention layer sees it, with the prefix before the real tokens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from peft_prefix_ext.checkpoint.format import LayerKV
 
 
 class PrefixCacheView:
-    """Takes the cache's place inside one attention module's forward.
+    """Replaces the cache in the arguments of one attention module.
 
-    Only real tokens are written into the real cache, which therefore never knows of the prefix: its length, its masks and
-    whatever `generate` does with it (static shapes, beams, cropping) stay the base model's own. Without a cache, as under
-    gradient checkpointing, it stands before the current tokens alone.
+    Only real tokens are written to the cache, which never holds the prefix. Its length, its masks and whatever `generate`
+    does with it (static shapes, beams, cropping) stay those of the base model. Without a cache, as under gradient
+    checkpointing, the view puts the prefix before the new tokens.
 
     Args:
-        cache: The model's cache.
-        prefix: The K/V of the prefix.
-        order: In which order the columns stand, `[batch, p + k]`; the prefix' own come first when not given.
+        cache: The model's cache, or `None`.
+        prefix: The K/V of the prefix, `[b or none, num_kv_heads, p, head_dim]` each.
+        order: The order of the columns of prefix and real tokens, `[b, p + k]`; `None` for the prefix first.
     """
 
     def __init__(self, cache: Cache | None, prefix: LayerKV, order: torch.Tensor | None = None) -> None:
@@ -31,7 +31,7 @@ class PrefixCacheView:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Caches the new states, `[batch, num_kv_heads, num_new, head_dim]`, and returns prefix + cached + new."""
+        """Writes the new K/V, `[b, num_kv_heads, q, head_dim]`, and returns those of prefix, cached and new tokens."""
         if self.cache is not None:
             key_states, value_states = self.cache.update(key_states, value_states, *args, **kwargs)
         keys, values = prepend(self.prefix.key, key_states), prepend(self.prefix.value, value_states)
@@ -40,7 +40,7 @@ class PrefixCacheView:
         return _reorder(keys, self.order), _reorder(values, self.order)
 
     def get_seq_length(self, *args: Any) -> int:
-        """How many tokens stand before the new ones, the prefix included: Llama 4's attention counts positions by it."""
+        """Returns how many tokens precede the new ones, the prefix included: Llama 4's attention derives positions from it."""
         cached = 0 if self.cache is None else self.cache.get_seq_length(*args)
         return self.prefix.key.shape[-2] + cached
 
@@ -53,7 +53,7 @@ class PrefixCacheView:
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Returns prefix + states, `[batch, num_kv_heads, p + k, head_dim]`, in the dtype and on the device of the states."""
+    """Returns the K or V of prefix and tokens, `[b, num_kv_heads, p + k, head_dim]`, in the dtype and on the device of `states`."""
     expanded = prefix.to(device=states.device, dtype=states.dtype).expand(states.shape[0], -1, -1, -1)
     return torch.cat([expanded, states], dim=-2)
 

@@ -1,6 +1,7 @@
-"""Calls of the models around a decoder: whether the caller gave positions.
+"""Whether the caller of a model gave `position_ids`, seen from the decoder inside it.
 
-A model around the decoder may make them up by itself (Gemma 4), and then counts padding.
+A model around the decoder may make up positions itself (Gemma 4), which count padding. The decoder sees positions in
+both cases, and keeps only those that the caller gave.
 """
 
 from __future__ import annotations
@@ -14,45 +15,48 @@ from typing import Any
 from torch import nn
 
 
-class _OfThread(threading.local):
+class _ThreadState(threading.local):
     gave_positions: bool | None = None
 
-    def __reduce__(self) -> tuple[type[_OfThread], tuple[()]]:
-        return _OfThread, ()
+    def __reduce__(self) -> tuple[type[_ThreadState], tuple[()]]:
+        return _ThreadState, ()
 
 
-class OuterCalls:
+class CallerPositions:
     """Hooks on the models around a decoder.
 
     Args:
-        models: The models, from the outermost on.
+        models: The models that contain the decoder, the outermost first.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
-        self._of_thread = _OfThread()
+        self._thread_state = _ThreadState()
         self.handles = [
             model.register_forward_pre_hook(
-                functools.partial(self._before, number == 0, list(inspect.signature(model.forward).parameters)),
+                functools.partial(self._before_model, number == 0, list(inspect.signature(model.forward).parameters)),
                 with_kwargs=True,
             )
             for number, model in enumerate(models)
         ]
 
-    def gave_positions(self) -> bool | None:
-        """Returns, once for each call of the decoder, whether those around it gave positions; `None` if there was none."""
-        gave, self._of_thread.gave_positions = self._of_thread.gave_positions, None
+    def take(self) -> bool | None:
+        """Returns whether the current call of the models has `position_ids`, and resets it for the next call.
+
+        `None` if the decoder was called by itself.
+        """
+        gave, self._thread_state.gave_positions = self._thread_state.gave_positions, None
         return gave
 
-    def _before(
-        self, is_outermost: bool, names: list[str], model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    def _before_model(
+        self, is_outermost: bool, parameters: list[str], model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        before = True if is_outermost else self._of_thread.gave_positions is not False
-        self._of_thread.gave_positions = before and given.get("position_ids") is not None
+        arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        so_far = True if is_outermost else self._thread_state.gave_positions is not False
+        self._thread_state.gave_positions = so_far and arguments.get("position_ids") is not None
 
 
-def modules_around(decoder: nn.Module, model: nn.Module) -> list[nn.Module]:
-    """Returns the modules of `model` that `decoder` is in and that take positions, from the outermost on."""
+def enclosing_models(decoder: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """Returns the modules of `model` that contain `decoder` and take `position_ids`, the outermost first."""
     return [
         module
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""What a cache remembers of the decoding loop it belongs to: what need not be computed again, and behind which prefix."""
+"""What is kept on a cache for its decoding loop: the prefix that was computed, and the offset of its tokens."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 import torch
 
-# The attribute of a cache that holds what was computed for the loop it belongs to, and goes with it.
+# The attribute of a cache that holds results for its decoding loop, and is freed with it.
 _MEMO = "_prefix_ext_memo"
-# The attribute of a cache that says how many virtual tokens its tokens stand behind.
+# The attribute of a cache that holds the number of virtual tokens before each of its rows.
 _OFFSETS = "_prefix_ext_offsets"
 
 
-def memoize_for_decoding(cache: Any, slot: Hashable, state: Any, is_decoding: bool, compute: Callable[[], Any]) -> Any:
-    """Returns `compute()`, or what it returned when the loop that owns `cache` last asked with the same `state`.
+def memoize_for_decoding(cache: Any, key: Hashable, state: Any, is_decoding: bool, compute: Callable[[], Any]) -> Any:
+    """Returns `compute()`, or in a decoding step what it returned before for the same cache, key and state.
 
-    Only a decoding step is answered from memory: a prefill finds weights that changed in ways `state` cannot see.
+    A prefill always computes anew, since `state` cannot show every change of weights.
 
     Args:
-        cache: The cache that the steps of a decoding loop hand on, or `None`.
-        slot: What is asked for.
-        state: All that it depends on, such as the versions of parameters.
-        is_decoding: Whether a single token is under way.
-        compute: Gives the answer.
+        cache: The cache of the decoding loop, or `None`.
+        key: The name of the result.
+        state: What the result depends on, such as versions of parameters, to compare with `==`.
+        is_decoding: Whether there is one new token.
+        compute: Computes the result.
     """
     if cache is None:
         return compute()
@@ -31,31 +31,31 @@ def memoize_for_decoding(cache: Any, slot: Hashable, state: Any, is_decoding: bo
     if memo is None:
         memo = {}
         setattr(cache, _MEMO, memo)
-    if not is_decoding or slot not in memo or memo[slot][0] != state:
-        memo[slot] = (state, compute())
-    return memo[slot][1]
+    if not is_decoding or key not in memo or memo[key][0] != state:
+        memo[key] = (state, compute())
+    return memo[key][1]
 
 
 def check_cache_offset(cache: Any, offsets: tuple[int, ...]) -> None:
-    """Notes how many virtual tokens the tokens of a cache stand behind.
+    """Checks that the new tokens continue the positions of those in the cache, and records their offset.
 
     Args:
-        cache: The cache that the steps of a decoding loop hand on, or `None`.
-        offsets: How many there are in the step under way, row by row.
+        cache: The cache, or `None`.
+        offsets: How many virtual tokens precede each row of the forward pass.
 
     Raises:
-        ValueError: If there are tokens in it that stand behind another number.
+        ValueError: If the tokens in the cache have another offset, as with another adapter.
     """
     if cache is None or torch.compiler.is_compiling():
         return
-    before: tuple[int, ...] | None = getattr(cache, _OFFSETS, None)
-    if before == offsets:
+    cached: tuple[int, ...] | None = getattr(cache, _OFFSETS, None)
+    if cached == offsets:
         return
-    # Where rows were added or taken out of it, which ones is not known.
-    goes_on = before is None or (len(before) != len(offsets) and set(offsets) <= set(before))
-    if not goes_on and int(cache.get_seq_length()) > 0:
+    # If `generate` repeated or dropped rows, which ones is unknown.
+    may_continue = cached is None or (len(cached) != len(offsets) and set(offsets) <= set(cached))
+    if not may_continue and int(cache.get_seq_length()) > 0:
         raise ValueError(
-            "The tokens in the cache were read behind a prefix of another length, or behind none, and stand at other "
-            "positions than the ones to come: start with an empty cache."
+            "The tokens in the cache were computed after a prefix of another length, or without one, so the new tokens "
+            "would continue at wrong positions: start with an empty cache."
         )
     setattr(cache, _OFFSETS, offsets)

@@ -1,4 +1,4 @@
-"""Prefix dropout: zeroes elements of the K/V in training, as Li & Liang's code does."""
+"""Prefix dropout: zeroes elements of the K/V in training, as the code of Li & Liang (2021) does."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 class PrefixDropout:
     """The dropout of one forward pass.
 
-    Its masks come from generators of its own: a checkpointed layer that runs again sees the same mask, and the random
-    state that it was given back for its own dropout is where it was.
+    Its masks come from generators of their own. A checkpointed layer that runs again gets the same mask, and the random
+    state that torch restores for the layer's own dropout is untouched.
 
     Args:
         rate: The probability of an element to be zeroed; the others are scaled by 1 / (1 - rate).
-        seed: What the masks of this forward pass follow from.
+        seed: The seed of all masks of this forward pass.
     """
 
     rate: float
     seed: int
 
     @classmethod
-    @torch.compiler.disable  # a graph knows no generators
+    @torch.compiler.disable  # generators cannot be traced
     def draw(cls, rate: float) -> PrefixDropout:
-        """Returns the dropout of another forward pass, by torch's random state."""
+        """Returns the dropout of a new forward pass, seeded from torch's random state."""
         return cls(rate, int(torch.randint(2**62, ())))
 
     @torch.compiler.disable
-    def __call__(self, state: torch.Tensor, name: str) -> torch.Tensor:
-        """Returns `state` with elements dropped, in a way of its own for each `name`."""
-        generator = torch.Generator(state.device).manual_seed(self.seed ^ zlib.crc32(name.encode()))
-        kept = torch.rand(state.shape, generator=generator, device=state.device) >= self.rate
-        return state * kept / (1 - self.rate)
+    def __call__(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns `tensor` with elements dropped, by a mask that differs for each `name`."""
+        generator = torch.Generator(tensor.device).manual_seed(self.seed ^ zlib.crc32(name.encode()))
+        kept = torch.rand(tensor.shape, generator=generator, device=tensor.device) >= self.rate
+        return tensor * kept / (1 - self.rate)

@@ -1,25 +1,27 @@
-"""The state of one forward pass with a prefix."""
+"""`PrefixForwardContext`: what one forward pass of the decoder knows of its prefixes.
+
+Shapes: b batch, q new tokens, k cached and new tokens, p virtual tokens (of the longest prefix in the batch).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from peft_prefix_ext.architectures.alibi import columns_behind_padding
-from peft_prefix_ext.architectures.chunked import chunked_mask
 from peft_prefix_ext.attention.flash import flash_mask
 from peft_prefix_ext.attention.flex import prepend_prefix_blocks
 from peft_prefix_ext.attention.masks import prepend_prefix
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.injection.batch import BatchAdapters
 from peft_prefix_ext.injection.dropout import PrefixDropout
-from peft_prefix_ext.injection.position_ids import seen_columns, text_columns
 
-# The attribute of a forward pass' positions that holds its `PrefixForwardContext`.
-CONTEXT = "_prefix_ext_step"
+# The attribute of a forward pass' `position_ids` that holds its `PrefixForwardContext`.
+CONTEXT = "_prefix_ext_context"
+T = TypeVar("T")
 
 
 @dataclass
@@ -27,119 +29,90 @@ class PrefixForwardContext:
     """One forward pass of the decoder with a prefix.
 
     Args:
-        batch: The prefixes of the batch.
+        batch: The prefix of each row.
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
-        states: What the reparameterization of each adapter depends on, see `memo.py`.
-        given_mask: The mask that the decoder was given.
-        is_flash: Whether the attention is flash attention.
-        residuals: What it adds to the K/V, by adapter and attention module; empty without one.
-        dropout: Of the prefix, in training.
-        projected: The leaf that the residuals are part of and the reparameterization's output that awaits its gradient,
-            under reentrant gradient checkpointing only.
-        running: Whether the forward pass is under way.
+        reparam_state: What the output of each adapter's reparameterization depends on, see `memoize_for_decoding`.
+        decoder_mask: The `attention_mask` of the decoder.
+        is_flash: Whether the model runs flash attention.
+        residuals: What the reparameterization adds to the K/V, by adapter and attention module; empty without one.
+        dropout: The dropout of the prefix, in training.
+        projected: Under reentrant gradient checkpointing, the detached output of the reparameterization, which the
+            residuals are views of, and the output that is to receive its gradient.
+        is_running: Whether the forward pass has not ended yet.
     """
 
     batch: BatchAdapters
     positions: torch.Tensor
-    states: dict[str, Any]
-    given_mask: Any = None
+    reparam_state: dict[str, Any]
+    decoder_mask: Any = None
     is_flash: bool = False
     residuals: dict[str, dict[str, LayerKV]] = field(default_factory=dict)
     dropout: PrefixDropout | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
-    running: bool = True
+    is_running: bool = True
     _masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
-    _chunked: torch.Tensor | None = None
+    _computed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """q."""
+        return self.positions.shape[-1]
 
     @property
     def is_decoding(self) -> bool:
-        """Whether a single token is under way."""
-        return self.positions.shape[-1] == 1
+        """Whether there is one new token."""
+        return self.num_new_tokens == 1
 
     @property
-    def padding(self) -> torch.Tensor | None:
-        """Which real tokens are text, `[b, k]`; `None` when all are."""
-        return self.given_mask if isinstance(self.given_mask, torch.Tensor) and self.given_mask.dim() == 2 else None
+    def padding_mask(self) -> torch.Tensor | None:
+        """The decoder's mask of two dimensions, `[b, k]`, 0 for padding; `None` if it has none."""
+        mask = self.decoder_mask
+        return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
     def is_prefix_seen(self, batch_size: int) -> torch.Tensor:
-        """Which virtual tokens each row sees, `[b, p]`."""
+        """Returns which virtual tokens each row sees, `[b, p]`."""
         columns = torch.arange(self.batch.num_virtual_tokens, device=self.positions.device).expand(batch_size, -1)
         return columns >= 0 if self.batch.lengths is None else columns < self.batch.lengths
 
-    def seen(self, batch_size: int, kv_length: int) -> torch.Tensor:
-        """Which columns of prefix and real tokens are tokens that a row has, `[b, p + k]`."""
+    def token_columns(self, batch_size: int, kv_length: int) -> torch.Tensor:
+        """Returns which columns are virtual tokens or text of a row, and not padding, `[b, p + k]`."""
         prefix = self.is_prefix_seen(batch_size)
-        text = prefix.new_ones(batch_size, kv_length) if self.padding is None else self.padding
+        text = prefix.new_ones(batch_size, kv_length) if self.padding_mask is None else self.padding_mask
         return torch.cat([prefix.long(), text.long()], dim=-1)
 
-    def order(self) -> torch.Tensor | None:
-        """In which order columns must stand where distances are those between columns, `[b, p + k]`, if not as they are."""
-        padding = self.padding
-        if padding is None or (self.batch.lengths is None and bool(padding[:, 0].all())):
-            return None
-        return columns_behind_padding(self.is_prefix_seen(len(padding)), padding)
-
     def mask(self, mask: Any, kv_length: int, sliding_window: int | None) -> Any:
-        """Returns the mask over prefix and real tokens, computed once for all layers that were given the same mask."""
-        for given, window, extended in self._masks:
-            if given is mask and window == sliding_window:
+        """Returns the mask over prefix and real tokens, made once for all layers with the same mask and window.
+
+        Args:
+            mask: The mask that the model passes to the layer.
+            kv_length: k.
+            sliding_window: How many positions a query sees, itself included; `None` for all.
+        """
+        for layer_mask, window, extended in self._masks:
+            if layer_mask is mask and window == sliding_window:
                 return extended
+        lengths = self.batch.lengths
         if self.is_flash:
-            rows = self.batch.lengths if mask is None else mask
-            extended = flash_mask(mask, None if rows is None else self.is_prefix_seen(len(rows)), kv_length)
+            by_row = lengths if mask is None else mask
+            extended = flash_mask(mask, None if by_row is None else self.is_prefix_seen(len(by_row)), kv_length)
         elif isinstance(mask, BlockMask):
             extended = prepend_prefix_blocks(
-                mask, self.batch.num_virtual_tokens, self.positions, sliding_window, self.batch.lengths
+                mask, self.batch.num_virtual_tokens, self.positions, sliding_window, lengths
             )
         else:
             extended = prepend_prefix(
-                mask, self.batch.num_virtual_tokens, self.positions, kv_length, sliding_window, self.batch.lengths
+                mask, self.batch.num_virtual_tokens, self.positions, kv_length, sliding_window, lengths
             )
         self._masks.append((mask, sliding_window, extended))
         return extended
 
-    def mask_of_last(self, num_queries: int, sliding_window: int | None) -> Any:
-        """Returns the rows of the last queries in the mask that an earlier layer with these windows was given.
+    def earlier_mask(self, sliding_window: int | None) -> Any:
+        """Returns the mask over prefix and real tokens of the first layer with this window."""
+        return next(extended for _, window, extended in self._masks if window == sliding_window)
 
-        Raises:
-            ValueError: If it has no rows.
-        """
-        extended = next(extended for _, window, extended in self._masks if window == sliding_window)
-        if isinstance(extended, BlockMask):
-            raise ValueError("Layers that share K/V do not go with flex attention and a prefix here: use sdpa.")
-        is_by_query = isinstance(extended, torch.Tensor) and extended.dim() == 4
-        return extended[:, :, -num_queries:] if is_by_query else extended
-
-    def chunked_mask(
-        self, mask: torch.Tensor | None, past: int, kv_length: int, kv_offset: int, chunk_size: int
-    ) -> torch.Tensor:
-        """Returns `chunked_mask(...)` in the manner of the layer's own `mask`, computed once for all such layers."""
-        if self._chunked is None:
-            padding = self.padding if self.given_mask is None else self._padding_of_given(past)
-            if self.batch.lengths is not None:
-                raise ValueError("Prefixes of several lengths in one batch do not go with chunked attention.")
-            p = self.batch.num_virtual_tokens
-            self._chunked = chunked_mask(p, self.positions, padding, past, kv_length, kv_offset, chunk_size)
-        if mask is None or mask.dtype == torch.bool:
-            return self._chunked
-        lowest = torch.finfo(mask.dtype).min
-        return mask.new_zeros(self._chunked.shape).masked_fill_(~self._chunked, lowest)
-
-    def _padding_of_given(self, past: int) -> torch.Tensor:
-        """Returns which real tokens are text, `[b, past + q]`, of masks that `generate` made ready, too.
-
-        Raises:
-            ValueError: If a mask keeps more apart than padding from text.
-        """
-        if (padding := self.padding) is not None:
-            return padding
-        full: Any = self.given_mask.get("full_attention") if isinstance(self.given_mask, dict) else self.given_mask
-        columns = text_columns(full) if isinstance(full, torch.Tensor) else None
-        if columns is not None and columns.shape[1] >= past + self.positions.shape[-1]:
-            q, k = self.positions.shape[-1], columns.shape[1]
-            rows = torch.arange(q, device=columns.device)[:, None] + past
-            causal = (torch.arange(k, device=columns.device) <= rows) & columns[:, None, None].bool()
-            seen = seen_columns(full)
-            if seen.shape[-1] == k and torch.equal(seen.expand_as(causal), causal):
-                return columns[:, : past + q]
-        raise ValueError("PREFIX_EXT makes the masks of chunked attention itself: give one of two dimensions.")
+    def compute_once(self, name: str, compute: Callable[[], T]) -> T:
+        """Returns `compute()`, or what it returned when a layer of this forward pass first asked for `name`."""
+        if name not in self._computed:
+            self._computed[name] = compute()
+        result: T = self._computed[name]
+        return result

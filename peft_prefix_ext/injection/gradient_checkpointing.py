@@ -1,8 +1,8 @@
-"""Gradient checkpointing: which forward pass a layer repeats, and how one evaluation of the reparameterization serves all.
+"""Gradient checkpointing: which forward pass a layer repeats, and how the reparameterization gets its gradient.
 
-Under the reentrant kind every layer runs a backward pass of its own, on through the K/V it captured and into the MLP, whose graph is gone
-after the first layer. So the layers are given a leaf instead, and its gradient, complete once the backward pass has
-come down to the embeddings, is handed on to the MLP from there.
+Under reentrant checkpointing every layer runs a backward pass of its own. It would go on through the layer's K/V into
+the MLP, whose graph is freed after the first layer. So the layers get K/V from a detached leaf. Its gradient is complete
+when the backward pass reaches the embeddings, and is passed on to the MLP there.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from peft_prefix_ext.injection.forward_context import PrefixForwardContext
 
 @dataclass
 class CheckpointReplay:
-    """The last forward pass that a backward pass may repeat, for models that do not hand positions down to their layers.
+    """The forward pass that layers may repeat, of a model that does not pass positions down to its layers.
 
     Args:
-        step: The forward pass.
-        is_ambiguous: Whether the one before it has not been repeated, so that either may be meant.
-        was_repeated: Whether it has been.
+        context: The last forward pass.
+        is_ambiguous: Whether the one before it was not repeated, so that a layer may belong to either.
+        was_repeated: Whether a layer has repeated it.
     """
 
-    step: PrefixForwardContext
+    context: PrefixForwardContext
     is_ambiguous: bool = False
     was_repeated: bool = False
 
     @classmethod
-    def of(cls, step: PrefixForwardContext, before: CheckpointReplay | None) -> CheckpointReplay:
-        """Returns the replay of `step`, which follows the one of `before`."""
-        return cls(step, is_ambiguous=before is not None and not before.was_repeated)
+    def after(cls, previous: CheckpointReplay | None, context: PrefixForwardContext) -> CheckpointReplay:
+        """Returns the replay of `context`, a forward pass that follows that of `previous`."""
+        return cls(context, is_ambiguous=previous is not None and not previous.was_repeated)
 
     def replayed_context(self) -> PrefixForwardContext:
         """Returns the forward pass that a layer repeats.
 
         Raises:
-            RuntimeError: If it could be one of two.
+            RuntimeError: If it may be either of two.
         """
         if self.is_ambiguous:
             raise RuntimeError(
                 "Under gradient checkpointing this model needs a backward pass after each forward pass with a prefix."
             )
         self.was_repeated = True
-        return self.step
+        return self.context
 
 
 def uses_checkpointing(decoder: nn.Module) -> bool:
-    """Whether the model is training under gradient checkpointing of either kind."""
+    """Whether the model trains under gradient checkpointing of either kind."""
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
-    """Whether the model is training under reentrant checkpointing, which is torch's default where it is not told."""
+    """Whether the model trains under reentrant checkpointing, which is torch's default."""
     for module in decoder.modules():
         if module.training and getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)
@@ -65,20 +65,20 @@ def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
     return False
 
 
-def require_gradient(embeddings: torch.Tensor, step: PrefixForwardContext) -> torch.Tensor:
-    """Returns embeddings that require a gradient: reentrant checkpointing drops that of everything behind others."""
-    if step.projected is not None:
-        return gather_gradient(embeddings, *step.projected)
+def require_gradient(embeddings: torch.Tensor, context: PrefixForwardContext) -> torch.Tensor:
+    """Returns embeddings that require a gradient: reentrant checkpointing drops gradients if no input requires one."""
+    if context.projected is not None:
+        return pass_gradient(embeddings, *context.projected)
     return embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
 
 
-@torch.compiler.disable  # the compiler knows no leaf that gathers a gradient outside of its graph
-def gather_gradient(hidden_states: torch.Tensor, leaf: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Returns `hidden_states` unchanged; in the backward pass `source` receives the gradient that `leaf` gathered."""
-    return _GatherGradient.apply(hidden_states, source, leaf)
+@torch.compiler.disable  # a compiled graph cannot pass on the gradient of a leaf outside of it
+def pass_gradient(hidden_states: torch.Tensor, leaf: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Returns `hidden_states` unchanged; in the backward pass `source` receives the gradient accumulated in `leaf`."""
+    return _PassGradient.apply(hidden_states, source, leaf)
 
 
-class _GatherGradient(torch.autograd.Function):
+class _PassGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, source: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
         ctx.leaf = leaf
@@ -86,5 +86,5 @@ class _GatherGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-        gathered, ctx.leaf.grad = ctx.leaf.grad, None
-        return gradient, gathered, None
+        accumulated, ctx.leaf.grad = ctx.leaf.grad, None
+        return gradient, accumulated, None

@@ -1,4 +1,4 @@
-"""Positions of a call that gives none: real tokens count from the prefix on, and padding does not count.
+"""Positions of a call without `position_ids`: they count real tokens, and not padding.
 
 Shapes: b batch, q new tokens, k cached and new tokens.
 """
@@ -13,33 +13,33 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 
-def default_positions(new: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor:
-    """Returns the positions of the new tokens among the real ones, `[b or 1, q]`.
+def default_positions(tokens: torch.Tensor, cache: Any, mask: Any) -> torch.Tensor:
+    """Returns the positions of the new tokens among the real tokens, `[b or 1, q]`, without the virtual tokens.
 
     Args:
-        new: The new tokens or their embeddings, `[b, q, ...]`.
+        tokens: The new tokens or their embeddings, `[b, q, ...]`.
         cache: The cache with the tokens before them, or `None`.
-        mask: What the decoder is given as `attention_mask`.
+        mask: The `attention_mask` of the decoder.
     """
-    num_new = new.shape[1]
+    num_new = tokens.shape[1]
     past = int(cache.get_seq_length()) if cache is not None else 0
     text = text_columns(mask)
-    # A static cache has more columns than tokens, one whose windows slid has fewer.
+    # A static cache has more columns than tokens; a cache whose windows slid has fewer.
     if text is None or text.shape[1] < past + num_new:
-        return (torch.arange(num_new, device=new.device) + past)[None]
+        return (torch.arange(num_new, device=tokens.device) + past)[None]
     counted = text[:, : past + num_new].long().cumsum(dim=-1) - 1
-    return counted.clamp(min=0)[:, past:].to(new.device)
+    return counted.clamp(min=0)[:, past:].to(tokens.device)
 
 
 def text_columns(mask: Any) -> torch.Tensor | None:
-    """Returns which columns of an attention mask are tokens and not padding, `[b or 1, k]`; `None` where it does not say.
+    """Returns which columns of an attention mask are not padding, `[b or 1, k]`; `None` if the mask does not tell.
 
-    An outer model may have made the decoder's masks already (Gemma 3), of four dimensions and one for each kind of layer.
-    There a token is what any query sees: itself at least.
+    The caller may pass masks of four dimensions, one for each layer type (Gemma 3). In them, a token is any column that
+    some query sees: each token sees at least itself.
     """
     if isinstance(mask, Mapping):
-        by_layer = [columns for each in mask.values() if (columns := text_columns(each)) is not None]
-        return max(by_layer, key=lambda columns: columns.shape[1], default=None)
+        by_layer_type = [columns for each in mask.values() if (columns := text_columns(each)) is not None]
+        return max(by_layer_type, key=lambda columns: columns.shape[1], default=None)
     if isinstance(mask, BlockMask):
         batch, heads, q, k = mask.shape
         mask = create_mask(mask.mask_mod, batch, heads, q, k, device=mask.kv_num_blocks.device)
@@ -51,12 +51,12 @@ def text_columns(mask: Any) -> torch.Tensor | None:
 
 
 def seen_columns(mask: torch.Tensor) -> torch.Tensor:
-    """Returns what a mask of booleans, or one that is added to the scores, lets each query see."""
+    """Returns a boolean or additive mask as booleans, True where a query sees a column."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def num_embedded_positions(decoder: nn.Module) -> int | None:
-    """Returns how many positions a decoder has learned embeddings for; `None` where they are told otherwise."""
+    """Returns how many positions a decoder has learned embeddings for; `None` if it has none."""
     for name in ("wpe", "embed_positions"):
         embedding = getattr(decoder, name, None)
         if isinstance(embedding, nn.Embedding):
@@ -64,8 +64,17 @@ def num_embedded_positions(decoder: nn.Module) -> int | None:
     return None
 
 
-def check_room(positions: torch.Tensor, num_positions: int | None, num_virtual_tokens: int) -> None:
-    """Raises `ValueError` if a position, `[b or 1, q]`, counted from the first virtual token, is past the last one there is."""
+def check_num_positions(positions: torch.Tensor, num_positions: int | None, num_virtual_tokens: int) -> None:
+    """Checks that the model has an embedding for every position.
+
+    Args:
+        positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
+        num_positions: How many positions the model has embeddings for, or `None`.
+        num_virtual_tokens: p.
+
+    Raises:
+        ValueError: If a position has no embedding.
+    """
     if num_positions is None or torch.compiler.is_compiling():
         return
     if (last := int(positions.max())) >= num_positions:

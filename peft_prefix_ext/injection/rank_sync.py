@@ -1,7 +1,7 @@
-"""Processes that train one prefix start from the same one.
+"""Processes that train one prefix together start from the same tensors.
 
-What trains is a parameter, which DDP, FSDP and DeepSpeed make the same in all processes; what an MLP adds to is a buffer, which
-of these DDP alone does. Drawn at random in processes of different seeds, each would add to something else, and say so to nobody.
+DDP, FSDP and DeepSpeed synchronize parameters. The K/V that an MLP is added to are buffers, which only DDP
+synchronizes. If they were drawn at random under different seeds, each process would silently train another prefix.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from peft_prefix_ext.base_model.tensor_parallel import copy_from_first
+from peft_prefix_ext.base_model.tensor_parallel import broadcast_from_first_rank
 from peft_prefix_ext.injection.prefix_tensors import PrefixTensors
 
 
 @torch.no_grad()
-def start_as_first_process(decoder: nn.Module, adapter_name: str) -> None:
-    """Gives an adapter, before its first step of training, the first process' tensors that do not train.
+def broadcast_frozen_tensors(decoder: nn.Module, adapter_name: str) -> None:
+    """Overwrites the tensors of an adapter that do not train with those of the first process.
 
-    Where FSDP or DeepSpeed trains the model, whose forward passes all processes run together.
+    To be called in the first forward pass in training, which all processes run together. Does nothing unless FSDP or
+    DeepSpeed trains the model.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    kept = [
-        states[adapter_name]
-        for states in decoder.modules()
-        if isinstance(states, PrefixTensors) and adapter_name in states._buffers
+    frozen = [
+        tensors[adapter_name]
+        for tensors in decoder.modules()
+        if isinstance(tensors, PrefixTensors) and adapter_name in tensors._buffers
     ]
-    for group in dict.fromkeys(_groups(decoder)):
-        copy_from_first(group, *(state for state in kept if not state.is_meta))
+    for group in dict.fromkeys(_process_groups(decoder)):
+        broadcast_from_first_rank(group, *(tensor for tensor in frozen if not tensor.is_meta))
 
 
-def _groups(decoder: nn.Module) -> Iterator[Any]:
-    """Yields the groups of processes between which the parameters of a decoder are spread, or their optimizer's state."""
+def _process_groups(decoder: nn.Module) -> Iterator[Any]:
+    """Yields the groups of processes that the parameters of a decoder, or their optimizer states, are sharded over."""
     for module in decoder.modules():
         if isinstance(module, FullyShardedDataParallel):
             yield module.process_group
     for parameter in decoder.parameters():
         if isinstance(parameter, DTensor):
             yield from parameter.device_mesh.get_all_groups()
-        # DeepSpeed's, of ZeRO-1 and ZeRO-2, and of ZeRO-3.
+        # DeepSpeed: ZeRO-1 and ZeRO-2, then ZeRO-3.
         for attribute in ("_dp_group", "ds_process_group"):
             if (group := getattr(parameter, attribute, None)) is not None:
                 yield group

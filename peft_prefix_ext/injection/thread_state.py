@@ -1,4 +1,4 @@
-"""What belongs to the forward pass that one thread runs, since several threads may use one model."""
+"""The state of the forward pass that a thread runs: several threads may use one model at the same time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from peft_prefix_ext.injection.forward_context import PrefixForwardContext
 
 
 class ThreadState(threading.local):
-    """Each thread has values of its own, at first those of the class.
+    """Attributes that each thread has for itself, at first with the defaults of the class.
 
     Args:
-        step: The forward pass under way, or the last one.
-        mixed: The prefixes of its batches where each row has its own.
-        is_bypassed: Whether it runs the base model alone.
-        offsets: How many virtual tokens stand before each row of the forward pass under way.
-        embeddings_handle: The hook that a forward pass under reentrant gradient checkpointing needs.
+        context: The forward pass that the thread runs, or ran last.
+        batch_adapters: The prefix of each row, where `adapter_names` are given.
+        is_bypassed: Whether the thread runs the base model without prefixes.
+        offsets: How many virtual tokens precede each row of the current forward pass.
+        embeddings_handle: The hook on the embeddings under reentrant gradient checkpointing.
     """
 
-    step: PrefixForwardContext | None = None
-    mixed: BatchAdapters | None = None
+    context: PrefixForwardContext | None = None
+    batch_adapters: BatchAdapters | None = None
     is_bypassed = False
     offsets: tuple[int, ...] = ()
     embeddings_handle: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[type[ThreadState], tuple[()]]:
-        # A copy of the model has no forward pass under way.
+        # A copy of the model has no forward pass of its own yet.
         return ThreadState, ()

@@ -1,4 +1,4 @@
-"""What PEFT expects of a tuner layer and a layer that wraps none has to say itself."""
+"""`PrefixTunerLayer`: a PEFT tuner layer that wraps no base layer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import nn
 
 
 class PrefixTunerLayer(nn.Module, BaseTunerLayer):
-    """A tuner layer that stands beside base layers instead of around one.
+    """A tuner layer that is a child of a base module, instead of a wrapper around one.
 
     Args:
-        device: Where the part of the model is that it belongs to.
+        device: The device of that module.
     """
 
-    cast_input_dtype_enabled = True  # what `disable_input_dtype_casting` turns off and on again in every tuner layer
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it on every tuner layer
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -22,38 +22,38 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
 
     def get_base_layer(self) -> nn.Module:
-        # Without this, PEFT's `weight` property looks for the weight of the wrapped layer in this layer, without end.
+        # PEFT's own looks for the wrapped layer in this layer, without end.
         raise AttributeError("A prefix wraps no layer.")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        # transformers calls each layer, with names of adapters of other types among them.
+        # transformers calls each layer with the names of all adapters, also of other types.
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         own = [name for name in names if name in self._all_available_adapter_names()]
         if len(own) > 1:
             raise ValueError(f"PREFIX_EXT has one active adapter at a time, got {own}.")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def forget(self, adapter_name: str) -> None:
-        """Drops an adapter that is about to be made anew."""
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Removes what the layer holds of an adapter, without choosing another active one."""
         for name in self.adapter_layer_names + self.other_param_names:
-            states = getattr(self, name)
-            if adapter_name in states:
-                del states[adapter_name]
+            container = getattr(self, name)
+            if adapter_name in container:
+                del container[adapter_name]
         self.frozen_peft_weight_names.pop(adapter_name, None)
 
     @torch.no_grad()
     def copy_adapter_from(self, adapter_name: str, source_adapter: str) -> None:
-        """Gives an adapter the weights of another one of the same config."""
+        """Overwrites the weights of an adapter with those of another one of the same config."""
         for name in self.adapter_layer_names + self.other_param_names:
-            states = getattr(self, name)
-            if isinstance(states, nn.ModuleDict):
-                if source_adapter in states:
-                    states[adapter_name].load_state_dict(states[source_adapter].state_dict())
-            elif source_adapter in states:
-                states[adapter_name].copy_(states[source_adapter])
+            container = getattr(self, name)
+            if isinstance(container, nn.ModuleDict):
+                if source_adapter in container:
+                    container[adapter_name].load_state_dict(container[source_adapter].state_dict())
+            elif source_adapter in container:
+                container[adapter_name].copy_(container[source_adapter])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for name in self.adapter_layer_names + self.other_param_names:
-            states = getattr(self, name)
-            if adapter_name in states:
-                states[adapter_name] = states[adapter_name].to(device or self.device)
+            container = getattr(self, name)
+            if adapter_name in container:
+                container[adapter_name] = container[adapter_name].to(device or self.device)

@@ -12,9 +12,9 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.architectures.alibi import counts_columns
+from peft_prefix_ext.architectures.column_distances import uses_column_distances
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.injection.batch import BASE, BatchAdapters
+from peft_prefix_ext.injection.batch import BASE_ADAPTER, BatchAdapters
 from peft_prefix_ext.injection.decoder_hook import decoder_hooks_of
 
 
@@ -38,20 +38,21 @@ def use_adapter_names(model: PreTrainedModel, names: Any, call: dict[str, Any]) 
         raise ValueError(
             "`adapter_names` is not supported for encoder-decoder models; use `set_adapter` for the batch."
         )
-    if any(counts_columns(module) for module in model.modules()):
+    if any(uses_column_distances(module) for module in model.modules()):
         raise ValueError(f"`adapter_names` is not supported for {describe(model)}; use `set_adapter` for the batch.")
     (hook,) = decoder_hooks_of(model)
-    if unknown := set(names) - hook.num_virtual_tokens.keys() - {BASE}:
+    if unknown := set(names) - hook.num_virtual_tokens.keys() - {BASE_ADAPTER}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             _check_wrapper(name, module, names)
-            hook.give_rows_to(module)
-    with hook.mixed(BatchAdapters.mixed(names, hook.num_virtual_tokens, model.device, _rows_per_input(call))):
+            hook.pass_adapter_names_to(module)
+    batch = BatchAdapters.from_adapter_names(names, hook.num_virtual_tokens, model.device, _expand_size(call))
+    with hook.use_batch_adapters(batch):
         yield
 
 
-def _rows_per_input(call: dict[str, Any]) -> int:
+def _expand_size(call: dict[str, Any]) -> int:
     """Returns how many rows `generate` makes of each input."""
     given = [call, vars(call["generation_config"])] if call.get("generation_config") is not None else [call]
     return max(

@@ -12,9 +12,9 @@ from peft import PeftModel, PeftType
 from peft.utils import register_peft_method
 from torch import nn
 
-from peft_prefix_ext.architectures.encoder_decoder import LAYERS, PrefixStackHook
-from peft_prefix_ext.architectures.select import layer_class
-from peft_prefix_ext.attention.grouped_query import use_groups
+from peft_prefix_ext.architectures.encoder_decoder import LAYER_CLASSES, PrefixStackHook
+from peft_prefix_ext.architectures.select import select_layer_class
+from peft_prefix_ext.attention.grouped_query import register_grouped_query_attention
 from peft_prefix_ext.checkpoint.format import is_of_prefix
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.config import PrefixExtConfig
@@ -149,7 +149,7 @@ class PrefixExtModel(UnmergeableTuner):
         # After a second `get_peft_model` on one base, which PEFT warns of, an adapter of the same name starts anew.
         for module in list(model.modules()):
             if isinstance(module, PrefixTunerLayer):
-                module.forget(self._injected_adapter)
+                module.drop_adapter(self._injected_adapter)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         assert self._injection_plan is not None
@@ -172,7 +172,7 @@ class PrefixExtModel(UnmergeableTuner):
         layer = getattr(target, "prefix_ext", None)
         if layer is None:
             is_encoder_decoder = isinstance(hook, PrefixStackHook)
-            kind = LAYERS[probed.attention] if is_encoder_decoder else layer_class(target, probed)
+            kind = LAYER_CLASSES[probed.attention] if is_encoder_decoder else select_layer_class(target, probed)
             layer = target.prefix_ext = kind(target, probed, hook)
         has_reparam = adapter_name in hook.prefix_ext_reparam
         layer.update_layer(adapter_name, plan.initial[current_key], peft_config, has_reparam)
@@ -297,4 +297,4 @@ class PrefixExtModel(UnmergeableTuner):
 
 register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)
 wrap_peft_model()
-use_groups()
+register_grouped_query_attention()

@@ -65,11 +65,11 @@ def warn_of_other_adapters(config: PrefixExtConfig, model: nn.Module) -> None:
     """
     if config.base_adapters is None:  # saved by an earlier release
         return
-    recorded, present = read_base_adapters(config.base_adapters), active_base_adapters(model)
-    if not are_alike(recorded, present):
-        remedy = "load what is missing too, unless it is merged into the weights" if recorded else "take them off"
+    expected, present = read_base_adapters(config.base_adapters), active_base_adapters(model)
+    if not are_alike(expected, present):
+        remedy = "load what is missing too, unless it is merged into the weights" if expected else "take them off"
         warnings.warn(
-            f"The prefix was trained on {model_with(recorded)} and is loaded on {model_with(present)}, where it says "
+            f"The prefix was trained on {model_with(expected)} and is loaded on {model_with(present)}, where it says "
             f"something else: {remedy}.",
             stacklevel=2,
         )

@@ -12,8 +12,8 @@ import wrapt
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.architectures.shared_kv import at_work_in
-from peft_prefix_ext.base_model.offloaded import left_where_it_is
+from peft_prefix_ext.architectures.shared_kv import hooked_modules
+from peft_prefix_ext.base_model.offloaded import keep_offloading
 from peft_prefix_ext.checkpoint.atomic_save import config_of, replacing
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME
 from peft_prefix_ext.config import PrefixExtConfig
@@ -59,7 +59,7 @@ def _from_pretrained(wrapped: Any, cls: Any, args: tuple, kwargs: dict[str, Any]
     base = call["model"]
     if getattr(base, "hf_device_map", None) is None or not _is_prefix(call):
         return wrapped(*args, **kwargs)
-    with left_where_it_is(base):
+    with keep_offloading(base):
         return wrapped(*args, **kwargs)
 
 
@@ -77,7 +77,7 @@ def _is_prefix(call: dict[str, Any]) -> bool:
 def _check_beside_prefix(config: PeftConfig, base: Any) -> None:
     """Checks an adapter of another type; for a prefix, the injection plan does this."""
     if config.peft_type != PREFIX_EXT:
-        check_modules_to_save(getattr(config, "modules_to_save", None), base, at_work_in(base))
+        check_modules_to_save(getattr(config, "modules_to_save", None), base, hooked_modules(base))
 
 
 def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
             if saved.base_adapters != live.base_adapters:  # otherwise the live one already warned
                 warn_of_other_adapters(saved, model)
     try:
-        with left_where_it_is(model.get_base_model()) if _has_prefix(model) else nullcontext():
+        with keep_offloading(model.get_base_model()) if _has_prefix(model) else nullcontext():
             return wrapped(*args, **kwargs)
     except KeyError as error:
         config = model.peft_config.get(call["adapter_name"])

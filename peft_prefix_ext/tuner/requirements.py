@@ -11,8 +11,8 @@ from peft import TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.architectures.alibi import has_bias
-from peft_prefix_ext.architectures.encoder_decoder import tells_positions
+from peft_prefix_ext.architectures.alibi import takes_position_bias
+from peft_prefix_ext.architectures.encoder_decoder import supports_prefix_positions
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
 from peft_prefix_ext.base_model.layers import ProbedLayer
@@ -45,9 +45,9 @@ def find_decoder(model: PreTrainedModel, layers: list[ProbedLayer], attention: s
             if "position_ids" in parameters:
                 return name
             attention_module = model.get_submodule(names[0])
-            if model.config.is_encoder_decoder and tells_positions(module, attention_module):
+            if model.config.is_encoder_decoder and supports_prefix_positions(module, attention_module):
                 return name
-            if not model.config.is_encoder_decoder and has_bias(attention_module):
+            if not model.config.is_encoder_decoder and takes_position_bias(attention_module):
                 return name
     raise ValueError(
         f"{describe(model)} does not take `position_ids` and a cache, which a prefix before its input needs; PREFIX_EXT "

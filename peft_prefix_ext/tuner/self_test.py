@@ -15,16 +15,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from peft_prefix_ext.architectures.select import layer_class
-from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared
-from peft_prefix_ext.attention.flash import attention_of
+from peft_prefix_ext.architectures.select import select_layer_class
+from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared_kv_layers
+from peft_prefix_ext.base_model.attention_implementation import attention_implementation
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import ProbedLayer, evaluating, record_layers, refuse_unsupported
-from peft_prefix_ext.base_model.offloaded import device_of
+from peft_prefix_ext.base_model.layers import ProbedLayer, eval_mode, record_layers
+from peft_prefix_ext.base_model.offloaded import input_device
+from peft_prefix_ext.base_model.supported import check_supported
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
-from peft_prefix_ext.injection.caller_positions import modules_around
+from peft_prefix_ext.injection.caller_positions import enclosing_models
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 
@@ -48,7 +49,7 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
     ids = [token for token in range(NUM_TEXT + NUM_NEW + 1) if token != padding][: NUM_TEXT + NUM_NEW]
     outputs: list[torch.Tensor] = []
     handle = decoder.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
-    device = device_of(model)
+    device = input_device(model)
     new = torch.tensor([ids[NUM_TEXT:]], device=device)
     padded = torch.cat([new[:, :1].expand(1, NUM_PADDING), new], dim=1)
     mask = (torch.arange(NUM_PADDING + NUM_NEW, device=device) >= NUM_PADDING).long()[None]
@@ -57,12 +58,12 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
     assert cache_name is not None  # checked by `find_decoder`
     try:
         layers = record_layers(model, ids)
-        with evaluating(model), _prefix_of_text(model, decoder, layers):
+        with eval_mode(model), _prefix_of_text(model, decoder, layers):
             model(input_ids=new, use_cache=False)
             model(input_ids=new[:, :-1], **{cache_name: cache}, use_cache=True)
             model(input_ids=new[:, -1:], **{cache_name: cache}, use_cache=True)
             model(input_ids=padded, attention_mask=mask, use_cache=False)
-        with evaluating(model):
+        with eval_mode(model):
             model(input_ids=new, use_cache=False)
             model(input_ids=padded, attention_mask=mask, use_cache=False)
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
@@ -95,7 +96,7 @@ def check_decoder_matches_text(decoder: PreTrainedModel) -> None:
     Raises:
         ValueError: As `check_prefix_matches_text`, or if the implementation is known not to work.
     """
-    refuse_unsupported(decoder)
+    check_supported(decoder)
     check_prefix_matches_text(decoder, decoder)
 
 
@@ -109,22 +110,24 @@ def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> flo
 def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[ProbedLayer]) -> Iterator[None]:
     """Gives `model` the prefix of the text in `layers`, by hooks only: no module is added to it."""
     config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
-    hook = PrefixDecoderHook(decoder, modules_around(decoder, model))
+    hook = PrefixDecoderHook(decoder, enclosing_models(decoder, model))
     hook.num_virtual_tokens[_NAME] = NUM_TEXT
     hook.prefix_dropout[_NAME] = 0.0
-    hook.tested_attention.add(attention_of(model.config))  # by this very test
+    hook.tested_attention.add(attention_implementation(model.config))  # by this very test
     hooked: list[PrefixDecoderHook | PrefixExtLayer] = [hook]
     for probed in layers:
         attention = model.get_submodule(probed.module)
-        layer = layer_class(attention, probed)(attention, probed, hook)
+        layer = select_layer_class(attention, probed)(attention, probed, hook)
         kv = LayerKV(*(state[:, :NUM_TEXT] for state in probed.kv))
         layer.update_layer(_NAME, kv, config, has_reparam=False)
         # With `low_cpu_mem_usage` the parameters have no data.
-        own = LayerKV(*(probed.own(state) for state in kv))
+        own = LayerKV(*(probed.local_heads(state) for state in kv))
         layer.materialize = functools.partial(_return_kv, own)  # type: ignore[method-assign]
         hooked.append(layer)
     by_module = {layer.module: layer for layer in layers}
-    hook.shared_layers = [SharedKVLayer(module, owner, hook) for module, owner in find_shared(model, by_module)]
+    hook.shared_kv_layers = [
+        SharedKVLayer(module, owner, hook) for module, owner in find_shared_kv_layers(model, by_module)
+    ]
     for tuner_layer in hooked:
         tuner_layer.set_adapter(_NAME)
         tuner_layer.eval()

@@ -18,7 +18,7 @@ from peft_prefix_ext.base_model.zero3 import is_partitioned
 from peft_prefix_ext.checkpoint.format import ENCODER, LayerKV, is_of_prefix, layer_key
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
-from peft_prefix_ext.injection.layer import PrefixExtLayer, assemble
+from peft_prefix_ext.injection.layer import PrefixExtLayer, join_frozen
 from peft_prefix_ext.injection.reparam import PrefixMLP
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
@@ -52,7 +52,9 @@ def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
             layers = {
                 name: layer
                 for name, layer in modules.items()
-                if isinstance(layer, PrefixExtLayer) and layer.runtime is hook and adapter_name in layer.prefix_ext_key
+                if isinstance(layer, PrefixExtLayer)
+                and layer.decoder_hook is hook
+                and adapter_name in layer.prefix_ext_key
             }
             is_encoder = any(layer.attention == ENCODER for layer in layers.values())
             stacks.append(LiveStack(hook_name, hook, layers, REPARAM + "_encoder" * is_encoder))
@@ -104,7 +106,7 @@ def _parts(module: PrefixTunerLayer) -> Iterator[tuple[str, str, bool]]:
 
 def _has_full_mlp(module: Any, adapter_name: str) -> bool:
     """Whether the K/V of a layer are the output of an MLP, and not a sum with it."""
-    hook = module.runtime
+    hook = module.decoder_hook
     mlp = hook.prefix_ext_reparam[adapter_name] if adapter_name in hook.prefix_ext_reparam else None
     return mlp is not None and not mlp.is_residual and module.module_name in hook.layer_names[adapter_name]
 
@@ -156,7 +158,7 @@ def _to_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str,
             trained = state[f"{name}.prefix_ext_{kind}.{adapter_name}"]
             residual = residuals.get(layer.module_name)
             full = trained if residual is None else trained + residual[number].to(trained.device)
-            saved[layer_key(layer.module_name, kind)] = full = assemble(frozen, full)
+            saved[layer_key(layer.module_name, kind)] = full = join_frozen(frozen, full)
             layer.check_loaded(adapter_name, full)
             if residual is not None and config.save_reparam and config.reparam_residual:
                 saved[layer_key(layer.module_name, f"init_{kind}")] = trained

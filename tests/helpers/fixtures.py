@@ -1,4 +1,4 @@
-"""What the tests of the training half share."""
+"""Fixtures of the tests of the training half."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training half takes for granted of transformers and PEFT, as each tested release has it.
+"""What the training half needs of transformers and PEFT, as found in each tested release.
 
     PYTHONPATH=tests python -m helpers.libraries transformers|peft WHEEL_OR_FOLDER ...
 

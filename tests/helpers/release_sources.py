@@ -1,4 +1,4 @@
-"""The sources of a release of a package, which need not run here: what is defined in them, read from their syntax trees."""
+"""Definitions in the sources of a release of a package, read from their syntax trees without importing it."""
 
 from __future__ import annotations
 

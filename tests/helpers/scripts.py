@@ -1,4 +1,4 @@
-"""Scripts that tests run in processes of their own, which import what tests import."""
+"""Runs scripts in other processes with the import path of the tests."""
 
 from __future__ import annotations
 

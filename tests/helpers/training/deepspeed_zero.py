@@ -1,4 +1,4 @@
-"""Trains adapters by DeepSpeed's ZeRO, on a CPU and in one process each; `test_deepspeed.py` launches it.
+"""Trains adapters with DeepSpeed ZeRO, on a CPU and in one process each; launched by `test_deepspeed.py`.
 
     python deepspeed_zero.py FOLDER CASE...
 

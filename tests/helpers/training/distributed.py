@@ -1,4 +1,4 @@
-"""Trains small adapters on the processes it is launched on; `test_distributed.py` launches it.
+"""Trains small adapters in several processes; launched by `test_distributed.py`.
 
     python distributed.py FOLDER
 

@@ -1,4 +1,4 @@
-"""Kills saves, one at each thing that they do with files; `test_killed_saves.py` launches it.
+"""Kills saves at each of their file operations; launched by `test_atomic_save.py`.
 
     python killed_saves.py FOLDER
 

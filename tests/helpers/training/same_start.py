@@ -1,4 +1,4 @@
-"""Starts prefixes on processes that are seeded otherwise, and trains them sharded; `test_same_start.py` launches it.
+"""Creates prefixes in processes with different seeds and trains them sharded; launched by `test_same_start.py`.
 
     python same_start.py FOLDER
 

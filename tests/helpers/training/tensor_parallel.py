@@ -1,4 +1,4 @@
-"""Trains prefixes of models whose heads are spread over two processes; `test_tensor_parallel.py` launches it.
+"""Trains prefixes of tensor-parallel models in two processes; launched by `test_tensor_parallel.py`.
 
     python tensor_parallel.py FOLDER
 

@@ -1,4 +1,4 @@
-"""The sweep: on every architecture a prefix does what its text does, trains, generates, saves and loads."""
+"""The sweep: on every architecture a prefix acts like its text, trains, generates, saves and loads."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_beams_are_those_after_the_text(case):
     assert torch.equal(actual, expected)
 
 
-def test_a_conversation_goes_on_with_its_cache(case):
+def test_a_conversation_continues_with_its_cache(case):
     def goes_on(model):
         cache = DynamicCache(config=case.base.config)
         answer = generate(model, case.ids[:, :30], past_key_values=cache)

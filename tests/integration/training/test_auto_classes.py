@@ -1,4 +1,4 @@
-"""Adapters through transformers' and PEFT's Auto classes, and on models with other heads than they were trained with."""
+"""Adapters with the Auto classes of transformers and PEFT, and on models with other heads."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_without_a_task_type(folder):
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_on_models_with_other_heads(folder, is_trainable):
+def test_models_with_other_heads(folder, is_trainable):
     config = PeftConfig.from_pretrained(folder / "adapter")
     # With its task type, PEFT wants the classifier's head from the adapter, too.
     for auto_class, task_type in ((AutoModel, "FEATURE_EXTRACTION"), (AutoModelForSequenceClassification, None)):
@@ -187,11 +187,11 @@ def test_transformers_cannot_resume_a_reparameterization(folder):
     model.save_pretrained(folder / "mlp")
     resumed = base_of(folder)
     resumed.load_adapter(str(folder / "mlp"), is_trainable=True)
-    with pytest.raises(ValueError, match=r"which transformers cannot load to go on training|never loaded"):
+    with pytest.raises(ValueError, match=r"which transformers cannot load to continue training|never loaded"):
         resumed(input_ids=IDS)
 
 
-def test_weights_of_another_base_do_not_go_into_an_adapter_that_exists(tmp_path):
+def test_weights_of_another_base_are_refused_for_an_existing_adapter(tmp_path):
     with_prefix(tiny_model("llama", rope_parameters={"rope_theta": 500.0, "rope_type": "default"})).save_pretrained(
         tmp_path
     )

@@ -1,4 +1,4 @@
-"""`torch.compile`: one graph with the prefix in it, which follows the adapter and its weights."""
+"""`torch.compile`: one graph with the prefix in it, which follows changes of the adapter and its weights."""
 
 from __future__ import annotations
 

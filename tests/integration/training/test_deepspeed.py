@@ -1,4 +1,4 @@
-"""Under DeepSpeed's ZeRO, prefixes train, save and resume."""
+"""Prefixes train, save and resume with DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def test_resuming_and_loading_are_exact(case, losses):
 
 
 @pytest.mark.parametrize("adapter", ["mlp", "flat"])
-def test_models_that_are_born_partitioned_train_as_others(adapter, losses):
+def test_models_partitioned_at_creation_train_like_others(adapter, losses):
     assert losses[f"{adapter}-3-late"]["end"] == pytest.approx(losses[f"{adapter}-3-early"]["end"], abs=1e-5)

@@ -1,4 +1,4 @@
-"""Two processes, by DDP or sharded, train and save the same adapter as one."""
+"""Two processes, with DDP or sharded, train and save the same adapter as one."""
 
 from __future__ import annotations
 

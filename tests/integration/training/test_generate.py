@@ -1,4 +1,4 @@
-"""Where a prefix is at work: sampling, packing, and calls to parts of the model."""
+"""Sampling, packed sequences, and calls to parts of the model with a prefix."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_packed_sequences_do_not_leak_and_each_sees_the_prefix(llama):
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_a_layer_called_alone_says_so(llama):
+def test_a_layer_called_alone_is_refused(llama):
     model = with_prefix(llama)
     model(input_ids=random_ids(1, 4))
     layer = model.get_base_model().model.layers[0]

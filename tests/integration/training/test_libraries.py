@@ -1,4 +1,4 @@
-"""Every tested release of transformers and PEFT has what the training half wraps, overrides, calls and imports."""
+"""Each tested release of transformers and PEFT has all that the training half wraps, overrides, calls and imports."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def all_names(arguments: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_both_ends_of_what_is_tested_are_recorded(package: str) -> None:
+def test_both_ends_of_the_tested_range_are_recorded(package: str) -> None:
     assert recorded(package).keys() >= set(TESTED[package])
 
 
 @releases
-def test_nothing_that_is_needed_is_missing(package: str, version: str) -> None:
+def test_releases_have_everything_that_is_needed(package: str, version: str) -> None:
     """A failure here after a change to the training half: run libraries.py again."""
     release = recorded(package)[version]
     assert release["signatures"].keys() == needed(package)
@@ -56,14 +56,14 @@ def test_nothing_that_is_needed_is_missing(package: str, version: str) -> None:
 
 
 @releases
-def test_what_is_wrapped_takes_what_the_wrapper_expects(package: str, version: str) -> None:
+def test_wrapped_methods_have_the_expected_arguments(package: str, version: str) -> None:
     assert wrapped().keys() == WRAPPED.keys()
     for name in WRAPPED.keys() & needed(package):
         assert WRAPPED[name] <= all_names(parameters(recorded(package)[version]["signatures"][name])), name
 
 
 @releases
-def test_what_is_overridden_is_called_as_ours_can_be(package: str, version: str) -> None:
+def test_overridden_methods_have_the_expected_arguments(package: str, version: str) -> None:
     ours = {name: method for name, method in overridden().items() if name in needed(package)}
     for name, method in ours.items():
         theirs = parameters(recorded(package)[version]["signatures"][name])
@@ -85,7 +85,7 @@ def test_hooks_find_the_cache_and_the_mask(version: str) -> None:
 
 
 @pytest.mark.parametrize("library", [transformers, peft], ids=PACKAGES)
-def test_what_is_installed_is_as_recorded(library: Any) -> None:
+def test_the_installed_releases_are_as_recorded(library: Any) -> None:
     """Of a release that is not recorded: what it changed since the last one that is."""
     release = Release(library.__name__, Path(library.__file__).parents[1])
     assert library.__version__.startswith(release.version)

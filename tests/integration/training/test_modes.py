@@ -1,4 +1,4 @@
-"""Every mode of `generate` and of `forward`, against the base model: a prefix of text must do as the text does."""
+"""Every mode of `generate` and `forward`: a prefix of a text must act like the text on the base model."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ OF_A_BATCH = [
 
 
 @pytest.mark.parametrize("options", OF_A_BATCH, ids=str)
-def test_a_batch_generates_as_after_the_text(pair, options):
+def test_a_batch_generates_like_after_the_text(pair, options):
     ids = random_ids(2, PROMPT)
     assert_same(generate(pair.model, ids, **options), generate(pair.base, after_text(ids), **options))
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}], ids=str)
-def test_own_candidates_change_nothing(pair, options):
+def test_prompt_lookup_changes_nothing(pair, options):
     ids = random_ids(1, 12).repeat(1, 3)  # something to look up
     assert_same(generate(pair.model, ids, **options), generate(pair.base, after_text(ids)))
 
@@ -93,7 +93,7 @@ def test_assistants_with_and_without_a_prefix(pair, word_tokenizer, sampling):
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_a_conversation_goes_on_with_the_returned_cache(pair, cache_class):
+def test_a_conversation_continues_with_the_returned_cache(pair, cache_class):
     first, second = random_ids(2, 30), random_ids(2, 9, seed=4)
 
     def converse(model, opening):
@@ -105,7 +105,7 @@ def test_a_conversation_goes_on_with_the_returned_cache(pair, cache_class):
     assert_same(converse(pair.model, first), converse(pair.base, after_text(first)))
 
 
-def test_embeddings_in_place_of_tokens(pair):
+def test_embeddings_instead_of_tokens(pair):
     ids = random_ids(2, PROMPT)
     embeddings = pair.base.get_input_embeddings()(ids)
     out = pair.model.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False)
@@ -161,7 +161,7 @@ def test_what_a_forward_pass_returns(word_tokenizer):
 
 @pytest.mark.parametrize("setting", ["bfloat16", "float16", "autocast"])
 @torch.no_grad()
-def test_half_precision_is_as_near_as_that_of_the_text(pair, word_tokenizer, setting):
+def test_half_precision_is_as_exact_as_the_text(pair, word_tokenizer, setting):
     """Rounding differs with the order of sums; it must not differ in size."""
     ids = random_ids(2, PROMPT)
     exact = pair.base(input_ids=after_text(ids)).logits[:, len(TEXT) :]

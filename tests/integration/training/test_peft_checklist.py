@@ -1,4 +1,4 @@
-"""What PEFT's own suite asserts of every method (its tests/testing_common.py), where a prefix can be held to it."""
+"""What PEFT's own suite asserts for all methods (tests/testing_common.py), as far as it applies to a prefix."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_half_precision_bases(autocast, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_a_config_in_the_place_of_the_saved_one(model, tmp_path):
+def test_a_config_that_replaces_the_saved_one(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = PrefixExtConfig.from_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="offloading is not supported"):

@@ -1,4 +1,4 @@
-"""PEFT's own tests of decoders and encoder-decoders, which its sdist ships, pass with `PrefixExtConfig` as with its methods."""
+"""PEFT's own tests of decoders and encoder-decoders, from its sdist, pass with `PrefixExtConfig`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes of quantized bases: they train, generate, are saved and loaded again."""
+"""Prefixes of quantized base models train, generate, save and load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not train is the first process' in all of them, however they were seeded."""
+"""Tensors that do not train are the same in all processes, whatever their seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def started(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
 @pytest.mark.parametrize("setting", ["mlp", "mlp-frozen", "flat-of-some-layers", "vocab"])
-def test_what_does_not_train_is_the_first_process(setting, strategy, started):
+def test_constant_tensors_are_those_of_the_first_process(setting, strategy, started):
     def states(when, rank):
         found = load_file(started / strategy / setting / f"{when}-{rank}.safetensors")
         return {name.partition("model.layers")[2]: state for name, state in found.items()}

@@ -1,4 +1,4 @@
-"""Where stock PEFT prefix tuning works, ours gives the very same logits for the same K/V."""
+"""The logits equal those of stock PEFT prefix tuning, where it works, for the same K/V."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's other task types, on decoder models: classifiers, taggers, question answering, plain features."""
+"""PEFT's other task types on decoder models: sequence and token classification, question answering, features."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def outputs(model, ids, **inputs):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("task_type", list(HEADS))
-def test_a_prefix_of_text_answers_as_the_text(task_type, name, word_tokenizer):
+def test_a_prefix_of_text_answers_like_the_text(task_type, name, word_tokenizer):
     text = torch.tensor([TEXT]).expand(len(IDS), -1)
     expected = outputs(base_model(task_type, name), torch.cat([text, IDS], dim=1))
     for ours, theirs in zip(outputs(prefixed(task_type, word_tokenizer, name), IDS), expected, strict=True):
@@ -78,7 +78,7 @@ def test_padding_changes_no_class(side, word_tokenizer):
 
 @pytest.mark.parametrize("reparam", ["none", "mlp"])
 @pytest.mark.parametrize("task_type", list(HEADS))
-def test_a_trained_adapter_comes_back_with_its_head(task_type, reparam, word_tokenizer, tmp_path):
+def test_a_trained_adapter_loads_with_its_head(task_type, reparam, word_tokenizer, tmp_path):
     model = prefixed(task_type, word_tokenizer, reparam=reparam)
     head = HEADS[task_type][1]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""A prefix of a model whose heads are spread over processes is the prefix of the whole model."""
+"""A prefix of a tensor-parallel model is the prefix of the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of what trains alone, as DeepSpeed's `exclude_frozen_parameters` and callbacks of one's own write them."""
+"""Checkpoints with trained tensors only, as written by DeepSpeed's `exclude_frozen_parameters` or user callbacks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_of_another_stack():
     resumed.load_state_dict(state | dict(model.named_buffers()), strict=False)
 
 
-def test_other_adapters_and_other_parts_are_not_asked_for():
+def test_other_adapters_and_parts_are_not_required():
     model = prefixed("residual", "all", seed=1)
     model.add_adapter("second", model.peft_config["default"])
     state = {name: tensor for name, tensor in model.state_dict().items() if ".default" in name}

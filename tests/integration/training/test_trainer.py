@@ -1,4 +1,4 @@
-"""transformers' `Trainer`, unmodified: learns, checkpoints, resumes, loads the best."""
+"""The unmodified `Trainer` of transformers: it learns, saves checkpoints, resumes, and loads the best one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_learns_under_any_checkpointing(reparam, checkpointing, tmp_path):
     "form",
     [{}, {"reparam_residual": False, "reparam_joint_kv": False, "prefix_dropout": 0.1, "layers_to_train": [0, 2]}],
 )
-def test_resume_equals_a_run_without_a_break(form, tmp_path):
+def test_resume_equals_an_uninterrupted_run(form, tmp_path):
     config = {"init": "vocab", "reparam": "mlp", "reparam_dropout": 0.1, "num_frozen_tokens": 1, **form}
     whole = with_prefix(tiny_model("llama"), **config)
     train(whole, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""TRL's trainers, unmodified: `peft_config=PrefixExtConfig(...)`, or a model that already has its prefix."""
+"""The unmodified trainers of TRL, with `peft_config=PrefixExtConfig(...)` or a model that already has a prefix."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_sft_packs_without_a_leak(name, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_tokens_that_a_chat_template_brings(tied, tokenizer, tmp_path):
+def test_tokens_of_a_chat_template(tied, tokenizer, tmp_path):
     """TRL adds them to the model, and asks the config to train their embeddings and the head, tied or not."""
     template_of(tokenizer, tmp_path / "source")
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": words(5, seed)}]} for seed in range(8)])
@@ -185,7 +185,7 @@ def load_and_compare(trainer, folder, base):
         read_prefix(folder)
 
 
-def test_dpo_refers_to_the_base_model_or_to_the_prefix_as_it_was(tokenizer, tmp_path):
+def test_the_reference_of_dpo_is_the_base_model_or_the_initial_prefix(tokenizer, tmp_path):
     rows = Dataset.from_list(
         [{"prompt": words(4, s) + " ", "chosen": words(5, 50 + s), "rejected": words(6, 90 + s)} for s in range(8)]
     )

@@ -1,8 +1,8 @@
 """What stock PEFT's prefix tuning gets wrong or refuses and no other test here covers.
 
-Elsewhere: gradient checkpointing (test_gradients.py), caches, chunks, padding, latent attention, multi-query, hybrids and MPT
+Elsewhere: gradient checkpointing (test_gradient_checkpointing.py), caches, chunks, padding, latent attention, multi-query, hybrids and MPT
 (test_architectures.py), packing, prompt lookup and conversations (test_modes.py), rows with adapters of their own
-(test_mixed_batch.py), resuming with an MLP (test_trainer.py).
+(test_adapter_names.py), resuming with an MLP (test_trainer.py).
 """
 
 from __future__ import annotations

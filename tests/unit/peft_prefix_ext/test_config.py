@@ -1,4 +1,4 @@
-"""Every wrong argument is refused with one sentence that names it and what it got."""
+"""Each wrong argument is refused in one sentence with its name and its value."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_wrong_arguments(arguments, message):
         ({"init_adapter": ["a/b", "c/d"]}, "average"),
     ],
 )
-def test_what_is_given_says_where_the_prefix_starts(given, init):
+def test_init_follows_the_argument_that_is_given(given, init):
     assert PrefixExtConfig(**given).init == init
 
 

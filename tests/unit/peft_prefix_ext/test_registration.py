@@ -1,4 +1,4 @@
-"""`import peft_prefix_ext` is enough for PEFT, and costs a server nothing."""
+"""`import peft_prefix_ext` registers with PEFT, and imports nothing heavy in a server."""
 
 from __future__ import annotations
 

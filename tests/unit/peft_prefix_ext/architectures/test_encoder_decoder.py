@@ -1,4 +1,4 @@
-"""T5, BART and their kin: prefixes in the decoder, in the encoder and in cross-attention."""
+"""T5, BART and related models: prefixes in the decoder, in the encoder and in cross-attention."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from peft_prefix_ext.injection.reparam import PrefixMLP
 
 
 @torch.no_grad()
-def start_from(model, recorded):
-    """Gives the prefix the K/V of tokens, where there are any."""
+def start_from(model, probed):
+    """Sets the prefix to the K/V of tokens, in the layers that have one."""
     layers = layers_by_name(model)
-    for layer in recorded:
+    for layer in probed:
         if layer.module in layers:
             layers[layer.module].prefix_ext_key["default"].copy_(layer.kv.key)
             layers[layer.module].prefix_ext_value["default"].copy_(layer.kv.value)
@@ -73,15 +73,15 @@ def test_prefix_in_cross_attention_equals_more_to_read(base):
     expected = base(encoder_outputs=both, decoder_input_ids=before).logits[:, 7:]
     model = prefixed(copy.deepcopy(base), cross_prefix=True)
     start_from(model, record_layers(base, VIRTUAL))
-    recorded = {layer.module: layer for layer in record_layers(base, VIRTUAL, input_ids=None, encoder_outputs=both)}
-    start_from(model, [layer for layer in recorded.values() if layer.attention == "decoder"])
+    probed = {layer.module: layer for layer in record_layers(base, VIRTUAL, input_ids=None, encoder_outputs=both)}
+    start_from(model, [layer for layer in probed.values() if layer.attention == "decoder"])
     torch.testing.assert_close(logits(model, WRITTEN[:1], READ[:1]), expected, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["t5", "bart", "m2m_100"])
 def test_prefix_in_the_encoder_equals_its_tokens_before_the_text(name):
-    """In one layer: in more, the tokens would see the text, too."""
+    """In one layer; with more, the tokens would see the text too."""
     base = tiny_encoder_decoder(name, **{"num_layers" if name == "t5" else "encoder_layers": 1})
     before = torch.cat([torch.tensor([VIRTUAL]), READ[:1]], dim=1)
     expected = base.get_encoder()(before).last_hidden_state[:, 7:]
@@ -128,7 +128,11 @@ def test_greedy_decoding_equals_full_forward(base, everywhere):
 @torch.no_grad()
 def test_padding_changes_nothing(base):
     model = prefixed(copy.deepcopy(base), **EVERYWHERE)
-    counts_columns = base.config.model_type not in ("t5", "mt5", "m2m_100")  # left padding moves the text in the base
+    counts_columns = base.config.model_type not in (
+        "t5",
+        "mt5",
+        "m2m_100",
+    )  # left padding moves the text in the base model
     for side in ("right",) if counts_columns else ("right", "left"):
         read, mask = padded(side)
         torch.testing.assert_close(
@@ -178,7 +182,7 @@ def test_gradients_under_checkpointing_equal_those_without(name, reparam, reentr
     for key in expected:
         largest = float(expected[key].abs().max())
         assert largest > 0, key
-        # Under checkpointing T5 asks for the gradient of its bias, which makes torch take another kernel.
+        # Under checkpointing T5's bias requires a gradient, for which torch uses another kernel.
         torch.testing.assert_close(actual[key], expected[key], atol=2e-5 * largest, rtol=0.0, msg=key)
 
 
@@ -209,7 +213,7 @@ def test_a_mixed_batch_is_refused():
         logits(model, adapter_names=["default", "__base__"])
 
 
-def test_where_there_is_no_encoder_says_so(llama):
+def test_decoder_only_models_refuse_encoder_options(llama):
     for field in EVERYWHERE:
         with pytest.raises(ValueError, match=f"`{field}` must be False for LlamaForCausalLM"):
             with_prefix(llama, **{field: True})

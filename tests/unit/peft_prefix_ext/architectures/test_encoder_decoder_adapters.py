@@ -1,4 +1,4 @@
-"""Adapters of T5, BART and their kin: saved, read, composed, started from text, trained by `Trainer`, verified."""
+"""Adapters of T5, BART and related models: saving, reading, composing, initialization, `Trainer`, verification."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_adapters_with_prefixes_in_other_places(tmp_path):
     assert not any("prefix_ext" in name for name, _ in base.named_modules())
 
 
-def test_text_is_read_and_written(word_tokenizer):
+def test_text_initializes_encoder_and_decoder(word_tokenizer):
     text = {"init": "text", "init_text": "w5 w17 w40", "tokenizer_name_or_path": word_tokenizer}
     base = tiny_encoder_decoder("t5")
     expected = {layer.module: layer.kv for layer in record_layers(base, [1, 5, 17, 40])}

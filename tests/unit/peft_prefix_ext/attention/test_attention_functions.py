@@ -1,4 +1,4 @@
-"""Attention functions besides eager, sdpa and flash: a prefix works with those that pass its own test, and with no other."""
+"""Attention functions besides eager, sdpa and flash: a prefix works with those that pass its self-test, the others are refused."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def wrapped_sdpa(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def blind_to_the_prefix(module, query, key, value, attention_mask, **kwargs):
-    """Attends to as many of the last columns as there are queries: right for a model alone, without a cache."""
+def ignores_the_prefix(module, query, key, value, attention_mask, **kwargs):
+    """Attends to the last q columns only, which is correct without a prefix and without a cache."""
     last = query.shape[2]
     mask = None if attention_mask is None else attention_mask[..., -last:]
     return sdpa_attention_forward(module, query, key[:, :, -last:], value[:, :, -last:], mask, **kwargs)
@@ -29,10 +29,10 @@ def blind_to_the_prefix(module, query, key, value, attention_mask, **kwargs):
 
 @pytest.fixture(autouse=True)
 def attention_functions():
-    """Registers them for one test: without a mask function transformers hands down no mask at all."""
+    """Registers the functions for one test; without a mask function transformers passes no mask."""
     AttentionInterface.register("wrapped", wrapped_sdpa)
     AttentionInterface.register("without_masks", wrapped_sdpa)
-    AttentionInterface.register("blind", blind_to_the_prefix)
+    AttentionInterface.register("blind", ignores_the_prefix)
     for name in ("wrapped", "blind"):
         AttentionMaskInterface.register(name, sdpa_mask)
     yield
@@ -60,7 +60,7 @@ def assert_equal_to_sdpa(model, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_function_of_ones_own(name):
+def test_a_function_of_the_user(name):
     assert_equal_to_sdpa(with_prefix(tiny_model(name, attention="wrapped")), name)
 
 
@@ -71,7 +71,7 @@ def test_a_function_without_masks():
     torch.testing.assert_close(model(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_that_is_told_later():
+def test_a_function_set_after_the_prefix():
     model = with_prefix(tiny_model("gemma3"))
     model.get_base_model().set_attn_implementation("wrapped")
     assert_equal_to_sdpa(model, "gemma3")
@@ -79,8 +79,8 @@ def test_a_model_that_is_told_later():
 
 @torch.no_grad()
 def test_flex_attention():
-    """By the compiled kernel, whose compilation takes most of a minute."""
-    torch.compiler.reset()  # what it was compiled for before decides how it is compiled next
+    """Uses the compiled kernel, which takes most of a minute to compile."""
+    torch.compiler.reset()  # earlier compilations change how the next one is done
     model, expected = with_prefix(tiny_model("llama", attention="flex_attention")), with_prefix(tiny_model("llama"))
     ids, mask = padded_batch()
     ours, theirs = (each(input_ids=ids, attention_mask=mask).logits[mask.bool()] for each in (model, expected))
@@ -89,7 +89,7 @@ def test_flex_attention():
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Torch's own way to run flex attention without a kernel, for debugging; transformers keeps what it compiled before."""
+    """Runs flex attention without a kernel, by torch's debugging mode; transformers would reuse what it compiled before."""
 
     def uncompiled(query, key, value, training=False, **kwargs):
         return torch_flex.flex_attention(query, key, value, **kwargs)
@@ -110,7 +110,7 @@ def test_flex_attention_with_windows_compiled(name):
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_flex_attention_of_rows_with_prefixes_of_their_own():
+def test_flex_attention_with_adapter_names():
     ids, mask = padded_batch()
     answers = []
     for attention in ("sdpa", "flex_attention"):
@@ -139,5 +139,5 @@ def test_a_function_that_does_not_see_the_prefix_is_refused():
 def test_an_encoder_decoder_model_cannot_be_tested():
     base = tiny_encoder_decoder("t5")
     base.config._attn_implementation = "wrapped"
-    with pytest.raises(ValueError, match="attn_implementation='wrapped', with which PREFIX_EXT cannot test"):
+    with pytest.raises(ValueError, match="attn_implementation='wrapped', which PREFIX_EXT cannot test"):
         with_prefix(base, task_type="SEQ_2_SEQ_LM")

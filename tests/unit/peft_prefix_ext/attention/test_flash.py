@@ -1,7 +1,7 @@
-"""Flash attention and continuous batching: right, or refused in one sentence.
+"""Flash attention and continuous batching: correct, or refused with an error.
 
-The kernels need a GPU. Here transformers' own way to them, unpadding and all, leads to plain PyTorch that computes what
-they document: causal from the last column, sequences of several lengths by their cumulative ends.
+The kernels need a GPU. Here transformers' own code, including unpadding, calls functions in plain PyTorch that compute
+what the kernels document: causal from the last column, sequences of several lengths by their cumulative ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft_prefix_ext import PrefixExtConfig
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
     """Of `[batch, length, heads, head_dim]`."""
-    q, k, v = (states.transpose(1, 2) for states in (q, k, v))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     mask = None
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
@@ -114,12 +114,12 @@ def test_gradients_through_flash_attention(model, expected):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-3)
 
 
-def test_what_flash_attention_cannot_do_is_refused(model):
+def test_unsupported_inputs_are_refused(model):
     ids = random_ids(1, 8)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     with pytest.raises(ValueError, match="Packed sequences under flash attention"):
         model(input_ids=ids, position_ids=positions, use_cache=False)
-    with pytest.raises(ValueError, match="Flash attention and a static cache"):
+    with pytest.raises(ValueError, match="Flash attention with a static cache"):
         model.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
 
 

@@ -1,4 +1,4 @@
-"""Masks that the decoder is given ready-made: a call without positions still starts right behind the prefix."""
+"""Calls with ready-made masks and without positions: the text still starts right behind the prefix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VISION_4 = {
 
 
 def image_model(name: str = "gemma3", attention: str = "sdpa"):
-    """Gemma with its vision tower: the outer model makes the masks of both kinds of layer, that of Gemma 4 positions, too."""
+    """Gemma with its vision tower: the outer model makes the masks of both layer types, and in Gemma 4 positions too."""
     vision = VISION if name == "gemma3" else VISION_4
     config = CONFIG_MAPPING[name](
         text_config=tiny_model(name).config.to_dict(), vision_config=vision, audio_config=None
@@ -55,7 +55,7 @@ def padded(ids, num_padding, side):
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-def test_an_outer_model_that_makes_them(name, attention):
+def test_masks_made_by_the_outer_model(name, attention):
     model = with_prefix(image_model(name, attention), init="tokens", init_token_ids=list(range(5, 12)))
     ids = random_ids(2, LENGTH)
     expected = model(input_ids=ids).logits
@@ -68,7 +68,7 @@ def test_an_outer_model_that_makes_them(name, attention):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-def test_positions_that_are_given_stay(name):
+def test_given_positions_are_kept(name):
     model = with_prefix(image_model(name), init="tokens", init_token_ids=list(range(5, 12)))
     ids = random_ids(1, LENGTH)
     expected = model(input_ids=ids).logits
@@ -82,24 +82,24 @@ def test_positions_that_are_given_stay(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-def test_the_steps_of_a_loop_of_ones_own(name):
-    """Prefill and decoding with ids and mask only, as a trainer computes log-probabilities."""
+def test_a_decoding_loop_of_the_user(name):
+    """Prefill and decoding with token ids and mask only, as trainers compute log-probabilities."""
     model = with_prefix(image_model(name), init="tokens", init_token_ids=list(range(5, 12)))
     ids = random_ids(1, LENGTH)
     expected = model(input_ids=ids).logits
     longer, mask = padded(ids, 5, "left")
     cache = DynamicCache(config=model.config)
-    said = [model(input_ids=longer[:, :12], attention_mask=mask[:, :12], past_key_values=cache).logits[:, 5:]]
+    outputs = [model(input_ids=longer[:, :12], attention_mask=mask[:, :12], past_key_values=cache).logits[:, 5:]]
     for end in range(13, longer.shape[1] + 1):
-        step = longer[:, end - 1 : end]
-        said.append(model(input_ids=step, attention_mask=mask[:, :end], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(said, dim=1), expected, atol=1e-5, rtol=1e-4)
+        new = longer[:, end - 1 : end]
+        outputs.append(model(input_ids=new, attention_mask=mask[:, :end], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_caller_that_makes_them(name, attention):
+def test_masks_made_by_the_caller(name, attention):
     model = with_prefix(tiny_model(name, attention=attention), init="tokens", init_token_ids=list(range(5, 12)))
     ids = random_ids(2, LENGTH)
     expected = model(input_ids=ids).logits
@@ -118,8 +118,8 @@ def test_a_caller_that_makes_them(name, attention):
 
 
 @torch.no_grad()
-def test_texts_that_a_mask_keeps_apart_are_no_padding():
-    """Packed by a mask alone, texts count on, as they do without a prefix."""
+def test_packed_texts_are_not_padding():
+    """Texts packed by a mask alone have consecutive positions, as without a prefix."""
     model = with_prefix(tiny_model("llama"))
     ids = random_ids(1, 9)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
@@ -130,7 +130,7 @@ def test_texts_that_a_mask_keeps_apart_are_no_padding():
     torch.testing.assert_close(packed[:, 4:], second, atol=1e-5, rtol=1e-4)
 
 
-def test_what_a_mask_says_of_columns():
+def test_text_columns():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     causal = torch.ones(3, 3).tril().bool() & mask.bool()[:, None, None]
     additive = torch.zeros(2, 1, 3, 3).masked_fill(~causal, torch.finfo(torch.float32).min)

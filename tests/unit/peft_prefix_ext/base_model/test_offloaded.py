@@ -1,4 +1,4 @@
-"""On models whose weights are on the CPU or the disk until a module runs, prefixes train, save and load as elsewhere."""
+"""Offloaded models: prefixes train, save and load as on other models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def logits(model):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("offload", [on_cpu, on_disk, by_map])
-def test_as_elsewhere(offload, form, tmp_path):
+def test_equals_a_model_in_memory(offload, form, tmp_path):
     model, reference = (with_prefix(base, **FORMS[form]) for base in (offload(tmp_path), tiny_model("llama")))
     for each in (model, reference):
         torch.manual_seed(0)

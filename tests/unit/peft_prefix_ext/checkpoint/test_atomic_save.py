@@ -1,4 +1,4 @@
-"""A save that is killed, at whatever it does with files, leaves the old adapter or the new one."""
+"""A save that is killed at any file operation leaves the old adapter or the new one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("save", SAVES)
-def test_what_is_left_is_the_old_adapter_or_the_new_one(save, outcomes):
+def test_a_killed_save_leaves_the_old_or_the_new_adapter(save, outcomes):
     old, *_, new = found = outcomes[save]
     assert len(found) > 15
     assert len(new) == 3

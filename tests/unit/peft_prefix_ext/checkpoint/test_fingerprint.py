@@ -1,4 +1,4 @@
-"""What a fingerprint records of a config."""
+"""The fields of a fingerprint."""
 
 from __future__ import annotations
 

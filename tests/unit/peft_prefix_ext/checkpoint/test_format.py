@@ -1,4 +1,4 @@
-"""The bytes of an adapter, and what tells a damaged tensor."""
+"""The bytes of an adapter, and the check for values that are not finite."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_bytes_on_disk(tmp_path):
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES.values(), ids=str)
 @pytest.mark.parametrize("size", [1, 7, 64, 4099])
-def test_no_place_hides_what_is_not_finite(dtype: torch.dtype, size: int) -> None:
+def test_a_value_that_is_not_finite_is_found_at_any_place(dtype: torch.dtype, size: int) -> None:
     tensor = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
     assert magnitude(tensor) == tensor.abs().max().item()
     for place in {0, size // 2, size - 1}:

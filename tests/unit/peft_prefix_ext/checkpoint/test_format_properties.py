@@ -1,4 +1,4 @@
-"""Whatever the bytes, the reader answers with a prefix or with one kind of error."""
+"""For any bytes the reader returns a prefix or raises one kind of error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`owner/name@revision`, downloaded by the Hub's own client from a server that has two revisions of one repository."""
+"""`owner/name@revision`, downloaded with huggingface_hub from a server with two revisions of one repository."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def inspect(source: str, endpoint: str, home: Path, *, offline: bool = False) ->
     )
 
 
-def test_a_revision_is_the_one_that_was_asked_for(endpoint: str, tmp_path: Path) -> None:
+def test_a_revision_is_the_requested_one(endpoint: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
     for source, revision in (("user/poet", "main"), ("user/poet@v1", "v1")):
         found = inspect(source, endpoint, home)
@@ -95,7 +95,7 @@ def test_a_revision_is_the_one_that_was_asked_for(endpoint: str, tmp_path: Path)
     assert json.loads(found.stdout)["num_virtual_tokens"] == LENGTHS["v1"]
 
 
-def test_a_revision_that_is_not_there_is_refused(endpoint: str, tmp_path: Path) -> None:
+def test_a_missing_revision_is_refused(endpoint: str, tmp_path: Path) -> None:
     found = inspect("user/poet@v2", endpoint, tmp_path / "home")
     assert found.returncode == 1
     assert found.stdout == ""

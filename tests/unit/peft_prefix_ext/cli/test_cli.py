@@ -1,4 +1,4 @@
-"""`prefix-ext`: every command on real adapters, what it prints, and how it ends."""
+"""`prefix-ext`: each command on real adapters, its output and its exit code."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_export_import_compose_verify(run, folder):
     ).all()
 
 
-def test_what_is_wrong_is_one_sentence(run, folder, tmp_path):
+def test_errors_are_one_sentence(run, folder, tmp_path):
     refused(run, "neither a folder nor a Hub repository", "inspect", "/nowhere/at/all")
     refused(run, "No adapter_config.json", "inspect", "base")
     refused(run, "The base model 'nowhere' cannot be loaded", "import", "stock", "out/x", "--base", "nowhere")
@@ -119,7 +119,7 @@ def test_what_is_wrong_is_one_sentence(run, folder, tmp_path):
     assert not (folder / "out/x").exists()
 
 
-def test_what_is_in_the_way_stays(run, folder, tmp_path):
+def test_other_files_are_not_overwritten(run, folder, tmp_path):
     """An adapter of the same type is replaced; one of another type, a model, a file are not."""
     out = str(tmp_path / "stock")
     assert run("import", "stock", str(tmp_path / "imported"), "--base", "base")[0] == 0
@@ -189,7 +189,7 @@ def test_warnings_are_one_line(run, folder, tmp_path):
     assert err.count("\n") == 1
 
 
-def test_only_warnings_of_our_own_are_shown(run, monkeypatch, caplog):
+def test_only_own_warnings_are_shown(run, monkeypatch, caplog):
     """The libraries that a command imports have much to say, on the very machines where it matters least."""
 
     library = python_logging.getLogger("library")

@@ -1,4 +1,4 @@
-"""`prefix-ext run`: programs that never heard of this package load adapters, and notice nothing else of it."""
+"""`prefix-ext run`: programs that never import this package load adapters, and run unchanged otherwise."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(folder: Path) -> Run:
     return run
 
 
-def test_what_it_is_for(folder: Path, run: Run) -> None:
+def test_a_program_that_never_imports_the_package_loads_an_adapter(folder: Path, run: Run) -> None:
     """The error that the model card and the README name, and their remedy."""
     alone = subprocess.run([sys.executable, "loads.py"], cwd=folder, capture_output=True, text=True)
     assert alone.returncode == 1
@@ -93,12 +93,12 @@ def test_what_it_is_for(folder: Path, run: Run) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_arguments_and_exit_codes_are_the_programs(run: Run, words: list[str], output: str, code: int) -> None:
+def test_arguments_and_exit_codes_are_those_of_the_program(run: Run, words: list[str], output: str, code: int) -> None:
     done = run(*words)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (code, output, "")
 
 
-def test_an_error_of_the_program_is_its_own(run: Run) -> None:
+def test_errors_of_the_program_are_not_changed(run: Run) -> None:
     done = run("fails.py")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
@@ -118,7 +118,7 @@ def test_an_error_of_the_program_is_its_own(run: Run) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_program_that_is_not_there_is_one_sentence(run: Run, words: list[str], message: str) -> None:
+def test_a_missing_program_is_one_sentence(run: Run, words: list[str], message: str) -> None:
     done = run(*words)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("prefix-ext run: error: ")

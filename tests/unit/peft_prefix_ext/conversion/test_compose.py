@@ -1,4 +1,4 @@
-"""Prefixes behind one another: what the result is exact about, for either way to place them."""
+"""Concatenated prefixes: what is exact with `keep` and with `shift`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def base_of(name, **overrides):
 
 def write_text(folder, base, token_ids, **config):
     """Writes the prefix that these tokens are: the K/V of a prefill."""
-    recorded = record_layers(base, token_ids)
-    layers, modules = {row.index: row.kv for row in recorded}, {row.index: row.module for row in recorded}
+    probed = record_layers(base, token_ids)
+    layers, modules = {row.index: row.kv for row in probed}, {row.index: row.module for row in probed}
     return write_prefix(folder, layers, modules, task_type="CAUSAL_LM", **config)
 
 
@@ -50,7 +50,7 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", TURNING)
-def test_shifted_texts_are_the_texts_behind_one_another(name, tmp_path):
+def test_shifted_texts_equal_the_concatenated_texts(name, tmp_path):
     """The first text is exact in every layer; of the second, what does not depend on having read the first."""
     base = base_of(name)
     texts = [random_ids(length, seed=length).tolist() for length in (5, 11, 3)]
@@ -73,7 +73,7 @@ def test_shifted_texts_are_the_texts_behind_one_another(name, tmp_path):
 
 
 @pytest.mark.parametrize("positions", ["keep", "shift"])
-def test_logits_are_those_of_the_concatenated_cache(positions, tmp_path):
+def test_logits_equal_those_of_the_concatenated_cache(positions, tmp_path):
     base = tiny_model("llama")
     for seed, length in ((1, 4), (2, 6)):
         with_prefix(tiny_model("llama"), seed=seed, num_virtual_tokens=length).save_pretrained(tmp_path / str(seed))
@@ -125,7 +125,7 @@ def test_learned_positions_cannot_be_moved(name, tmp_path):
     assert logits(PeftModel.from_pretrained(base_of(name), tmp_path / "both")).isfinite().all()
 
 
-def test_frequencies_that_depend_on_the_length_are_refused_where_they_change(tmp_path):
+def test_frequencies_that_depend_on_the_length(tmp_path):
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 8.0}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **factors}
     base = tiny_model("llama", rope_parameters=rope)
@@ -136,7 +136,7 @@ def test_frequencies_that_depend_on_the_length_are_refused_where_they_change(tmp
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
-def test_there_is_no_room_behind_the_last_position(name, tmp_path):
+def test_a_shift_beyond_the_last_position_is_refused(name, tmp_path):
     base = base_of(name, max_position_embeddings=32)
     one = write_text(tmp_path / "one", base, random_ids(16).tolist())
     compose([one, one], tmp_path / "both", "shift", base)
@@ -155,7 +155,7 @@ def test_in_bfloat16_it_is_exact_up_to_bfloat16(tmp_path):
     assert torch.equal(composed.layers[0].value, whole.value)
 
 
-def test_stock_and_ours_compose_and_go_on_training(tmp_path):
+def test_stock_and_own_prefixes_compose_and_continue_training(tmp_path):
     with_prefix(tiny_model("llama"), num_virtual_tokens=4, num_frozen_tokens=2).save_pretrained(tmp_path / "ours")
     for name, stock in (("flat", PrefixTuningConfig), ("cartridge", CartridgeConfig)):
         model = get_peft_model(tiny_model("llama"), stock(task_type="CAUSAL_LM", num_virtual_tokens=3))
@@ -175,7 +175,7 @@ def test_stock_and_ours_compose_and_go_on_training(tmp_path):
     assert compose(sources[1:], tmp_path / "stock", base_model=tiny_model("llama")).modules == composed.modules
 
 
-def test_a_live_base_with_a_prefix_measures_as_without(tmp_path):
+def test_a_prefix_on_the_base_model_does_not_change_the_rotation(tmp_path):
     base = tiny_model("llama")
     one = write_text(tmp_path / "one", base, random_ids(5).tolist())
     expected = compose([one, one], tmp_path / "before", "shift", base)
@@ -202,7 +202,7 @@ def test_prefixes_of_other_bases_are_refused(change, message, tmp_path):
     assert not (tmp_path / "both").exists()
 
 
-def test_other_weights_are_warned_of(tmp_path):
+def test_other_weights_warn(tmp_path):
     one = write_text(tmp_path / "one", tiny_model("llama"), [2, 3], base_model_name_or_path="owner/one")
     two = write_text(tmp_path / "two", tiny_model("llama"), [2, 3], base_model_name_or_path="owner/two")
     with pytest.warns(UserWarning, match="trained on owner/one and owner/two"):

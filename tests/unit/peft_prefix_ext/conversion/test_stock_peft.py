@@ -1,4 +1,4 @@
-"""To stock PEFT and back: the same K/V, the same logits, and PEFT alone is enough to load what is exported."""
+"""To stock PEFT and back: same K/V, same logits, and exports load with PEFT alone."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_stock_peft_alone_loads_every_export(tmp_path):
 
 @pytest.mark.parametrize("stock", [PrefixTuningConfig, CartridgeConfig])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "falcon"])
-def test_stock_adapters_become_ours(name, stock, tmp_path):
+def test_stock_adapters_are_imported(name, stock, tmp_path):
     settings = {} if stock is PrefixTuningConfig else {"num_frozen_tokens": 2}
     theirs = get_peft_model(tiny_model(name), stock(task_type="CAUSAL_LM", num_virtual_tokens=5, **settings))
     perturb(theirs)
@@ -97,7 +97,7 @@ def test_stock_adapters_become_ours(name, stock, tmp_path):
         import_from_peft(tmp_path / "ours", tmp_path / "again", tiny_model(name))
 
 
-def test_imported_adapters_can_do_what_stock_cannot(tmp_path):
+def test_imported_adapters_support_what_stock_refuses(tmp_path):
     """Left-padded generation with sliding windows, which stock PEFT gets silently wrong."""
     base = tiny_model("mistral")
     theirs = get_peft_model(tiny_model("mistral"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
@@ -158,7 +158,7 @@ def test_dtypes_survive_both_ways(dtype, tmp_path):
     assert {state.dtype for kv in again.layers.values() for state in kv} == {dtype}
 
 
-def test_without_a_task_type_stock_peft_cannot(tmp_path):
+def test_export_needs_a_task_type(tmp_path):
     model = with_prefix(tiny_model("llama"), task_type=None)
     with pytest.raises(ValueError, match="`task_type` must be given"):
         export_to_peft(model, tmp_path)
@@ -192,7 +192,7 @@ def shaped(folder, shapes, **config):
         ),
     ],
 )
-def test_what_stock_peft_has_no_place_for_is_refused(shapes, config, message, tmp_path):
+def test_what_stock_peft_cannot_represent_is_refused(shapes, config, message, tmp_path):
     prefix = shaped(tmp_path / "ours", shapes, **config)
     with pytest.raises(ValueError, match=message):
         export_to_peft(prefix, tmp_path / "stock")

@@ -1,4 +1,4 @@
-"""`init="exemplars"`: the prefix starts as rows of the data set, as a trainer would show them."""
+"""`init="exemplars"`: the prefix starts as rows of the dataset, in the form that trainers give them."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_rows_are_packed_up_to_the_length(length, expected, report, kind, chat_t
 
 
 TEXTS = [{"text": "w5 w17"}, {"text": "w40"}]
-MIXED = [{"messages": [USER, ASSISTANT]}, {"text": "w40"}, {"prompt": "w6 ", "completion": "w7"}]
+ALL_FORMS = [{"messages": [USER, ASSISTANT]}, {"text": "w40"}, {"prompt": "w6 ", "completion": "w7"}]
 
 
 def through_parquet(rows, folder):
-    """As whoever stores rows gets them back: lists are arrays, and what a row has not is None or NaN."""
+    """Returns rows as Parquet does: lists are arrays, and missing columns None or NaN."""
     pandas.DataFrame(rows).to_parquet(folder / "rows.parquet")
     return pandas.read_parquet(folder / "rows.parquet")
 
@@ -82,7 +82,7 @@ def through_parquet(rows, folder):
 )
 def test_a_row_has_the_columns_that_are_not_none(kind, chat_tokenizer, llama, tmp_path):
     expected = [1, 91, 5, 17, 8, 92, 40, 8, 40, 2, 6, 7, 2]
-    assert tokens(kind(MIXED, tmp_path), 13, chat_tokenizer, llama).ids == expected
+    assert tokens(kind(ALL_FORMS, tmp_path), 13, chat_tokenizer, llama).ids == expected
 
 
 def pandas_schema(rows):
@@ -98,7 +98,7 @@ def test_a_column_of_texts(chat_tokenizer, llama):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @torch.no_grad()
 def test_prefix_of_exemplars_equals_exemplars_in_context(name, chat_tokenizer):
-    """Longer than the sliding window of 24: its layers see the same tokens as the others."""
+    """The exemplars are longer than the sliding window of 24."""
     model, ids = tiny_model(name, attention="eager"), random_ids(2, 10)
     rows = [{"prompt": f"w{number} w{number + 1} ", "completion": f"w{number + 50}"} for number in range(3, 15)]
     shots = torch.tensor([tokens(rows, 40, chat_tokenizer, model).ids])

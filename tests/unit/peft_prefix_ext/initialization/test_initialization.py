@@ -1,4 +1,4 @@
-"""Every initialisation under every reparameterization: exact at step 0, seeded, trainable, saved without its source."""
+"""Every initialization under every reparameterization: exact at step 0, seeded, trainable, saved without its source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logits(model, ids=IDS):
 
 
 @torch.no_grad()
-def logits_behind(token_ids):
+def logits_after(token_ids):
     ids = torch.cat([torch.tensor([token_ids]).expand(2, -1), IDS], dim=1)
     return logits(base(), ids)[:, len(token_ids) :]
 
@@ -47,7 +47,7 @@ def prefilled(token_ids, model=None):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Two trained prefixes, of 30 and of 40 tokens, and what each does."""
+    """Two trained prefixes, of 30 and of 40 tokens, by folder."""
     folder = tmp_path_factory.mktemp("adapters")
     made = {}
     for name, length in {"one": P, "two": P + 10}.items():
@@ -60,7 +60,7 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sources(adapters, word_tokenizer):
-    """The settings of each initialisation, and the K/V or the logits that they must lead to."""
+    """The settings of each initialization, and the expected token ids or K/V."""
     tokenizer = {"tokenizer_name_or_path": word_tokenizer}
     vocabulary = {"init": "vocab", **tokenizer}
     model = base()
@@ -94,7 +94,7 @@ def test_exact_at_step_0_and_saved_without_its_source(init, form, sources, tmp_p
     for name, kv in at_start.items():
         torch.testing.assert_close(kv, flat[name], atol=1e-5, rtol=1e-5)
     if isinstance(expected, list):
-        torch.testing.assert_close(logits(model), logits_behind(expected), atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(logits(model), logits_after(expected), atol=5e-5, rtol=1e-4)
     elif isinstance(expected, dict):
         for name, kv in at_start.items():
             torch.testing.assert_close(kv, expected[name], atol=1e-5, rtol=1e-5)
@@ -104,7 +104,7 @@ def test_exact_at_step_0_and_saved_without_its_source(init, form, sources, tmp_p
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # A head that starts at zero hands no gradient down in the first step.
+            # Heads that start at zero pass no gradient on in the first step.
             assert parameter.grad.abs().max() > 0 or (form == "residual" and "heads" not in name), name
     model.zero_grad()
     perturb(model, std=0.1)
@@ -115,7 +115,7 @@ def test_exact_at_step_0_and_saved_without_its_source(init, form, sources, tmp_p
     assert saved["init_kv"] is None
     assert saved["init_report"] == model.peft_config["default"].init_report
     assert PrefixExtConfig(**saved).is_saved
-    # Where the adapters came from is no longer there.
+    # The sources of the adapters are gone.
     moved = {
         **saved,
         "init_adapter": saved["init_adapter"] and str(tmp_path / "gone"),
@@ -154,7 +154,7 @@ def test_reports(sources, adapters):
 )
 def test_tokens_are_cut_or_repeated(token_ids, length, expected):
     model = with_prefix(base(), init="tokens", init_token_ids=token_ids, num_virtual_tokens=length)
-    torch.testing.assert_close(logits(model), logits_behind(expected), atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits_after(expected), atol=5e-5, rtol=1e-4)
 
 
 def test_vocabulary_without_its_special_tokens(llama, word_tokenizer, chat_tokenizer, tmp_path):
@@ -188,9 +188,9 @@ def test_kv_in_every_form(llama):
             assert torch.equal(kv[1], value[0]), name
 
 
-def test_a_model_does_not_hold_on_to_data(llama):
+def test_a_model_keeps_no_data(llama):
     cache = DynamicCache()
-    llama(input_ids=torch.tensor([SHOT_IDS[:7]]), past_key_values=cache)  # with gradients, which nothing can copy
+    llama(input_ids=torch.tensor([SHOT_IDS[:7]]), past_key_values=cache)  # with gradients, which cannot be copied
     config = PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=7, init="kv", init_kv=cache)
     model = get_peft_model(llama, config)
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
@@ -229,7 +229,7 @@ def test_kv_of_another_shape_is_refused(given, message, llama):
         with_prefix(llama, init="kv", init_kv=given)
 
 
-def test_a_cache_that_forgot_tokens_is_refused():
+def test_a_cache_without_all_tokens_is_refused():
     model = tiny_model("mistral")  # all layers have a window of 24
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -239,21 +239,21 @@ def test_a_cache_that_forgot_tokens_is_refused():
             with_prefix(model, init="kv", init_kv=cache, num_virtual_tokens=length)
 
 
-def test_a_longer_adapter_is_cut_and_keys_come_alone(adapters):
+def test_a_longer_adapter_is_cut_and_keys_alone_are_taken(adapters):
     path = list(adapters)[1]
     whole = prefix_kv(adapters[path])
     settings = {"init": "adapter", "init_adapter": path, "num_virtual_tokens": 12}
-    for name, state in prefix_kv(with_prefix(base(), **settings)).items():
-        assert torch.equal(state, whole[name][:, :12])
-    for name, state in prefix_kv(with_prefix(base(), init_adapter_part="keys", init_std=0.5, **settings)).items():
+    for name, tensor in prefix_kv(with_prefix(base(), **settings)).items():
+        assert torch.equal(tensor, whole[name][:, :12])
+    for name, tensor in prefix_kv(with_prefix(base(), init_adapter_part="keys", init_std=0.5, **settings)).items():
         if name.endswith("key"):
-            assert torch.equal(state, whole[name][:, :12])
+            assert torch.equal(tensor, whole[name][:, :12])
         else:
-            assert state.std() == pytest.approx(0.5, rel=0.2)
+            assert tensor.std() == pytest.approx(0.5, rel=0.2)
 
 
 @pytest.mark.parametrize("stock", [PrefixTuningConfig, CartridgeConfig])
-def test_stock_adapters_go_on_as_ours(stock, llama, tmp_path):
+def test_starts_from_stock_adapters(stock, llama, tmp_path):
     model = get_peft_model(llama, stock(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
     model.save_pretrained(tmp_path)
     ours = with_prefix(tiny_model("llama"), init="adapter", init_adapter=tmp_path, num_virtual_tokens=5)
@@ -262,7 +262,7 @@ def test_stock_adapters_go_on_as_ours(stock, llama, tmp_path):
 
 def test_adapters_that_do_not_fit(adapters, tmp_path):
     path = next(iter(adapters))
-    with pytest.raises(ValueError, match="has 30 virtual tokens, too few to start `num_virtual_tokens=31` from"):
+    with pytest.raises(ValueError, match="has 30 virtual tokens, too few to initialize `num_virtual_tokens=31`"):
         with_prefix(base(), init="adapter", init_adapter=path, num_virtual_tokens=31)
     with pytest.raises(ValueError, match="was trained on another base model"):
         with_prefix(tiny_model("llama"), init="adapter", init_adapter=path)

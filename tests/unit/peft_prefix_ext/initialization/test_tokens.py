@@ -1,4 +1,4 @@
-"""`init="text"` is the text: the model answers as if the words stood in its context."""
+"""`init="text"`: at step 0 the model gives the same logits as with the text in its context."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_system_message_is_whole_at_any_length(length, expected, report, chat_
 
 
 def test_a_system_message_has_the_tokens_of_the_template(subword_tokenizer, llama, tmp_path):
-    """Where the tokens of the words reach into the template's, they are the template's own nonetheless."""
+    """Also if tokens of the text and of the template merge at their boundary."""
     subword_tokenizer.chat_template = "<s>{% for m in messages %}name:{{ m['content'] }}serves</s>{% endfor %}"
     subword_tokenizer.save_pretrained(tmp_path)
     text = " Aromi, food: Italian "
@@ -108,7 +108,7 @@ def test_missing_tokenizer_leaves_the_model_as_it_was(llama, tmp_path):
         with_prefix(llama, init="text", init_text="x")
 
 
-def test_same_seed_same_prefix_and_another_seed_another(llama):
+def test_the_seed_determines_the_prefix(llama):
     def keys(seed):
         return [p.clone() for p in with_prefix(tiny_model("llama"), seed=seed).parameters() if p.requires_grad]
 

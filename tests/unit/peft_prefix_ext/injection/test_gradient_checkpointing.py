@@ -1,4 +1,4 @@
-"""What trains, and that checkpointing changes no gradient."""
+"""Which parameters train, and that gradients under gradient checkpointing equal those without."""
 
 from __future__ import annotations
 
@@ -64,22 +64,22 @@ def test_two_forward_passes_before_one_backward_pass(name, reparam, reentrant):
 
 
 def test_gradient_equals_finite_difference():
-    model = with_prefix(tiny_model("gpt2").double())  # the norms of other architectures go through float32
+    model = with_prefix(tiny_model("gpt2").double())  # other architectures compute norms in float32
     ids = random_ids(1, 6)
     parameter = next(p for p in model.parameters() if p.requires_grad)
 
-    def loss():  # transformers' own loss goes through float32
+    def loss():  # transformers computes the loss in float32
         return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
 
-    def shifted(step):
+    def loss_at(delta):
         with torch.no_grad():
-            parameter[1, 3, 5] += step
+            parameter[1, 3, 5] += delta
             value = loss().item()
-            parameter[1, 3, 5] -= step
+            parameter[1, 3, 5] -= delta
         return value
 
     loss().backward()
-    assert parameter.grad[1, 3, 5].item() == pytest.approx((shifted(1e-5) - shifted(-1e-5)) / 2e-5, rel=1e-4)
+    assert parameter.grad[1, 3, 5].item() == pytest.approx((loss_at(1e-5) - loss_at(-1e-5)) / 2e-5, rel=1e-4)
 
 
 @pytest.mark.parametrize(("reparam", "marker"), [("none", "prefix_ext_key"), ("mlp", "prefix_ext_reparam")])
@@ -96,11 +96,11 @@ def test_only_the_prefix_trains(llama, reparam, marker):
 @pytest.mark.parametrize("reparam", ["none", "mlp"])
 def test_frozen_tokens_stay_under_weight_decay(llama, reparam):
     model = with_prefix(llama, reparam=reparam, num_frozen_tokens=2).train()
-    runtime = model.get_base_model().model.prefix_ext
+    decoder_hook = model.get_base_model().model.prefix_ext
 
     def materialized():
         layer = model.get_base_model().model.layers[1].self_attn.prefix_ext
-        mlp = runtime.prefix_ext_reparam["default"] if reparam == "mlp" else None
+        mlp = decoder_hook.prefix_ext_reparam["default"] if reparam == "mlp" else None
         return layer.materialize("default", mlp()[1] if mlp else None).key.detach().clone()
 
     before = materialized()

@@ -1,4 +1,4 @@
-"""Layers that are not to train stay at their initial K/V, whatever happens to the others."""
+"""`layers_to_train`: all other layers stay at their initial K/V."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def prefixed(form, **config):
 
 
 def train(model):
-    """Two steps, so that a head that starts at zero has handed gradients down."""
+    """Runs two steps: heads that start at zero pass no gradient on in the first."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
     torch.manual_seed(0)
     for _ in range(2):
@@ -72,7 +72,7 @@ def test_counts():
         (["0"], r"`layers_to_train` must be a list of integers, got \['0'\]"),
     ],
 )
-def test_layers_that_are_not_there(layers, message, llama):
+def test_unknown_layers_are_refused(layers, message, llama):
     with pytest.raises(ValueError, match=message):
         with_prefix(llama, layers_to_train=layers)
     assert not any("prefix_ext" in name for name, _ in llama.named_modules())

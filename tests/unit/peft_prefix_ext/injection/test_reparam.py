@@ -1,4 +1,4 @@
-"""The MLP in all its forms: exact at step 0, folded without a change, resumed as if never saved."""
+"""The reparameterization in all its forms: exact at step 0, saved as plain K/V, resumed without a change."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def logits(model):
         return model.eval()(input_ids=IDS).logits
 
 
-def step(model):
+def training_step(model):
     torch.manual_seed(0)
     model.zero_grad()
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).training_step()
     return logits(model)
 
 
@@ -48,9 +48,9 @@ def test_exact_at_step_0_trained_saved_and_resumed(form, tmp_path):
     torch.testing.assert_close(logits(model), logits(flat), atol=5e-5, rtol=1e-4)
 
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    assert not torch.allclose(step(model), logits(flat), atol=1e-4)
+    assert not torch.allclose(training_step(model), logits(flat), atol=1e-4)
     still = {name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])}
-    # A head that starts at zero hands no gradient down in the first step.
+    # Heads that start at zero pass no gradient on in the first step.
     assert all(form["reparam_residual"] and "heads" not in name for name in still)
 
     perturb(model, std=0.1)
@@ -59,7 +59,7 @@ def test_exact_at_step_0_trained_saved_and_resumed(form, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("gemma3"), tmp_path)), trained)
     resumed = PeftModel.from_pretrained(tiny_model("gemma3"), tmp_path, is_trainable=True)
     assert torch.equal(logits(resumed), trained)
-    assert torch.equal(step(resumed), step(model))
+    assert torch.equal(training_step(resumed), training_step(model))
 
 
 @pytest.mark.parametrize("form", FORMS[::3])
@@ -72,7 +72,7 @@ def test_without_the_mlp_training_goes_on_from_the_kv(form, tmp_path):
             tiny_model("gemma3"), tmp_path, is_trainable=True, low_cpu_mem_usage=not form["reparam_joint_kv"]
         )
     torch.testing.assert_close(logits(resumed), logits(model), atol=5e-5, rtol=1e-4)
-    assert not torch.allclose(step(resumed), logits(model), atol=1e-4)
+    assert not torch.allclose(training_step(resumed), logits(model), atol=1e-4)
 
 
 def test_which_states_share_a_trunk():

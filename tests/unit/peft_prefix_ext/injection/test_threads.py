@@ -1,4 +1,4 @@
-"""Several threads use one model, as in a web server: each gets the answers that it would get alone."""
+"""Several threads use one model, as in a web server: each gets the same output as without the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTHS = range(3, 27)
 
 
 def assert_answers_alike(answer, jobs):
-    """Runs every job alone, and then all of them in threads, several times."""
+    """Runs the jobs one after the other, then several times in threads, and compares."""
     expected = [answer(job) for job in jobs]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for _ in range(ROUNDS):
@@ -47,8 +47,8 @@ def test_a_loaded_prefix(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_each_thread_has_rows_of_its_own(name):
-    """Batches of several sizes, with prefixes of several lengths, among batches of the active one."""
+def test_each_thread_has_its_own_adapter_names(name):
+    """Batches of several sizes with prefixes of several lengths, mixed with batches of the active adapter."""
     model = with_prefix(tiny_model(name, attention="eager"), reparam="mlp")
     for other, p in (("short", 3), ("long", 11)):
         model.add_adapter(other, PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=p, init_std=1.0))
@@ -79,7 +79,7 @@ def test_heads_of_each_row():
 
     def answer(length):
         own = [names[(length + row) % 3] for row in range(3)]
-        with torch.no_grad():  # which is a thread's own, too
+        with torch.no_grad():  # the gradient mode is per thread too
             return model(input_ids=random_ids(3, length, seed=length), adapter_names=own).logits
 
     assert_answers_alike(answer, LENGTHS)

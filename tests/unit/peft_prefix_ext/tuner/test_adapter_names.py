@@ -1,4 +1,4 @@
-"""`adapter_names`: each row of a batch has its own prefix, and answers as if it were alone with it."""
+"""`adapter_names`: each row of a batch has its own prefix, with the outputs it has alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_each_row_equals_the_row_alone(model, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_without_a_mask_or_positions_of_its_own(attention):
+def test_without_mask_and_positions(attention):
     model = three_prefixes(tiny_model("llama", attention=attention))
     ids = random_ids(4, 9)
     mixed = model(input_ids=ids, adapter_names=NAMES)
@@ -115,7 +115,7 @@ def test_generation_equals_each_row_alone(model, options):
 
 
 @torch.no_grad()
-def test_sampling_draws_as_a_batch_of_one_adapter_does(model):
+def test_sampling_equals_that_of_a_batch_with_one_adapter(model):
     ids = random_ids(4, LENGTH)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": True}
 
@@ -127,7 +127,7 @@ def test_sampling_draws_as_a_batch_of_one_adapter_does(model):
 
 
 @pytest.mark.parametrize("name", ["mpt", "gpt_neo"])
-def test_models_that_count_columns_say_so(name):
+def test_models_with_column_distances_are_refused(name):
     model = three_prefixes(tiny_model(name, attention="eager"))
     with pytest.raises(ValueError, match="`adapter_names` is not supported for"):
         model(input_ids=random_ids(4, 9), adapter_names=NAMES)
@@ -143,7 +143,7 @@ def test_all_rows_without_a_prefix(model):
 
 
 @torch.no_grad()
-def test_rows_that_change_places_on_one_cache_say_so(llama):
+def test_rows_that_change_places_on_one_cache_are_refused(llama):
     """The tokens of each row stand behind the prefix that it had."""
     model = three_prefixes(llama)
     ids = random_ids(4, 6)
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_the_row_alone(llama):
 
 
 @torch.no_grad()
-def test_heads_that_are_saved_with_adapters_follow_the_rows():
+def test_heads_saved_with_adapters_follow_the_rows():
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=3)).eval()
     config = PrefixExtConfig(task_type="SEQ_CLS", num_virtual_tokens=4, init_std=1.0)
@@ -190,7 +190,7 @@ def test_heads_that_are_saved_with_adapters_follow_the_rows():
         torch.testing.assert_close(mixed[row], single[0], atol=1e-5, rtol=1e-4)
 
 
-def test_what_cannot_be_says_so(llama):
+def test_unsupported_combinations_are_refused(llama):
     model = three_prefixes(llama)
     ids = random_ids(2, 4)
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): a, b"):
@@ -208,7 +208,7 @@ def test_what_cannot_be_says_so(llama):
 
 
 @torch.no_grad()
-def test_decoding_computes_nothing_again(llama):
+def test_decoding_recomputes_nothing(llama):
     """A reparameterization is evaluated at the prefill, whichever adapters take turns after it."""
     model = three_prefixes(llama)
     evaluations = []

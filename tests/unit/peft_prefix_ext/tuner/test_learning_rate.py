@@ -1,4 +1,4 @@
-"""A rate of learning at which a prefix learns very little is told, once, and no other."""
+"""A learning rate that is too low for a prefix warns, once."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ LOW = "The learning rate of the prefix is {}, at which it learns very little: a 
         ("none", 2e-2, []),
     ],
 )
-def test_a_low_rate_is_told_once(reparam, rate, expected):
+def test_a_low_rate_warns_once(reparam, rate, expected):
     model = with_prefix(tiny_model("llama"), reparam=reparam)
     optimizer = torch.optim.AdamW(trained(model), lr=rate)
     assert told(lambda: step(model, optimizer)) == expected
 
 
 @pytest.mark.parametrize(("arguments", "count"), [({}, 1), ({"learning_rate": 2e-3}, 0), ({"warmup_steps": 2}, 1)])
-def test_what_the_trainer_takes_by_default(arguments, count, tmp_path):
+def test_the_default_of_the_trainer_warns(arguments, count, tmp_path):
     model = with_prefix(tiny_model("llama"), reparam="mlp")
     trainer = Trainer(model, TrainingArguments(str(tmp_path), **QUIET, **arguments), train_dataset=ROWS)
     assert len(told(trainer.train)) == count
 
 
 @pytest.mark.parametrize(("arguments", "count"), [({}, 1), ({"learning_rate": 2e-3, "warmup_steps": 2}, 0)])
-def test_what_trl_takes_by_default(arguments, count, word_tokenizer, tmp_path):
+def test_the_default_of_trl_warns(arguments, count, word_tokenizer, tmp_path):
     trainer = SFTTrainer(
         tiny_model("llama"),
         SFTConfig(str(tmp_path), bf16=False, **QUIET, **arguments),
@@ -95,7 +95,7 @@ def test_what_trl_takes_by_default(arguments, count, word_tokenizer, tmp_path):
     ],
     ids=["warm-up", "one cycle"],
 )
-def test_a_warm_up_is_no_low_rate(schedule):
+def test_a_warm_up_does_not_warn(schedule):
     model = with_prefix(tiny_model("llama"), reparam="mlp")
     optimizer = torch.optim.Adam(trained(model), lr=2e-3)
     scheduler = schedule(optimizer)
@@ -103,7 +103,7 @@ def test_a_warm_up_is_no_low_rate(schedule):
     assert told(lambda: step(model, optimizer, scheduler)) == []
 
 
-def test_a_saved_prefix_that_trains_on(tmp_path):
+def test_a_saved_prefix_that_continues_training(tmp_path):
     with_prefix(tiny_model("llama"), reparam="mlp").save_pretrained(tmp_path)
     frozen = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
     assert trained(frozen) == []
@@ -111,7 +111,7 @@ def test_a_saved_prefix_that_trains_on(tmp_path):
     assert len(told(lambda: step(model, torch.optim.AdamW(trained(model), lr=2e-5)))) == 1
 
 
-def test_other_models_and_optimizers_are_let_alone():
+def test_other_models_and_optimizers_do_not_warn():
     model = with_prefix(tiny_model("llama"), reparam="mlp")
     other = torch.nn.Linear(2, 2)
     other(torch.ones(2)).sum().backward()
@@ -121,7 +121,7 @@ def test_other_models_and_optimizers_are_let_alone():
     assert told(lambda: step(model, Adafactor(trained(model)))) == []
 
 
-def test_the_hook_goes_once_it_has_looked_and_keeps_no_model():
+def test_the_hook_is_removed_and_keeps_no_model():
     before = len(_global_optimizer_pre_hooks)
     model = with_prefix(tiny_model("llama"))
     reference = weakref.ref(model.get_base_model())

@@ -1,4 +1,4 @@
-"""Several adapters on one model, switched, disabled and taken off again, as PEFT users do."""
+"""Several adapters on one model: switched, disabled, deleted and unloaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_switching_and_disabling(model):
     assert torch.equal(logits(model), first)
 
 
-def test_second_adapter_of_text_is_read_off_the_base_alone(word_tokenizer):
+def test_a_second_adapter_of_text_is_computed_by_the_base_alone(word_tokenizer):
     config = {
         "init": "text",
         "init_text": "w5 w17 w40",
@@ -81,7 +81,7 @@ def test_status_and_deletion(model):
     assert torch.equal(logits(model), first)
 
 
-def test_unload_gives_the_base_model_back(model):
+def test_unload_returns_the_base_model(model):
     base = model.unload()
     assert torch.equal(logits(base), logits(tiny_model("llama")))
     assert not any("prefix_ext" in name for name, _ in base.named_modules())
@@ -100,7 +100,7 @@ def test_a_deep_copy_is_independent(model):
     assert not torch.equal(logits(clone), before)
 
 
-def test_what_is_not_supported_says_so(model):
+def test_unsupported_methods_are_refused(model):
     with pytest.raises(ValueError, match="one active adapter at a time"):
         model.base_model.set_adapter(["default", "long"])
     with pytest.raises(ValueError, match="nothing to merge"):
@@ -120,7 +120,7 @@ def test_one_config_serves_several_models(llama, tmp_path):
     PeftModel.from_pretrained(tiny_model("qwen3"), tmp_path / "qwen3")
 
 
-def test_a_failed_second_wrap_loses_nothing(llama):
+def test_a_failed_second_wrap_keeps_the_first(llama):
     model = with_prefix(llama, reparam="mlp")
     before = logits(model)
     with (
@@ -153,7 +153,7 @@ def test_unsupported_models_are_refused_in_one_sentence(name):
     assert not any("prefix_ext" in key for key in model.state_dict())
 
 
-def test_a_prefix_must_leave_room(llama):
+def test_a_prefix_as_long_as_the_positions_is_refused(llama):
     with pytest.raises(ValueError, match="must be < the 512 positions of LlamaForCausalLM, got 512"):
         with_prefix(llama, num_virtual_tokens=512)
 
@@ -176,7 +176,7 @@ def test_copies_after_training(llama):
     assert torch.equal(logits(clone.eval()), logits(model.eval()))
 
 
-def test_injection_leaves_the_modes_of_modules_alone(llama):
+def test_injection_keeps_training_modes(llama):
     llama.train()
     llama.model.layers[1].eval()
     before = {name: module.training for name, module in llama.named_modules()}

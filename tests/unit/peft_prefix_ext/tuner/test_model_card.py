@@ -1,4 +1,4 @@
-"""What lies in a repository beside the weights, and whether `push_to_hub` leaves anything out."""
+"""The model card, and what `push_to_hub` uploads."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_relative_base_is_named_by_its_absolute_path(base, tmp_path, monkeypat
     assert f"vllm serve {tmp_path}/base " in card.text
 
 
-def test_a_card_of_ones_own_stays(base, tmp_path):
+def test_a_card_of_the_user_stays(base, tmp_path):
     model = with_prefix(base)
     model.save_pretrained(tmp_path / "saved")
     path = tmp_path / "saved" / "README.md"
@@ -94,7 +94,7 @@ def test_a_card_of_ones_own_stays(base, tmp_path):
         assert text.count("## Prefix `default`") == 1
 
 
-def test_what_is_pushed_is_all_a_server_needs(base, hub):
+def test_push_to_hub_uploads_all_a_server_needs(base, hub):
     model = with_prefix(base, reparam="mlp")
     model.push_to_hub("user/describe")
     folder = hub / "user" / "describe"
@@ -135,7 +135,7 @@ def test_several_adapters_in_one_repository(base, hub, monkeypatch):
     assert lengths == {"user/both": 7, "user/both/long@v1": 9}
 
 
-def test_a_prefix_on_lora_is_not_said_to_be_served(base, tmp_path):
+def test_the_card_of_a_prefix_on_lora_has_no_serve_command(base, tmp_path):
     lora = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     model = get_peft_model(lora, PrefixExtConfig(task_type="CAUSAL_LM"), adapter_name="prefix")
     model.save_pretrained(tmp_path / "saved")
@@ -144,6 +144,6 @@ def test_a_prefix_on_lora_is_not_said_to_be_served(base, tmp_path):
     assert "vllm serve" not in text
 
 
-def test_cards_of_other_adapters_are_left_alone(base, tmp_path):
+def test_cards_of_other_adapters_stay(base, tmp_path):
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert "prefix" not in Path(tmp_path / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Modules of the base model that are trained and saved with a prefix, whatever they are and whatever they are called."""
+"""Modules of the base model that are trained and saved with a prefix, whatever their names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_modules_with_a_prefix_in_them_are_refused(name, module, held):
     assert model.state_dict().keys() == before
 
 
-def test_nor_for_adapters_on_top(llama):
+def test_modules_with_a_prefix_are_refused_for_adapters_on_top(llama):
     model = with_prefix(llama)
     with pytest.raises(ValueError, match="must not be modules with a prefix in them"):
         model.add_adapter("second", PrefixExtConfig(task_type="CAUSAL_LM", modules_to_save=["layers.1"]))
@@ -62,7 +62,7 @@ def test_nor_for_adapters_on_top(llama):
 
 
 @pytest.mark.parametrize("module", ["q_proj", "mlp", "norm"])
-def test_modules_beside_and_within_attention(module, tmp_path):
+def test_modules_besides_and_within_attention(module, tmp_path):
     model = with_prefix(tiny_model("llama"), modules_to_save=[module])
     perturb(model)
     model.save_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def with_own_names():
 
 
 @pytest.mark.parametrize("module", ["prefix_ext_scale", "lm_head.prefix_ext", "lm_head"])
-def test_modules_that_are_called_like_parts_of_a_prefix(module, tmp_path):
+def test_modules_named_like_parts_of_a_prefix(module, tmp_path):
     model = with_prefix(with_own_names(), reparam="mlp", modules_to_save=[module])
     perturb(model)
     model.save_pretrained(tmp_path)
@@ -105,7 +105,7 @@ def test_modules_that_are_called_like_parts_of_a_prefix(module, tmp_path):
         read_prefix(tmp_path)
 
 
-def test_attention_within_a_module_that_is_called_like_a_part_of_a_prefix(tmp_path):
+def test_attention_in_a_module_named_like_a_part_of_a_prefix(tmp_path):
     class Named(type(tiny_model("llama"))):
         base_model_prefix = "prefix_ext_decoder"
 

@@ -1,4 +1,4 @@
-"""A prefix on top of LoRA, and LoRA on top of a prefix: both train, both are saved, both load again."""
+"""A prefix on top of LoRA, and LoRA on top of a prefix: both train, save and load."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def save_both(both, folder):
     """Saves LoRA and the prefix; returns the phrase for LoRA."""
     both.save_pretrained(folder)
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    (below,) = read_prefix(folder / "prefix").base_adapters
-    assert (below.name, below.peft_type, below.digest) == ("default", "LORA", digest)
+    (base_adapter,) = read_prefix(folder / "prefix").base_adapters
+    assert (base_adapter.name, base_adapter.peft_type, base_adapter.digest) == ("default", "LORA", digest)
     return f"the base model with LORA adapter 'default' \\(sha256 {digest[:16]}\\)"
 
 
-def test_what_is_below_is_recorded(lora, both, tmp_path):
+def test_active_base_adapters_are_recorded(lora, both, tmp_path):
     save_both(both, tmp_path / "on")
     with both.disable_adapter():
         save_both(both, tmp_path / "for a while")
@@ -141,7 +141,7 @@ def test_what_is_below_is_recorded(lora, both, tmp_path):
 
 
 @SILENT
-def test_rounded_weights_are_no_others(lora, both, tmp_path):
+def test_rounded_weights_are_the_same_adapter(lora, both, tmp_path):
     save_both(both, tmp_path)
     half = tiny_model("llama").to(torch.bfloat16)
     loaded = PeftModel.from_pretrained(half, tmp_path, autocast_adapter_dtype=False)
@@ -149,7 +149,7 @@ def test_rounded_weights_are_no_others(lora, both, tmp_path):
     PeftModel.from_pretrained(loaded, tmp_path / "prefix", adapter_name="prefix")
 
 
-def test_another_model_below_is_told(lora, both, tmp_path):
+def test_another_base_adapter_warns(lora, both, tmp_path):
     phrase = save_both(both, tmp_path)
     prefix = tmp_path / "prefix"
     alone = f"The prefix was trained on {phrase} and is loaded on the base model alone"
@@ -172,7 +172,7 @@ def test_another_model_below_is_told(lora, both, tmp_path):
         PeftModel.from_pretrained(first, tmp_path / "alone", adapter_name="prefix")
 
 
-def test_nothing_loses_sight_of_what_is_below(lora, both, tmp_path, capsys):
+def test_every_conversion_keeps_the_base_adapters(lora, both, tmp_path, capsys):
     phrase = save_both(both, tmp_path)
     prefix = str(tmp_path / "prefix")
     assert compose([prefix, prefix], tmp_path / "twice").base_adapters == read_prefix(prefix).base_adapters
@@ -221,7 +221,7 @@ def test_rows_with_and_without_prefix_on_lora(lora, both):
     torch.testing.assert_close(mixed[1:], logits(lora)[1:], atol=1e-5, rtol=1e-4)
 
 
-def test_what_cannot_be_says_so(lora, both):
+def test_unsupported_combinations_are_refused(lora, both):
     with pytest.raises(ValueError, match="'default' is of type LORA, not a prefix"):
         both.set_adapter("default")
     with pytest.raises(ValueError, match="'default' is of type LORA, not a prefix"):

@@ -1,4 +1,4 @@
-"""What users get wrong is refused in one sentence, before the model is touched where that can be."""
+"""User errors are refused in one sentence, if possible before the model changes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def logits(model, ids=IDS):
         ),
     ],
 )
-def test_a_task_or_a_part_of_another_model(base, task_type, more, message):
+def test_task_types_and_modules_of_another_model(base, task_type, more, message):
     model = base()
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, PrefixExtConfig(task_type=task_type, **PREFIX, **more))
@@ -85,7 +85,7 @@ def test_an_adapter_without_the_head_of_its_task_type(tmp_path):
         PeftModel.from_pretrained(classifier(), tmp_path, config=config)
 
 
-def test_a_base_model_of_another_name_is_told(tmp_path):
+def test_a_base_model_of_another_name_warns(tmp_path):
     for name in ("base", "instruct"):
         tiny_model("llama").save_pretrained(tmp_path / name)
     base, instruct = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "instruct"))
@@ -101,7 +101,7 @@ def test_a_base_model_of_another_name_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
-def test_a_text_that_is_longer_than_the_models_positions(name):
+def test_a_text_longer_than_the_positions_of_the_model(name):
     model = with_prefix(tiny_model(name, max_position_embeddings=32), num_virtual_tokens=7)
     assert logits(model, random_ids(1, 25)).shape[1] == 25
     with pytest.raises(
@@ -113,15 +113,15 @@ def test_a_text_that_is_longer_than_the_models_positions(name):
     assert logits(model, random_ids(1, 25)).isfinite().all()
 
 
-def test_a_conversation_that_goes_on_behind_another_prefix(llama):
+def test_a_conversation_that_continues_with_another_prefix(llama):
     model = with_prefix(llama)
     for name, p in (("long", 9), ("as long", 7)):
         model.add_adapter(name, PrefixExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=p, init_std=1.0))
     cache = model(input_ids=IDS, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="stand at other positions than the ones to come"), model.disable_adapter():
+    with pytest.raises(ValueError, match="would continue at wrong positions"), model.disable_adapter():
         model(input_ids=IDS[:, :1], past_key_values=cache)
     model.set_adapter("long")
-    with pytest.raises(ValueError, match="stand at other positions than the ones to come"):
+    with pytest.raises(ValueError, match="would continue at wrong positions"):
         model(input_ids=IDS[:, :1], past_key_values=cache)
     model.set_adapter("as long")
     model(input_ids=IDS[:, :1], past_key_values=cache)
@@ -136,7 +136,7 @@ def test_a_conversation_that_goes_on_behind_another_prefix(llama):
         model(input_ids=IDS[:, :1], past_key_values=cache)
 
 
-def test_names(llama):
+def test_adapter_names_with_a_dot(llama):
     with pytest.raises(ValueError, match=r"must not have a dot in it, got 'a\.b'"):
         get_peft_model(llama, PrefixExtConfig(**PREFIX), adapter_name="a.b")
     assert not any("prefix_ext" in name for name, _ in llama.named_modules())
@@ -161,7 +161,7 @@ def test_adapters_of_two_types_in_one_peft_model(llama, tmp_path):
     assert torch.equal(logits(both), logits(lora))
 
 
-def test_what_is_of_lora_alone(llama, tmp_path):
+def test_methods_that_only_lora_has(llama, tmp_path):
     model = with_prefix(llama)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Hotswapping only supports LORA but PREFIX_EXT was passed"):
@@ -177,7 +177,7 @@ def test_what_is_of_lora_alone(llama, tmp_path):
 
 
 @pytest.mark.usefixtures("methods_of_transformers")
-def test_several_adapters_by_transformers_own_methods(llama):
+def test_several_adapters_with_methods_of_transformers(llama):
     llama.add_adapter(LoraConfig(init_lora_weights=False, target_modules=["q_proj"]), "lora")
     lora = logits(llama)
     llama.add_adapter(PrefixExtConfig(**PREFIX), "task")

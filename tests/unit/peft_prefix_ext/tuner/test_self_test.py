@@ -1,4 +1,4 @@
-"""A prefix is refused where it would not do what its text does, and where it cannot be at all."""
+"""A prefix is refused if it would not act like its text, or if the model cannot have one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_prefix_ext.tuner import self_test
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_cannot_have_a_prefix_says_why(name):
+def test_models_that_cannot_have_a_prefix(name):
     model = tiny_model(name, attention="eager")
     with pytest.raises(ValueError, match=REFUSED[name]["why"]) as refusal:
         with_prefix(model)
@@ -24,7 +24,7 @@ def test_what_cannot_have_a_prefix_says_why(name):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-def test_a_model_is_named_with_the_release_that_implements_it(llama):
+def test_errors_name_the_model_and_the_transformers_release(llama):
     release = f"transformers {transformers.__version__}"
     assert describe(llama) == f"LlamaForCausalLM (model type 'llama', {release})"
     assert describe(llama.lm_head) == f"Linear ({release})"
@@ -36,8 +36,8 @@ def test_a_model_is_named_with_the_release_that_implements_it(llama):
         ("llama", lambda patch: patch.setattr(BatchAdapters, "shift", 0)),  # positions that overlap those of the prefix
         ("llama", lambda patch: patch.setattr(BatchAdapters, "shift", 5)),
         ("llama", lambda patch: patch.setattr(PrefixExtLayer, "_mask", lambda layer, step, mask, k: None)),
-        ("bloom", lambda patch: patch.setattr(self_test, "layer_class", lambda *args: PrefixExtLayer)),
-        ("gemma4", lambda patch: patch.setattr(self_test, "find_shared", lambda *args: [])),
+        ("bloom", lambda patch: patch.setattr(self_test, "select_layer_class", lambda *args: PrefixExtLayer)),
+        ("gemma4", lambda patch: patch.setattr(self_test, "find_shared_kv_layers", lambda *args: [])),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -51,5 +51,5 @@ def test_a_prefix_that_would_be_wrong_is_refused(name, wrong, dtype, monkeypatch
     "name", ["llama", "gemma3", "gemma4", "qwen3_moe", "deepseek_v3", "qwen3_next", "bloom", "llama4"]
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_rounding_is_no_reason_to_refuse(name, dtype):
+def test_rounding_is_accepted(name, dtype):
     with_prefix(tiny_model(name, attention="eager").to(dtype))

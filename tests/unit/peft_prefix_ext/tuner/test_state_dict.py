@@ -50,14 +50,14 @@ def step(model):
     return logits(model)
 
 
-def test_training_goes_on_as_if_never_saved(tmp_path):
+def test_training_continues_as_if_never_saved(tmp_path):
     model = trained_model(reparam="mlp", reparam_num_layers=2)
     model.save_pretrained(tmp_path)
     resumed = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, is_trainable=True)
     assert torch.equal(step(resumed), step(model))
 
 
-def test_without_the_mlp_training_goes_on_from_the_kv(tmp_path):
+def test_without_the_mlp_training_continues_from_the_kv(tmp_path):
     model = trained_model(reparam="mlp", save_reparam=False)
     model.save_pretrained(tmp_path)
     assert all(
@@ -105,7 +105,7 @@ def test_a_saved_config_alone_is_no_adapter(tmp_path):
     assert torch.equal(logits(model), logits(loaded))
 
 
-def test_a_classifier_keeps_its_head_and_is_no_prefix_alone(tmp_path):
+def test_a_classifier_keeps_its_head_and_cannot_be_read_as_a_prefix(tmp_path):
     def classifier():
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=3))

@@ -1,4 +1,4 @@
-"""The tested versions: said once, in pyproject.toml, and warned of once, beyond them."""
+"""Tested versions are declared once, in pyproject.toml; other versions warn once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 TESTED = [Requirement(text) for text in PROJECT["optional-dependencies"]["tested"]]
 
 
-def test_every_dependency_has_a_tested_range_and_none_a_cap() -> None:
+def test_every_dependency_has_a_tested_range_and_no_upper_bound() -> None:
     required = {each.name: each.specifier for each in map(Requirement, PROJECT["dependencies"])}
     assert required.keys() == {requirement.name for requirement in TESTED}
     for requirement in TESTED:
@@ -45,7 +45,7 @@ def test_the_documentation_says_the_same(page: str) -> None:
             assert found in text
 
 
-def test_it_can_be_read_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tested_versions_of_the_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     declared = [*PROJECT["dependencies"], 'vllm>=0.32; extra == "serve"']
     declared += [f'{text}; extra == "tested"' for text in PROJECT["optional-dependencies"]["tested"]]
     monkeypatch.setattr(metadata, "requires", lambda name: declared)
@@ -54,7 +54,7 @@ def test_it_can_be_read_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_sources_that_are_not_installed_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_warning_if_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> list[str]:
         raise metadata.PackageNotFoundError(name)
 
@@ -79,7 +79,7 @@ def test_one_warning_names_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) 
     assert "torch" not in message
 
 
-def test_within_the_range_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_warning_within_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tested_versions, "tested_requirements", lambda: [Requirement("torch>=2,<99")])
     tested_versions.warn_of_untested_versions.cache_clear()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What trains beside a prefix, and belongs to its adapter: embeddings of tokens, and whole modules."""
+"""What trains besides a prefix and belongs to its adapter: token embeddings and whole modules."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_rows_of_a_batch_have_the_tokens_of_their_adapter(model, base):
         torch.testing.assert_close(mixed[row], expected[row], atol=2e-5, rtol=1e-4)
 
 
-def test_unloading_leaves_nothing_of_them(model, base):
+def test_unload_removes_trained_tokens(model, base):
     unloaded = model.unload()
     assert torch.equal(logits(unloaded), logits(base))
     assert unloaded.state_dict().keys() == base.state_dict().keys()
 
 
-def test_unloading_leaves_what_others_train():
+def test_unload_keeps_what_other_adapters_train():
     lora = get_peft_model(tiny_model("llama"), LoraConfig(modules_to_save=["lm_head"]), adapter_name="tone")
     perturb(lora)
     expected = logits(lora.eval())
