@@ -167,7 +167,7 @@ class PrefixManager:
             logger.error("%s Its requests fail.", error)
             return None
         except Exception:
-            # Whatever the error is, it concerns this prefix only, and the engine goes on.
+            # Any error affects only requests with this prefix. The engine continues.
             logger.exception("Prefix adapter %r cannot be read; its requests fail.", spec.name)
             return None
         if self._on_device.make_room(prefix.nbytes, keep):
