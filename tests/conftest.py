@@ -58,7 +58,11 @@ class TogetherWhatShares(LoadScopeScheduling):
 
 def pytest_configure(config: pytest.Config) -> None:
     is_controller = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
-    if is_controller and config.get_verbosity() <= 0 and (reporter := config.pluginmanager.get_plugin("terminalreporter")):
+    if (
+        is_controller
+        and config.get_verbosity() <= 0
+        and (reporter := config.pluginmanager.get_plugin("terminalreporter"))
+    ):
         config.pluginmanager.register(Progress(reporter))
 
 
