@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports torch, which reads it then, and for the processes that tests start. What is tiny gains nothing
 # from a second thread; two workers of two threads on two cores wait for each other, at ten times the cost.
@@ -17,13 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
 
 from helpers.progress import Progress
 from helpers.slow import is_slow
-from helpers.tiny import VOCABULARY, tiny_tokenizer
+
+if TYPE_CHECKING:  # the process that only hands out tests starts without them
+    from transformers import PreTrainedTokenizerFast
 
 collect_ignore = ["wheel"]  # for an environment of its own: `make test-wheel`
 
@@ -56,13 +56,10 @@ class TogetherWhatShares(LoadScopeScheduling):
         return path + architecture
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    is_controller = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
-    if (
-        is_controller
-        and config.get_verbosity() <= 0
-        and (reporter := config.pluginmanager.get_plugin("terminalreporter"))
-    ):
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and config.getoption("dist", "no") != "no" and config.get_verbosity() <= 0:
         config.pluginmanager.register(Progress(reporter))
 
 
@@ -82,12 +79,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherWhat
 
 @pytest.fixture(scope="session")
 def subword_tokenizer() -> PreTrainedTokenizerFast:
+    from helpers.tiny import tiny_tokenizer
+
     return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tokenizer that knows the words w2, w3, ... and starts every text with its <s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from helpers.tiny import VOCABULARY
+
     vocabulary = {"<pad>": 0, "<s>": 1, **{f"w{number}": number for number in range(2, VOCABULARY)}}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

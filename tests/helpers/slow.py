@@ -7,6 +7,7 @@ SLOW = {
     "peft_prefix_ext/architectures/test_encoder_decoder_adapters.py": ["test_seq2seq_trainer_trains_and_generates"],
     "peft_prefix_ext/attention/test_attention_functions.py": [
         "test_flex_attention",
+        "test_flex_attention_of_rows_with_prefixes_of_their_own",
         "test_flex_attention_with_windows",
     ],
     "peft_prefix_ext/base_model/test_offloaded.py": ["test_as_elsewhere"],
