@@ -41,12 +41,13 @@ class AdapterSelection(PrefixTunerLayer):
     @property
     def batch_adapters(self) -> BatchAdapters | None:
         """The prefixes of this thread's next forward pass; `None` if it has none."""
-        if self._thread_state.is_bypassed or self.disable_adapters or not self.active_adapters:
+        active = self.active_adapters  # read once: another thread may set it
+        if self._thread_state.is_bypassed or self.disable_adapters or not active:
             return None
         if self._thread_state.batch_adapters is not None:
             return self._thread_state.batch_adapters
         # An encoder may have no prefix, and adapters of other types may be active too.
-        name = next((name for name in self.active_adapters if name in self.num_virtual_tokens), None)
+        name = next((name for name in active if name in self.num_virtual_tokens), None)
         return None if name is None else BatchAdapters((name,), self.num_virtual_tokens[name])
 
     @contextmanager

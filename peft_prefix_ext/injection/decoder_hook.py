@@ -95,12 +95,15 @@ class PrefixDecoderHook(AdapterSelection):
         Raises:
             RuntimeError: If the layer is called outside of its decoder's forward, or could belong to either of two passes.
         """
-        batch = self.batch_adapters
-        if batch is None or not batch.adapters:
+        if self._thread_state.is_bypassed:
             return None
+        # Not by the active adapter, which another thread may have changed since this forward pass began.
         context: PrefixForwardContext | None = getattr(position_ids, CONTEXT, None)
         if context is not None:
             return context
+        batch = self.batch_adapters
+        if batch is None or not batch.adapters:
+            return None
         in_backward = torch._C._current_graph_task_id() != -1
         # Read once: another thread may replace it.
         if in_backward and (replay := self._replay) is not None:
