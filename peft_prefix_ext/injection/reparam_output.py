@@ -1,4 +1,4 @@
-"""The output of a reparameterization in one forward pass: evaluated, remembered from an earlier step, or detached."""
+"""The output of a reparameterization in one forward pass: evaluated, memoized for decoding, or detached."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def training_step(model):
     torch.manual_seed(0)
     model.zero_grad()
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).training_step()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     return logits(model)
 
 
@@ -63,7 +63,7 @@ def test_exact_at_step_0_trained_saved_and_resumed(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS[::3])
-def test_without_the_mlp_training_goes_on_from_the_kv(form, tmp_path):
+def test_without_the_mlp_training_continues_from_the_kv(form, tmp_path):
     model = prefixed(form, save_reparam=False)
     perturb(model, std=0.1)
     model.save_pretrained(tmp_path)
