@@ -163,6 +163,8 @@ def transformers_engine(model: str, adapter: Path, dtype: str, threads: int) -> 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    import peft_prefix_ext  # noqa: F401, registers the method with PEFT in this process
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), device_map=device)

@@ -14,8 +14,9 @@ import pytest
 from benchmarks.common.docs_pages import markers
 from benchmarks.common.interleaving import Measurement, interleave, ratio
 from benchmarks.common.random_adapters import write_loras, write_prefixes
-from benchmarks.common.workload import Workload
+from benchmarks.common.workload import PromptRequest, Workload
 from benchmarks.serving.comparisons import TRANSPORTS, Settings, comparisons, ratios
+from benchmarks.serving.offline_engine import Engine, transformers_engine
 from benchmarks.serving.report import absolute_table, ratio_table, write_report
 from peft_prefix_ext.checkpoint.reader import read_prefix
 
@@ -77,6 +78,16 @@ def test_adapters_are_real_and_differ(tmp_path: Path) -> None:
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in loras.values()]
     assert len(set(weights)) == 2
     assert not hasattr(base, "peft_config")
+
+
+def test_transformers_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    from helpers.tiny import tiny_model
+
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    (adapter,) = write_prefixes(tmp_path, base, 5, 1).values()
+    with Engine(transformers_engine, str(tmp_path / "base"), adapter, "float32", 1) as engine:
+        assert engine.run([PromptRequest([3, 4, 5]), PromptRequest([6, 7, 8])], 2)["tokens_per_second"] > 0
 
 
 def test_report(tmp_path: Path) -> None:
