@@ -75,8 +75,8 @@ class PrefixExtModel(UnmergeableTuner):
         if isinstance(model, PeftModel):
             if model.active_peft_config.is_prompt_learning:
                 raise ValueError(
-                    f"A prefix cannot stand on an adapter of type {model.active_peft_config.peft_type.value}, which works "
-                    "in a `PeftModel` around the base model and not within it."
+                    f"A prefix cannot be added to an adapter of type {model.active_peft_config.peft_type.value}, which works "
+                    "in a `PeftModel` around the base model and not inside it."
                 )
             model = model.get_base_model()
         # All adapters of a model, such as LoRA below a prefix, share one dict of configs. Restore it after a failure.

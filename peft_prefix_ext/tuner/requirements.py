@@ -81,7 +81,7 @@ def check_task(config: PrefixExtConfig, model: PreTrainedModel) -> None:
         raise ValueError(f"`modules_to_save` must be modules of {name}, got {missing}.")
     if heads and not own and not any(module.endswith(heads) for module in modules):
         raise ValueError(
-            f"`task_type={task_type!r}` trains a head called {' or '.join(map(repr, heads))}, which {name} has not: load the "
+            f"`task_type={task_type!r}` trains a head called {' or '.join(map(repr, heads))}, which {name} does not have: load the "
             "model with its head, or name it in `modules_to_save`."
         )
 

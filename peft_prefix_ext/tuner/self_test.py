@@ -85,7 +85,7 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
     difference = max(_difference(some, others, is_exact) for some, others in pairs)
     if difference > limit:
         raise ValueError(
-            f"{name} would say something else after a prefix than after the text it stands for (by {difference:.0%}), so "
+            f"{name} gives other logits after a prefix than after the text it stands for (by {difference:.0%}), so "
             "PREFIX_EXT does not support it."
         )
 

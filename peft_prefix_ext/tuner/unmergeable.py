@@ -18,7 +18,7 @@ class UnmergeableTuner(BaseTuner):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            'Prefixes are no weights that could be added up; start a new one from their mean with `init="average"`.'
+            'Prefixes are not weights that can be added; start a new one from their mean with `init="average"`.'
         )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:

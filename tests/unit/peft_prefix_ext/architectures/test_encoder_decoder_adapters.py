@@ -162,7 +162,7 @@ def test_classifiers(name):
     config.eos_token_id = 5
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     ids = torch.cat([READ, torch.full((2, 1), 5)], dim=1)
-    with pytest.raises(ValueError, match=r"a head called 'classifier' or 'score', which .* has not"):
+    with pytest.raises(ValueError, match=r"a head called 'classifier' or 'score', which .* does not have"):
         with_prefix(model, task_type="SEQ_CLS")
     prefixed = with_prefix(model, task_type="SEQ_CLS", modules_to_save=["classification_head"], **EVERYWHERE)
     prefixed(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()

@@ -107,7 +107,7 @@ def test_unsupported_methods_are_refused(model):
         model.merge_and_unload()
     with pytest.raises(ValueError, match="nothing to merge"):
         model.merge_adapter()
-    with pytest.raises(ValueError, match="no weights that could be added up"):
+    with pytest.raises(ValueError, match="not weights that can be added"):
         model.add_weighted_adapter(["default", "long"], [0.5, 0.5], "sum")
 
 

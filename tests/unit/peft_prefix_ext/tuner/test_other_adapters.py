@@ -231,5 +231,5 @@ def test_unsupported_combinations_are_refused(lora, both):
         get_peft_model(lora, PREFIX)
     assert torch.equal(logits(both), before)
     prompt = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="cannot stand on an adapter of type PROMPT_TUNING"):
+    with pytest.raises(ValueError, match="cannot be added to an adapter of type PROMPT_TUNING"):
         get_peft_model(prompt, PREFIX)

@@ -44,9 +44,14 @@ def logits(model, ids=IDS):
             lambda: tiny_model("llama"),
             "SEQ_CLS",
             {},
-            "a head called 'classifier' or 'score', which LlamaForCausalLM has not",
+            "a head called 'classifier' or 'score', which LlamaForCausalLM does not have",
         ),
-        (lambda: tiny_model("llama"), "QUESTION_ANS", {}, "a head called 'qa_outputs', which LlamaForCausalLM has not"),
+        (
+            lambda: tiny_model("llama"),
+            "QUESTION_ANS",
+            {},
+            "a head called 'qa_outputs', which LlamaForCausalLM does not have",
+        ),
         (classifier, "SEQ_CLS", {"modules_to_save": ["scores"]}, r"must be modules of .*, got \['scores'\]"),
         (
             lambda: tiny_model("llama"),
