@@ -41,7 +41,7 @@ class Progress:
         if report.skipped:
             return ("xfailed" if hasattr(report, "wasxfail") else "skipped"), "", ""
         if report.failed:
-            return ("failed" if report.when == "call" else "error"), "", ""
+            return ("failed", "", "FAILED") if report.when == "call" else ("error", "", "ERROR")
         return ("passed" if report.when == "call" and not hasattr(report, "wasxfail") else ""), "", ""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
