@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from readme_code import block, run
 
+from helpers.code_blocks import block, run
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"

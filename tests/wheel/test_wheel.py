@@ -15,9 +15,8 @@ from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from readme_code import LOCAL, block, run
-
 import peft_prefix_ext
+from helpers.code_blocks import CLI, LOCAL, block, run
 from peft_prefix_ext.tuner import tested_versions
 
 ADAPTER = "restaurant"
@@ -112,7 +111,7 @@ def test_going_on_with_training(folder: Path) -> None:
 
 
 def test_the_readmes_commands(folder: Path) -> None:
-    for line in block("bash", "prefix-ext verify").splitlines():
+    for line in block("bash", "prefix-ext verify", CLI).splitlines():
         program, *words = shlex.split(line)
         done = ask(command(program), *words, folder=folder)
         assert (done.returncode, done.stderr) == (0, ""), (line, done.stderr[-3000:])
