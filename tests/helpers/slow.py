@@ -7,21 +7,21 @@ SLOW = {
     "peft_prefix_ext/architectures/test_encoder_decoder_adapters.py": ["test_seq2seq_trainer_trains_and_generates"],
     "peft_prefix_ext/attention/test_attention_functions.py": [
         "test_flex_attention",
-        "test_flex_attention_of_rows_with_prefixes_of_their_own",
+        "test_flex_attention_with_adapter_names",
         "test_flex_attention_with_windows",
     ],
-    "peft_prefix_ext/base_model/test_offloaded.py": ["test_as_elsewhere"],
-    "peft_prefix_ext/checkpoint/test_atomic_save.py": ["test_what_is_left_is_the_old_adapter_or_the_new_one"],
+    "peft_prefix_ext/base_model/test_offloaded.py": ["test_equals_a_model_in_memory"],
+    "peft_prefix_ext/checkpoint/test_atomic_save.py": ["test_a_killed_save_leaves_the_old_or_the_new_adapter"],
     "peft_prefix_ext/checkpoint/test_format_properties.py": ["test_any_config_value"],
     "peft_prefix_ext/checkpoint/test_hub.py": [
-        "test_a_revision_is_the_one_that_was_asked_for",
-        "test_a_revision_that_is_not_there_is_refused",
+        "test_a_revision_is_the_requested_one",
+        "test_a_missing_revision_is_refused",
     ],
     "peft_prefix_ext/cli/test_cli.py": [
         "test_as_a_module_and_without_heavy_imports",
         "test_export_import_compose_verify",
     ],
-    "peft_prefix_ext/cli/test_run.py": ["test_what_it_is_for"],
+    "peft_prefix_ext/cli/test_run.py": ["test_a_program_that_never_imports_the_package_loads_an_adapter"],
     "peft_prefix_ext/conversion/test_stock_peft.py": ["test_stock_peft_alone_loads_every_export"],
     "peft_prefix_ext/initialization/test_initialization.py": [
         "test_exact_at_step_0_and_saved_without_its_source",
@@ -29,7 +29,7 @@ SLOW = {
     ],
     "peft_prefix_ext/injection/test_threads.py": [
         "test_a_loaded_prefix",
-        "test_each_thread_has_rows_of_its_own",
+        "test_each_thread_has_its_own_adapter_names",
         "test_one_prefix",
     ],
     "peft_prefix_ext/test_registration.py": [
@@ -38,8 +38,8 @@ SLOW = {
         "test_reading_checkpoints_imports_neither_peft_nor_transformers_nor_vllm",
     ],
     "peft_prefix_ext/tuner/test_learning_rate.py": [
-        "test_what_the_trainer_takes_by_default",
-        "test_what_trl_takes_by_default",
+        "test_the_default_of_the_trainer_warns",
+        "test_the_default_of_trl_warns",
     ],
     "vllm_plugin/patches/test_install.py": ["test_without_adapters_nothing_changes"],
 }
