@@ -1,10 +1,10 @@
 """Whether an adapter fits a base model: the one comparison that loading, conversion and serving share.
 
-An adapter fits when the fingerprints of the two architectures agree and every layer with a KV cache has the same shape in
+An adapter fits when the fingerprints of the two architectures agree (`fingerprint.py`) and every layer with a KV cache has the same shape in
 both. A caller says what it knows of its model, and words its own error or takes the sentence from here:
 
-    found = base_differences(prefix.base_fingerprint, fingerprint(config), prefix.layer_shapes, model_shapes)
-    if found:
+    found = differences(prefix.base_fingerprint, fingerprint(config))
+    if found := found or layers_in_words(compare_layers(prefix.layer_shapes, model_shapes)):
         raise ValueError(other_base_model(f"Prefix adapter {name!r}", prefix.base_model_name_or_path, found))
 
 Plain numbers and strings only: imports neither torch nor peft, transformers or vllm.
@@ -12,10 +12,8 @@ Plain numbers and strings only: imports neither torch nor peft, transformers or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from peft_prefix_ext.checkpoint.fingerprint import differences
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 
 class LayerShape(NamedTuple):
@@ -80,30 +78,6 @@ def layers_in_words(found: Sequence[LayerDifference]) -> list[str]:
             f"the layers with a KV cache differ (without a prefix: {without_prefix}, without a cache: {without_cache})"
         ]
     return [str(found[0])] if found else []
-
-
-def base_differences(
-    adapter_fingerprint: Mapping[str, Any],
-    model_fingerprint: Mapping[str, Any],
-    adapter_layers: LayerShapes | None = None,
-    model_layers: LayerShapes | None = None,
-    *,
-    whole_model: bool = True,
-) -> list[str]:
-    """Returns one phrase for each way in which a base model differs from the one that an adapter was trained on.
-
-    Args:
-        adapter_fingerprint: The fingerprint in the adapter; empty if it has none, as a stock adapter.
-        model_fingerprint: The fingerprint of the model, see `fingerprint`.
-        adapter_layers: The layers of the prefix, as `PrefixCheckpoint.layer_shapes`.
-        model_layers: The layers of the model with a KV cache. Layers are compared if both are given and the fingerprints
-            agree.
-        whole_model: See `compare_layers`.
-    """
-    found = differences(dict(adapter_fingerprint), dict(model_fingerprint))
-    if found or adapter_layers is None or model_layers is None:
-        return found
-    return layers_in_words(compare_layers(adapter_layers, model_layers, whole_model=whole_model))
 
 
 def other_base_model(adapter: str, base_model_name_or_path: str | None, found: Iterable[str]) -> str:

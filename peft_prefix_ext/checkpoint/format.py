@@ -29,10 +29,10 @@ from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter
 from peft_prefix_ext.checkpoint.compatibility import (
     LayerShape,
     LayerShapes,
-    base_differences,
     compare_layers,
     other_base_model,
 )
+from peft_prefix_ext.checkpoint.fingerprint import differences
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -113,14 +113,14 @@ class PrefixCheckpoint:
         """The shape of each layer, in order of the layer index."""
         return shapes_of(self.layers)
 
-    def check_base(self, base_fingerprint: Mapping[str, Any], layers: LayerShapes | None = None) -> None:
+    def check_base(self, base_fingerprint: dict[str, Any], layers: LayerShapes | None = None) -> None:
         """Raises `PrefixCheckpointError` if the prefix was trained on another base model.
 
         Args:
             base_fingerprint: The fingerprint of the model at hand.
             layers: The shapes of its layers with a KV cache; `None` to compare the architectures only.
         """
-        found = base_differences(self.base_fingerprint, base_fingerprint)
+        found = differences(self.base_fingerprint, base_fingerprint)
         if not found and layers is not None:
             found = [
                 f"layer {layer} has keys and values {self._kv_shapes(ours)} in the adapter and {self._kv_shapes(theirs)} in "

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 
 from peft_prefix_ext.checkpoint.compatibility import (
     LayerShape,
-    base_differences,
     compare_layers,
     layers_in_words,
     other_base_model,
 )
-from peft_prefix_ext.checkpoint.fingerprint import fingerprint
+from peft_prefix_ext.checkpoint.fingerprint import differences, fingerprint
 from peft_prefix_ext.checkpoint.format import DECODER, FORMAT_VERSION
 from peft_prefix_ext.config import PrefixExtConfig
 
@@ -42,7 +41,7 @@ def check_saved_adapter(config: PrefixExtConfig, model: PreTrainedModel, layers:
         )
     if not config.is_saved:
         return
-    found = base_differences(config.base_fingerprint or {}, fingerprint(model.config))
+    found = differences(config.base_fingerprint or {}, fingerprint(model.config))
     if not found and layers is not None:
         found = _layer_differences(config.prefix_layers or [], layers)
     if found:

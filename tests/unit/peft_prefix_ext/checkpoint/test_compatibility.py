@@ -8,11 +8,11 @@ import sys
 from peft_prefix_ext.checkpoint.compatibility import (
     LayerDifference,
     LayerShape,
-    base_differences,
     compare_layers,
     layers_in_words,
     other_base_model,
 )
+from peft_prefix_ext.checkpoint.fingerprint import differences
 
 LAYERS = [LayerShape(0, 2, 16, 16), LayerShape(1, 2, 16, 8)]
 
@@ -43,18 +43,17 @@ def test_a_part_of_the_model_needs_only_its_own_layers():
     assert [each.layer for each in compare_layers(LAYERS[:1], LAYERS, whole_model=False)] == [1]
 
 
-def test_the_architecture_is_compared_first():
+def test_architectures_and_layers_in_words():
     other = [(0, 4, 16, 16)]
-    words = base_differences({"hidden_size": 8}, {"hidden_size": 4}, LAYERS, other)
-    assert words == ["hidden_size is 8 in the adapter and 4 in the model"]
-    assert base_differences({}, {"hidden_size": 4}) == []  # a stock adapter has no fingerprint
-    assert base_differences({}, {"hidden_size": 4}, LAYERS, other) == [
+    assert differences({"hidden_size": 8}, {"hidden_size": 4}) == ["hidden_size is 8 in the adapter and 4 in the model"]
+    assert differences({}, {"hidden_size": 4}) == []  # a stock adapter has no fingerprint
+    assert layers_in_words(compare_layers(LAYERS, other)) == [
         "the layers with a KV cache differ (without a prefix: [], without a cache: [1])"
     ]
-    assert base_differences({}, {}, LAYERS[:1], other) == [
+    assert layers_in_words(compare_layers(LAYERS[:1], other)) == [
         "layer 0 has 2 KV heads of sizes (16, 16), the model has 4 of sizes (16, 16)"
     ]
-    assert base_differences({}, {}, LAYERS, LAYERS[:1], whole_model=False) == []
+    assert layers_in_words(compare_layers(LAYERS, LAYERS[:1], whole_model=False)) == []
 
 
 def test_the_sentence_of_an_error():
