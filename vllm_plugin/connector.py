@@ -33,6 +33,8 @@ from vllm_plugin.scheduler.scheduler import PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
 from vllm_plugin.worker.prefix_manager import PrefixManager
+from vllm_plugin.worker.state_layers import state_layers
+from vllm_plugin.worker.state_writer import StateWriter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -71,7 +73,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             device=device,
             device_memory=self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY),
         )
-        self.writer = PrefixWriter(manager, vllm_config.compilation_config.static_forward_context)
+        modules = vllm_config.compilation_config.static_forward_context
+        recurrent = state_layers(kv_cache_config)
+        states = StateWriter(recurrent, modules, device) if recurrent else None
+        self.writer = PrefixWriter(manager, modules, states)
 
     # Scheduler side
 

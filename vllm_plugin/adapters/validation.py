@@ -28,9 +28,7 @@ def check_engine(vllm_config: Any) -> None:
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
         "multi-head latent attention (MLA)": bool(model.use_mla),
-        "models with Mamba or linear-attention layers": bool(
-            model.is_hybrid or model.is_attention_free or model.has_inner_state
-        ),
+        "models without attention layers": bool(model.is_attention_free),
         # With our connector's role the server would accept embeddings from clients, which can crash the engine.
         "multimodal models": bool(model.is_multimodal_model),
         "diffusion models": bool(getattr(model, "is_diffusion", False)),

@@ -15,6 +15,7 @@ from peft_prefix_ext.checkpoint.format import LayerKV
 from vllm_plugin.adapters.registry import Shapes
 from vllm_plugin.adapters.validation import check_shapes
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.worker.state_layers import is_recurrent, specs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +66,16 @@ def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
 
 
 def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
-    """Returns the layers of a `KVCacheConfig` that have a KV cache of their own.
+    """Returns the layers of a `KVCacheConfig` that have a KV cache of their own; `state_layers` returns the others.
 
     Raises:
         PrefixServeError: If one of them is not a plain attention layer.
     """
     layers: dict[int, CacheLayer] = {}
     for group, entry in enumerate(kv_cache_config.kv_cache_groups):
-        for name in entry.layer_names:
-            # A group whose layers differ in shape has one spec per layer.
-            spec = getattr(entry.kv_cache_spec, "kv_cache_specs", {}).get(name, entry.kv_cache_spec)
+        for name, spec in specs_of(entry).items():
+            if is_recurrent(spec):
+                continue
             plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
             if not plain or getattr(spec, "attention_chunk_size", None) is not None:
                 raise PrefixServeError(
