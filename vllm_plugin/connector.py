@@ -23,7 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
-from vllm_plugin.adapters.validation import check_shapes
+from vllm_plugin.adapters.validation import check_shapes, check_states
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
 from vllm_plugin.metadata import PrefixMetadata
@@ -33,7 +33,7 @@ from vllm_plugin.scheduler.scheduler import PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
 from vllm_plugin.worker.prefix_manager import PrefixManager
-from vllm_plugin.worker.state_layers import state_layers
+from vllm_plugin.worker.state_layers import StateLayer, model_states, state_layers
 from vllm_plugin.worker.state_writer import StateWriter
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
         tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
-        layers = cache_layers(kv_cache_config)
-        _check_and_publish(vllm_config, layers, tp_rank)
+        modules = vllm_config.compilation_config.static_forward_context
+        layers, recurrent = cache_layers(kv_cache_config), state_layers(kv_cache_config, modules)
+        _check_and_publish(vllm_config, layers, recurrent, tp_rank)
         manager = PrefixManager(
             stacks_of(layers),
             tp_rank=tp_rank,
@@ -72,9 +73,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             dtype=dtype,
             device=device,
             device_memory=self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY),
+            state_layers=recurrent,
         )
-        modules = vllm_config.compilation_config.static_forward_context
-        recurrent = state_layers(kv_cache_config)
         states = StateWriter(recurrent, modules, device) if recurrent else None
         self.writer = PrefixWriter(manager, modules, states)
 
@@ -186,7 +186,9 @@ def _check_only_engine(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_and_publish(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: int) -> None:
+def _check_and_publish(
+    vllm_config: VllmConfig, layers: Sequence[CacheLayer], recurrent: Sequence[StateLayer], tp_rank: int
+) -> None:
     """Checks the adapters against a worker's layers, and publishes the layers for adapters that are loaded later.
 
     Raises:
@@ -200,12 +202,14 @@ def _check_and_publish(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp
         return
     assert registry is not None
     shapes = model_shapes(layers, parallel.tensor_parallel_size, model.get_total_num_kv_heads())
-    adapters = registry.adapters()
+    states = model_states(recurrent)
+    adapters, whole_model = registry.adapters(), parallel.pipeline_parallel_size == 1
     for adapter in adapters:
-        check_shapes(adapter.spec.name, adapter.shapes, shapes, parallel.pipeline_parallel_size == 1)
+        check_shapes(adapter.spec.name, adapter.shapes, shapes, whole_model)
+        check_states(adapter.spec.name, adapter.states, states, whole_model)
     if tp_rank == 0:
         block_size = math.lcm(*(layer.block_size for layer in layers))
-        registry.add_layers(shapes, block_size)
+        registry.add_layers(shapes, block_size, states)
         # One worker of the first pipeline stage logs for all.
         if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
             log_cache(block_size)

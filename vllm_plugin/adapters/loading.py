@@ -14,9 +14,9 @@ from peft_prefix_ext.checkpoint.reader import read_prefix
 from vllm_plugin.adapters.adapter_kinds import holds_lora
 from vllm_plugin.adapters.base_lora import find_base_lora
 from vllm_plugin.adapters.options import AdapterOption
-from vllm_plugin.adapters.registry import Adapter, Shapes
+from vllm_plugin.adapters.registry import Adapter, Registry
 from vllm_plugin.adapters.spec import PrefixSpec
-from vllm_plugin.adapters.validation import check_adapter, check_shapes
+from vllm_plugin.adapters.validation import check_adapter, check_shapes, check_states
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
 
 
@@ -49,19 +49,19 @@ def open_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Ad
         return list(pool.map(lambda option: open_adapter(option, vllm_config), options))
 
 
-def open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None = None) -> Adapter:
+def open_adapter(option: AdapterOption, vllm_config: Any, registry: Registry | None = None) -> Adapter:
     """Reads one adapter and checks that this engine can serve it.
 
     Args:
         option: Its name and where it lies.
         vllm_config: The engine's config.
-        layers: The shapes of the engine's layers, if it has started.
+        registry: Where the engine has published its layers, if it has started.
 
     Raises:
         PrefixServeError: If it cannot be served. The message is one sentence that names the adapter.
     """
     try:
-        return _open_adapter(option, vllm_config, layers)
+        return _open_adapter(option, vllm_config, registry)
     except PrefixServeError:
         raise
     except Exception as error:
@@ -71,12 +71,13 @@ def open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None 
         ) from error
 
 
-def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None) -> Adapter:
+def _open_adapter(option: AdapterOption, vllm_config: Any, registry: Registry | None) -> Adapter:
     name = option.name
     checkpoint = load(name, option.path)
     check_adapter(name, checkpoint, vllm_config)
-    if layers is not None:
+    if registry is not None and (layers := registry.layers()) is not None:
         check_shapes(name, checkpoint.layer_shapes, layers)
+        check_states(name, checkpoint.state_shapes, registry.states())
     spec = PrefixSpec(
         name=name,
         source=option.path,
@@ -86,7 +87,7 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None
         digest=digest_of(checkpoint),
         **find_base_lora(name, checkpoint, vllm_config),
     )
-    return Adapter(spec, option.base_model_name, checkpoint.layer_shapes)
+    return Adapter(spec, option.base_model_name, checkpoint.layer_shapes, checkpoint.state_shapes)
 
 
 def reload(spec: PrefixSpec) -> PrefixCheckpoint:

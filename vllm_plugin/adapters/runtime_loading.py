@@ -114,7 +114,7 @@ def _load(request: PrefixAdapterRequest, registry: Registry, vllm_config: Any) -
         check_name(name)
         check_served_names([name], [vllm_config.model_config.served_model_name])
         option = AdapterOption(name, path, None if known is None else known.base_model_name)
-        adapter = open_adapter(option, vllm_config, registry.layers())
+        adapter = open_adapter(option, vllm_config, registry)
     except PrefixServeError as error:
         raise PrefixRequestError(str(error)) from error
     publish(adapter, registry, vllm_config, replace=request.load_inplace)

@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 
-from peft_prefix_ext.checkpoint.compatibility import LayerShapes, compare_layers, layers_in_words
+from peft_prefix_ext.checkpoint.compatibility import (
+    LayerShapes,
+    StateShape,
+    compare_layers,
+    compare_states,
+    layers_in_words,
+)
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
-from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, magnitude
+from peft_prefix_ext.checkpoint.format import LayerState, PrefixCheckpoint, PrefixCheckpointError, magnitude
 from vllm_plugin.adapters.base_lora import confuses_slots
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
@@ -79,7 +85,7 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             trained_on,
             model.model,
         )
-    largest = max(magnitude(tensor) for layer in checkpoint.layers.values() for tensor in layer)
+    largest = max(magnitude(tensor) for _, _, tensor in checkpoint.tensors())
     if not torch.tensor(largest, dtype=torch.float64).to(model.dtype).isfinite():
         raise PrefixServeError(
             f"Prefix adapter {name!r} holds values too large for {str(model.dtype).removeprefix('torch.')}; start with "
@@ -94,11 +100,13 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             f"{expected[1]}: it was trained on another base model, or on one whose K/V vLLM keeps in another form, which "
             "cannot be served."
         )
+    if not model.is_hybrid:
+        check_states(name, checkpoint.state_shapes, ())
     num_layers = model.hf_text_config.num_hidden_layers
-    if max(checkpoint.layers) >= num_layers:
+    if (last := max([*checkpoint.layers, *checkpoint.states])) >= num_layers:
         raise PrefixServeError(
-            f"Prefix adapter {name!r} was trained on another base model: it has a layer {max(checkpoint.layers)}, the "
-            f"model has {num_layers} layers."
+            f"Prefix adapter {name!r} was trained on another base model: it has a layer {last}, the model has {num_layers} "
+            "layers."
         )
     # A request needs at least one prompt token and one output token.
     if p + 2 > model.max_model_len:
@@ -121,6 +129,29 @@ def check_shapes(name: str, shapes: LayerShapes, layers: LayerShapes, whole_mode
         raise PrefixServeError(
             f"Prefix adapter {name!r} was trained on another base model: {'; '.join(layers_in_words(found))}."
         )
+
+
+def check_states(
+    name: str, shapes: Iterable[StateShape], states: Iterable[StateShape], whole_model: bool = True
+) -> None:
+    """Raises `PrefixServeError` if the states of a prefix are not those of the model's recurrent layers.
+
+    Args:
+        name: The name of the adapter.
+        shapes: Its states. Without any, the recurrent layers start from zero, which is right in every model.
+        states: The states of the model, see `worker/state_layers.py`.
+        whole_model: Whether `states` are those of the whole model, and not of one pipeline stage.
+    """
+    shapes, states = list(shapes), list(states)
+    if not shapes:
+        return
+    if unverified := sorted({state.kind for state in states} - set(LayerState._fields)):
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} holds trained states of recurrent layers, and how vLLM keeps those of "
+            f"{', '.join(unverified)} was never verified; train a prefix for the attention layers only."
+        )
+    if found := compare_states(shapes, states, whole_model=whole_model):
+        raise PrefixServeError(f"Prefix adapter {name!r} was trained on another base model: {found[0]}.")
 
 
 def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:

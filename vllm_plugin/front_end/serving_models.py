@@ -124,9 +124,7 @@ class PrefixModels:
             check_name(name)
             # In a thread: it reads and hashes a file, or downloads it, and must not block running requests.
             async with self._load_limit:
-                adapter = await asyncio.to_thread(
-                    open_adapter, AdapterOption(name, path), self._config, self._registry.layers()
-                )
+                adapter = await asyncio.to_thread(open_adapter, AdapterOption(name, path), self._config, self._registry)
             await base_lora.load(self._engine, [adapter.spec])
             if self._warms_up:
                 await warm_up(self._engine, [adapter.spec])

@@ -60,7 +60,7 @@ class PrefixWriter:
             for index, (stack, modules) in enumerate(self._stacks):
                 self._write_stack(index, stack, modules, ready)
             if self._states is not None:
-                self._states.write([load for load, _ in ready])
+                self._states.write(ready)
         except torch.OutOfMemoryError:
             logger.exception(
                 "Out of memory while copying prefixes into the KV cache; the requests that wait for them fail."

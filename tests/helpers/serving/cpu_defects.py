@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def _gated_delta_rule(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any, layer_
     convs, states = kernels._conv_buffer_view(layer), kernels._ssm_state_view(layer)
     weight = kernels._unpacked_conv_weight(layer).float()
     channels, width = weight.shape
-    for number, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(starts)):
         if start == stop:
             continue
         slot = slots[number]
@@ -69,10 +70,13 @@ def _gated_delta_rule(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any, layer_
         inputs = torch.cat([before, mixed_qkv[start:stop].float().T], -1)
         convs[slot] = inputs[:, -(width - 1) :].to(convs.dtype)
         mixed = F.silu(F.conv1d(inputs[None], weight[:, None], groups=channels)[0]).T.contiguous()
-        query, key, value = (part.reshape(stop - start, -1, part.shape[-1]) for part in layer.rearrange_mixed_qkv(mixed))
+        query, key, value = (
+            part.reshape(stop - start, -1, part.shape[-1]) for part in layer.rearrange_mixed_qkv(mixed)
+        )
         query, key = (part * torch.rsqrt((part * part).sum(-1, keepdim=True) + 1e-6) for part in (query, key))
         query, key = (
-            part.repeat_interleave(value.shape[1] // part.shape[1], 1) for part in (query * query.shape[-1] ** -0.5, key)
+            part.repeat_interleave(value.shape[1] // part.shape[1], 1)
+            for part in (query * query.shape[-1] ** -0.5, key)
         )
         decay = torch.exp(-layer.A_log.float().exp() * F.softplus(a[start:stop].float() + layer.dt_bias.float()))
         beta = b[start:stop].float().sigmoid()

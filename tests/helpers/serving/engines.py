@@ -58,7 +58,7 @@ class Engine:
         config = self.llm.llm_engine.vllm_config
         registry = registry_in(config.kv_transfer_config)
         assert registry is not None
-        registry.add([open_adapter(AdapterOption(name, str(path)), config, registry.layers())], replace=True)
+        registry.add([open_adapter(AdapterOption(name, str(path)), config, registry)], replace=True)
 
     def counts(self, count: str) -> dict[str, int]:
         """Returns a count per adapter from vLLM's Prometheus registry, since `forget_counts`."""

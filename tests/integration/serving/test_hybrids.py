@@ -1,0 +1,60 @@
+"""Hybrids: behind a prefix, recurrent layers start from its trained states, or from zero if it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.serving.architectures import LENGTHS, forget_engine
+from helpers.serving.cpu_defects import avoid_defects
+from helpers.serving.engines import Pool, file_gone
+from helpers.serving.hybrids import HYBRIDS, ServedHybrid
+
+# One of each kind of mixer, and a layer with attention and a mixer.
+SHORT = ("lfm2", "qwen3_next", "falcon_h1")
+Serve = Callable[..., ServedHybrid]
+
+
+@pytest.fixture
+def serve(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Starts a separate engine, and stops the shared one."""
+    pool.close()
+    forget_engine()
+    avoid_defects(monkeypatch)
+    served: list[ServedHybrid] = []
+
+    def start(name: str, **settings) -> ServedHybrid:
+        served.append(ServedHybrid(name, tmp_path, HYBRIDS[name], **settings))
+        served[0].fill_with_noise()
+        return served[0]
+
+    yield start
+    for one in served:
+        one.close()
+    forget_engine()
+
+
+def states_matter(served: ServedHybrid) -> None:
+    """Checks that no two prefixes, and no prefix with states and without, give the same answer."""
+    assert len({tuple(logprobs) for _, logprobs in served.expected}) == len(served.requests)
+    prompts = len(served.prompt_lengths)
+    tokens = [answer for answer, _ in served.expected]
+    names = [name for name, _ in served.requests[::prompts]]
+    by_name = {name: tokens[number * prompts : (number + 1) * prompts] for number, name in enumerate(names)}
+    for length in LENGTHS:
+        assert by_name[f"p{length}"] != by_name[f"s{length}"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.soak) for name in HYBRIDS]
+)
+def test_same_tokens_as_transformers(name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(name)
+    states_matter(served)
+    served.check()
+    served.check()
+    assert served.llm.reset_prefix_cache()
+    served.fill_with_noise()
+    served.check()
