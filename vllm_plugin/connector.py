@@ -64,7 +64,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
         modules = vllm_config.compilation_config.static_forward_context
-        layers, recurrent = cache_layers(kv_cache_config), state_layers(kv_cache_config, modules)
+        num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+        layers, recurrent = cache_layers(kv_cache_config), state_layers(kv_cache_config, modules, num_layers)
         _check_and_publish(vllm_config, layers, recurrent, tp_rank)
         manager = PrefixManager(
             stacks_of(layers),
@@ -212,7 +213,7 @@ def _check_and_publish(
         registry.add_layers(shapes, block_size, states)
         # One worker of the first pipeline stage logs for all.
         if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
-            log_cache(block_size)
+            log_cache(block_size, is_hybrid=bool(states))
             log_adapters(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 

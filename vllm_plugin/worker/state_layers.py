@@ -46,12 +46,13 @@ def is_recurrent(spec: Any) -> bool:
     return isinstance(spec, MambaSpec)
 
 
-def state_layers(kv_cache_config: Any, modules: Mapping[str, Any]) -> list[StateLayer]:
+def state_layers(kv_cache_config: Any, modules: Mapping[str, Any], num_layers: int) -> list[StateLayer]:
     """Returns the recurrent layers of a `KVCacheConfig`; none for most models.
 
     Args:
         kv_cache_config: vLLM's `KVCacheConfig`.
         modules: vLLM's modules by layer name.
+        num_layers: Layers of the model.
 
     Raises:
         PrefixServeError: If the states of a layer cannot be written.
@@ -75,7 +76,8 @@ def state_layers(kv_cache_config: Any, modules: Mapping[str, Any]) -> list[State
             layers.append(
                 StateLayer(
                     name,
-                    extract_layer_index(name),
+                    # Falcon-H1 has attention and a mixer in each layer, and vLLM numbers the mixers from `num_layers` on.
+                    extract_layer_index(name) % num_layers,
                     group,
                     entry.kv_cache_spec.block_size,
                     tuple(map(tuple, spec.shapes)),

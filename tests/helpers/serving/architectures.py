@@ -42,6 +42,8 @@ class Served:
     """
 
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
+    # Of log-probabilities.
+    tolerance = 2e-3
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any], **settings: Any) -> None:
         fields = {key: value for key, value in {**SIZES, **config}.items() if value is not ...}
@@ -73,15 +75,19 @@ class Served:
             references[f"p{length}"] = partial(generate, model)
         return references
 
-    def answers(self) -> list[Answer]:
-        """Returns the tokens of every request and their log-probabilities."""
-        outputs = self.llm.generate(
+    def outputs(self) -> list[Any]:
+        """Returns vLLM's outputs of all requests, in one batch."""
+        outputs: list[Any] = self.llm.generate(
             [{"prompt_token_ids": prompt} for _, prompt in self.requests],
             SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0),
             lora_request=[name and PrefixAdapterRequest(name) for name, _ in self.requests],
             use_tqdm=False,
         )
-        return [_answer(output.outputs[0]) for output in outputs]
+        return outputs
+
+    def answers(self) -> list[Answer]:
+        """Returns the tokens of every request and their log-probabilities."""
+        return [_answer(output.outputs[0]) for output in self.outputs()]
 
     def check(self) -> None:
         """Compares every token and log-probability with `PeftModel.generate`."""
@@ -90,7 +96,7 @@ class Served:
             self.requests, answers, self.expected, strict=True
         ):
             assert tokens == expected, (adapter, len(prompt))
-            assert logprobs == pytest.approx(theirs, abs=2e-3), (adapter, len(prompt))
+            assert logprobs == pytest.approx(theirs, abs=self.tolerance), (adapter, len(prompt))
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

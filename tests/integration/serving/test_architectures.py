@@ -41,7 +41,6 @@ SOAK: dict[str, dict] = {
     "bloom": {**_TIED, "head_dim": ...},
     "falcon:multi-query": {"head_dim": ..., "ffn_hidden_size": 512},
 }
-_RECURRENT = r"do not support models with Mamba or linear-attention layers"
 _MLA = {"head_dim": ...}
 _OTHER_FORM = r"vLLM's cache has .*whose K/V vLLM keeps in another form"
 # By name: the error, and fields of the config that differ.
@@ -52,10 +51,6 @@ REFUSED: dict[str, tuple[str, dict]] = {
     "falcon": (_OTHER_FORM, {"head_dim": ..., "ffn_hidden_size": 512}),
     "minicpm3": (_OTHER_FORM, {"head_dim": ...}),
     "glm4_moe_lite": (r"do not support multi-head latent attention \(MLA\)", _MLA),
-    **{
-        name: (_RECURRENT, {})
-        for name in ("falcon_h1", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_next", "zamba2")
-    },
 }
 
 

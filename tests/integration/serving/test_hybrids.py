@@ -58,3 +58,38 @@ def test_same_tokens_as_transformers(name: str, serve: Serve, monkeypatch: pytes
     assert served.llm.reset_prefix_cache()
     served.fill_with_noise()
     served.check()
+
+
+# By name: settings of the engine.
+SETTINGS: dict[str, dict] = {
+    "chunked": {"max_num_batched_tokens": 64, "max_num_seqs": 4},
+    # Too few blocks for all requests.
+    "preempted": {"num_gpu_blocks_override": 16, "max_num_seqs": 8},
+    "without prefix caching": {"enable_prefix_caching": False},
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", SHORT)
+def test_same_tokens_in_other_engines(name: str, settings: str, serve: Serve) -> None:
+    served = serve(name, **SETTINGS[settings])
+    served.check()
+    served.check()
+    if settings == "preempted":
+        assert served.metric("vllm:num_preemptions")
+
+
+@pytest.mark.parametrize("name", ["lfm2"])
+def test_a_failed_load(name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails only its requests, and leaves nothing wrong in the cache for when the file is back."""
+    served = serve(name)
+    for adapter in ("s32", "p45"):
+        with file_gone(served, adapter, monkeypatch):
+            for _ in range(2):
+                for (theirs, _), output, (expected, _) in zip(
+                    served.requests, served.outputs(), served.expected, strict=True
+                ):
+                    tokens = list(output.outputs[0].token_ids)
+                    assert tokens == ([] if theirs == adapter else expected), theirs
+        served.check()
