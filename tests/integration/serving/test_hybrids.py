@@ -12,8 +12,8 @@ from helpers.serving.cpu_defects import avoid_defects
 from helpers.serving.engines import Pool, file_gone
 from helpers.serving.hybrids import HYBRIDS, ServedHybrid
 
-# One of each kind of mixer, and a layer with attention and a mixer.
-SHORT = ("lfm2", "qwen3_next", "falcon_h1")
+# A gated delta rule, and layers with attention and Mamba-2 each; LFM2 has tests of its own below.
+SHORT = ("qwen3_next", "falcon_h1")
 Serve = Callable[..., ServedHybrid]
 
 
@@ -27,7 +27,8 @@ def serve(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     def start(name: str, **settings) -> ServedHybrid:
         served.append(ServedHybrid(name, tmp_path, HYBRIDS[name], **settings))
-        served[0].fill_with_noise()
+        if settings.get("tensor_parallel_size", 1) == 1:
+            served[0].fill_with_noise()
         return served[0]
 
     yield start
@@ -69,9 +70,14 @@ SETTINGS: dict[str, dict] = {
 }
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param(name, settings, marks=[] if (name, settings) == ("lfm2", "preempted") else pytest.mark.soak)
+        for name in ("lfm2", *SHORT)
+        for settings in SETTINGS
+    ],
+)
 def test_same_tokens_in_other_engines(name: str, settings: str, serve: Serve) -> None:
     served = serve(name, **SETTINGS[settings])
     served.check()
@@ -80,11 +86,24 @@ def test_same_tokens_in_other_engines(name: str, settings: str, serve: Serve) ->
         assert served.metric("vllm:num_preemptions")
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["lfm2", *SHORT])
+def test_tensor_parallel(name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Workers that are forked have this process's replacements of what the CPU build gets wrong.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    served = serve(name, tensor_parallel_size=2, distributed_executor_backend="mp")
+    served.check()
+    served.check()
+
+
 @pytest.mark.parametrize("name", ["lfm2"])
 def test_a_failed_load(name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails only its requests, and leaves nothing wrong in the cache for when the file is back."""
     served = serve(name)
     for adapter in ("s32", "p45"):
+        # What lies in the prefix cache needs no file.
+        assert served.llm.reset_prefix_cache()
         with file_gone(served, adapter, monkeypatch):
             for _ in range(2):
                 for (theirs, _), output, (expected, _) in zip(
