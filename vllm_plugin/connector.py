@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
 from vllm_plugin.adapters.validation import check_shapes
@@ -61,7 +62,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
         tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
-        layers = cache_layers(kv_cache_config)
+        layers = cache_layers(kv_cache_config, cache_layout(vllm_config.model_config))
         _check_and_publish(vllm_config, layers, tp_rank)
         manager = PrefixManager(
             stacks_of(layers),
@@ -194,7 +195,7 @@ def _check_and_publish(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp
         # This worker runs on another machine than the server. The workers on the server's machine check the adapters.
         return
     assert registry is not None
-    shapes = model_shapes(layers, parallel.tensor_parallel_size, model.get_total_num_kv_heads())
+    shapes = model_shapes(layers, parallel.tensor_parallel_size, total_num_kv_heads(model))
     adapters = registry.adapters()
     for adapter in adapters:
         check_shapes(adapter.spec.name, adapter.shapes, shapes, parallel.pipeline_parallel_size == 1)

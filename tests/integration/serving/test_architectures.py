@@ -14,6 +14,13 @@ from vllm_plugin.errors import PrefixServeError
 # vLLM supports only tied embeddings here.
 _TIED = {"tie_word_embeddings": True}
 
+# The CPU build has a kernel for latents of this size only.
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+# The router of published checkpoints. transformers has no other, and so no field for it.
+_ROUTER = {"n_group": 2, "topk_group": 1, "topk_method": "noaux_tc"}
+# Two of the prefixes fill a chunk or more. The scale of queries grows from the first floor on.
+_CHUNKED = {"attention_chunk_size": 32, "floor_scale": 16, "num_experts_per_tok": 1}
+
 # By name: fields of the config that differ.
 EXACT: dict[str, dict] = {
     # With layers that share K/V, and heads of two sizes.
@@ -22,6 +29,10 @@ EXACT: dict[str, dict] = {
     "gpt_oss": {},
     # With learned positions.
     "gpt2": {},
+    "deepseek_v2": {**_LATENT, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**_LATENT, **_ROUTER},
+    "glm4_moe_lite": {**_LATENT, **_ROUTER},
+    "llama4": _CHUNKED,
 }
 # Without fields that differ.
 PLAIN = [
@@ -42,16 +53,11 @@ SOAK: dict[str, dict] = {
     "falcon:multi-query": {"head_dim": ..., "ffn_hidden_size": 512},
 }
 _RECURRENT = r"do not support models with Mamba or linear-attention layers"
-_MLA = {"head_dim": ...}
 _OTHER_FORM = r"vLLM's cache has .*whose K/V vLLM keeps in another form"
 # By name: the error, and fields of the config that differ.
 REFUSED: dict[str, tuple[str, dict]] = {
-    "llama4": (r"plain attention layers only.* of type ChunkedLocalAttentionSpec", {}),
-    "deepseek_v2": (r"do not support multi-head latent attention \(MLA\)", _MLA),
-    "deepseek_v3": (r"do not support multi-head latent attention \(MLA\)", _MLA),
     "falcon": (_OTHER_FORM, {"head_dim": ..., "ffn_hidden_size": 512}),
     "minicpm3": (_OTHER_FORM, {"head_dim": ...}),
-    "glm4_moe_lite": (r"do not support multi-head latent attention \(MLA\)", _MLA),
     **{
         name: (_RECURRENT, {})
         for name in ("falcon_h1", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_next", "zamba2")
