@@ -42,11 +42,13 @@ class CacheLayout:
             rotated part `k_pe` of the keys is its value. Both have one head. None: keys and values.
         reorder_key: Orders the last dimension of a prefix's keys as vLLM does.
         reorder_value: The same for its values.
+        attentions_per_layer: Attention modules, each with a cache, that vLLM counts as one decoder layer.
     """
 
     kv_lora_rank: int | None = None
     reorder_key: Reorder = unchanged
     reorder_value: Reorder = unchanged
+    attentions_per_layer: int = 1
 
     def apply(self, kv: LayerKV) -> LayerKV:
         """Returns the K/V of a prefix, `[num_kv_heads, num_virtual_tokens, head_dim]` each, as vLLM orders them."""
@@ -65,6 +67,7 @@ _LATENT: dict[str, Reorder] = {
     "deepseek_v3": halves_to_pairs,
     "glm4_moe_lite": halves_to_pairs,
     "kimi_k2": halves_to_pairs,
+    "longcat_flash": halves_to_pairs,
 }
 _KEYS: dict[str, Reorder] = {
     # `Llama4ForCausalLM.permute_qk_weight_for_rotary` permutes the weights of queries and keys when it loads them, also
@@ -102,7 +105,12 @@ def cache_layout(model_config: Any) -> CacheLayout:
             'Prefix adapters do not support "rope_interleave": false, which vLLM ignores: its base model answers '
             "differently than the one that the prefix was trained on; start with --model-impl transformers."
         )
-    return CacheLayout(kv_lora_rank, reorder_value=reorder)
+    return CacheLayout(
+        kv_lora_rank,
+        reorder_value=reorder,
+        # As in vLLM's `GPUModelRunner.initialize_kv_cache_tensors`.
+        attentions_per_layer=2 if config.model_type == "longcat_flash" else 1,
+    )
 
 
 def total_num_kv_heads(model_config: Any) -> int:
