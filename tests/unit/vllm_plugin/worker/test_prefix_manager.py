@@ -136,7 +136,13 @@ class LatentCache:
         self.written_with: list[tuple[str, torch.Tensor]] = []
 
     def do_kv_cache_update(
-        self, kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slots: Any, dtype: str, scale: torch.Tensor
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: Any,
+        dtype: str,
+        scale: torch.Tensor,
     ) -> None:
         assert kv_c.shape[1:] == (32,)
         assert k_pe.shape[1:] == (1, 8)
