@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
 from vllm_plugin.adapters.validation import check_shapes, check_states
@@ -65,7 +66,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
         modules = vllm_config.compilation_config.static_forward_context
         num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-        layers, recurrent = cache_layers(kv_cache_config), state_layers(kv_cache_config, modules, num_layers)
+        layers = cache_layers(kv_cache_config, cache_layout(vllm_config.model_config))
+        recurrent = state_layers(kv_cache_config, modules, num_layers)
         _check_and_publish(vllm_config, layers, recurrent, tp_rank)
         manager = PrefixManager(
             stacks_of(layers),
@@ -202,7 +204,7 @@ def _check_and_publish(
         # This worker runs on another machine than the server. The workers on the server's machine check the adapters.
         return
     assert registry is not None
-    shapes = model_shapes(layers, parallel.tensor_parallel_size, model.get_total_num_kv_heads())
+    shapes = model_shapes(layers, parallel.tensor_parallel_size, total_num_kv_heads(model))
     states = model_states(recurrent)
     adapters, whole_model = registry.adapters(), parallel.pipeline_parallel_size == 1
     for adapter in adapters:

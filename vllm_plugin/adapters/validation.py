@@ -19,11 +19,15 @@ from peft_prefix_ext.checkpoint.compatibility import (
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import LayerState, PrefixCheckpoint, PrefixCheckpointError, magnitude
 from vllm_plugin.adapters.base_lora import confuses_slots
+from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 
 # vLLM loads the logits processors of all installed packages, whatever its options are.
 LOGITS_PROCESSORS = "vllm.logits_processors"
+# Fields of the config of models whose queries read only what an indexer selects from a cache of its own: DeepSeek-V3.2
+# and GLM-DSA, DeepSeek-V4.
+INDEXER = ("index_topk", "compress_ratios")
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -33,7 +37,9 @@ def check_engine(vllm_config: Any) -> None:
     refusals = {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
-        "multi-head latent attention (MLA)": bool(model.use_mla),
+        "sparse attention with an indexer": any(hasattr(model.hf_text_config, name) for name in INDEXER),
+        # vLLM then caches keys and values, and a prefix holds latents.
+        "VLLM_MLA_DISABLE=1 with latent attention (MLA)": bool(model.is_deepseek_mla and not model.use_mla),
         "models without attention layers": bool(model.is_attention_free),
         # With our connector's role the server would accept embeddings from clients, which can crash the engine.
         "multimodal models": bool(model.is_multimodal_model),
@@ -50,6 +56,7 @@ def check_engine(vllm_config: Any) -> None:
         found.append(processors)
     if found:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
+    cache_layout(model)
     if vllm_config.lora_config is not None and confuses_slots():
         logger.warning(
             "This vLLM has a bug on CPU that is fixed in 0.33: with as many LoRA adapters in use as --max-loras allows, "
@@ -92,7 +99,7 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             "another --dtype."
         )
     shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
-    expected = (model.get_total_num_kv_heads(), model.get_head_size())
+    expected = (total_num_kv_heads(model), cache_layout(model).kv_lora_rank or model.get_head_size())
     if len(shapes) == 1 and shapes != {expected}:
         heads, size = shapes.pop()
         raise PrefixServeError(

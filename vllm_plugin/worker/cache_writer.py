@@ -95,8 +95,7 @@ class PrefixWriter:
             keys = _joined([key[layers, first:stop].to(self._device) for key, _, first, stop in sources])
             values = _joined([value[layers, first:stop].to(self._device) for _, value, first, stop in sources])
             for module, key_NHD, value_NHD in zip(modules[layers], keys, values, strict=True):
-                # The backend's own method: only the backend knows the layout, packing and scales of its cache.
-                module.impl.do_kv_cache_update(module, key_NHD, value_NHD, module.kv_cache, slots_N)
+                _update_cache(layer, module, key_NHD, value_NHD, slots_N)
 
     def _give_up(self, load: PrefixLoad) -> None:
         """Marks all blocks from the first one of the load: those after it are computed from it in this step."""
@@ -123,6 +122,19 @@ def cache_slots(load: PrefixLoad, group: int, block_size: int) -> tuple[int, np.
 
 def _joined(parts_LNHD: list[torch.Tensor]) -> torch.Tensor:
     return parts_LNHD[0] if len(parts_LNHD) == 1 else torch.cat(parts_LNHD, dim=1)
+
+
+def _update_cache(
+    layer: CacheLayer, module: Any, key_NHD: torch.Tensor, value_NHD: torch.Tensor, slots_N: torch.Tensor
+) -> None:
+    """Writes one layer by the backend's own method: only the backend knows the packing and scales of its cache."""
+    if layer.layout.kv_lora_rank is None:
+        module.impl.do_kv_cache_update(module, key_NHD, value_NHD, module.kv_cache, slots_N)
+    else:
+        # As `MLAAttention` calls it: the latent has no dimension for heads, the rotated part of the keys has one.
+        module.impl.do_kv_cache_update(
+            key_NHD[:, 0], value_NHD, module.kv_cache, slots_N, module.kv_cache_dtype, module._k_scale
+        )
 
 
 def _checked_module(layer: CacheLayer, modules: dict[str, Any]) -> Any:

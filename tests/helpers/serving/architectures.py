@@ -98,6 +98,10 @@ class Served:
             assert tokens == expected, (adapter, len(prompt))
             assert logprobs == pytest.approx(theirs, abs=self.tolerance), (adapter, len(prompt))
 
+    def num_preemptions(self) -> int:
+        """Returns how often a request was preempted so far."""
+        return sum(int(metric.value) for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm

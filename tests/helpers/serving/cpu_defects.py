@@ -1,4 +1,4 @@
-"""Where vLLM's CPU build is wrong for recurrent layers in float32, and what tests do about it. No prefix is involved."""
+"""Where vLLM's CPU build is wrong in float32, and what tests do about it. No prefix is involved."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _mamba2_without_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _rotary_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's rotary kernel misreads queries of three dimensions, which LFM2 has: tokens differ without any prefix."""
+    """The CPU's rotary kernel misreads queries of three dimensions, which LFM2 and latent attention have: tokens differ without any prefix."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)

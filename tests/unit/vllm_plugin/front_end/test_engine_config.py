@@ -13,6 +13,7 @@ from vllm.utils import cpu_resource_utils
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from helpers.serving import support
+from helpers.tiny import tiny_config
 from vllm_plugin import prefix_adapters
 from vllm_plugin.adapters.validation import check_engine
 from vllm_plugin.errors import PrefixServeError
@@ -165,6 +166,41 @@ def test_mamba_is_refused(adapter: Path, tmp_path: Path) -> None:
     mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
     AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
     refused(tmp_path / "mamba", adapter, "do not support models without attention layers")
+
+
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "architectures": ["DeepseekV3ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "environment", "message"),
+    [
+        (
+            "deepseek_v3",
+            LATENT,
+            {"VLLM_MLA_DISABLE": "1"},
+            "do not support VLLM_MLA_DISABLE=1 with latent attention (MLA)",
+        ),
+        ("deepseek_v3", {**LATENT, "rope_interleave": False}, {}, 'do not support "rope_interleave": false'),
+        ("deepseek_v3", {**LATENT, "index_topk": 32}, {}, "do not support sparse attention with an indexer"),
+        ("deepseek_v3", LATENT, {}, "has 2 KV heads of size 32, and vLLM's cache has 1 of size 512"),
+    ],
+)
+def test_latents_that_are_not_those_of_a_prefix(
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    config: dict[str, Any],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    base = tiny_config(name, **config)
+    base.save_pretrained(tmp_path / name)
+    # With the fingerprint of the model, so that only its heads tell the adapter from one of this model.
+    prefix = support.random_prefix(CONFIG, 4)
+    refused(tmp_path / name, support.write_adapter(tmp_path / "one", base, prefix), message)
 
 
 def test_another_connector_runs_after_ours(model: Path, adapter: Path) -> None:
