@@ -31,8 +31,6 @@ def check_engine(vllm_config: Any) -> None:
         "models with Mamba or linear-attention layers": bool(
             model.is_hybrid or model.is_attention_free or model.has_inner_state
         ),
-        # With our connector's role the server would accept embeddings from clients, which can crash the engine.
-        "multimodal models": bool(model.is_multimodal_model),
         "diffusion models": bool(getattr(model, "is_diffusion", False)),
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
