@@ -36,6 +36,7 @@ class Prompt(NamedTuple):
     num_tokens: int | None
     cache_salt: str | None
     has_embeds: bool
+    has_media: bool
 
     @classmethod
     def of_input(cls, prompt: Any) -> Prompt | None:
@@ -48,6 +49,7 @@ class Prompt(NamedTuple):
             num_tokens=None if token_ids is None else len(token_ids),
             cache_salt=prompt.get("cache_salt"),
             has_embeds=prompt["type"] == "embeds" or PROMPT_EMBEDS in prompt.get("mm_placeholders", ()),
+            has_media=prompt["type"] == "multimodal",
         )
 
     @classmethod
@@ -58,6 +60,7 @@ class Prompt(NamedTuple):
             cache_salt=request.cache_salt,
             has_embeds=request.prompt_embeds is not None
             or any(feature.modality == PROMPT_EMBEDS for feature in request.mm_features or ()),
+            has_media=bool(request.mm_features),
         )
 
 
@@ -132,9 +135,9 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
     remaining = max_model_len - spec.num_virtual_tokens - prompt.num_tokens
     if remaining < 1:
         raise PrefixRequestError(
-            f"The prompt has {prompt.num_tokens} tokens, which with the {spec.num_virtual_tokens} virtual tokens of "
-            f"{adapter} leave no room for an output token in a context of {max_model_len}; shorten the prompt to at "
-            f"most {max_model_len - spec.num_virtual_tokens - 1} tokens."
+            f"The prompt has {prompt.num_tokens} tokens, {'media included, ' if prompt.has_media else ''}which with the "
+            f"{spec.num_virtual_tokens} virtual tokens of {adapter} leave no room for an output token in a context of "
+            f"{max_model_len}; shorten the prompt to at most {max_model_len - spec.num_virtual_tokens - 1} tokens."
         )
     if getattr(params, "min_tokens", 0) > remaining:
         raise PrefixRequestError(

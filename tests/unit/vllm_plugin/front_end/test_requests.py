@@ -23,7 +23,6 @@ def checks() -> list[tuple[Callable[[], requests.Prompt], Callable[[], Any], str
         (prompt(), PoolingParams, "pooling requests cannot use the prefix adapter 'p7'"),
         (prompt(has_embeds=True), SamplingParams, "`prompt_embeds` are not supported"),
         (prompt(num_tokens=None), SamplingParams, "`prompt_embeds` are not supported"),
-        (prompt(has_media=True), SamplingParams, "Images, audio and video are not supported"),
         (prompt(num_tokens=0), SamplingParams, "The prompt is empty"),
         (
             prompt(),
