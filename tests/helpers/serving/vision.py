@@ -107,9 +107,9 @@ class ServedVision:
 
 
 def model_inputs(processor: Any, prompt: Prompt) -> Any:
-    """Returns what `transformers` makes of a prompt with pictures."""
+    """Returns what `transformers` makes of a prompt, with or without pictures."""
     text = " ".join(processor.tokenizer.convert_ids_to_tokens(prompt.token_ids))
-    pictures = [picture(seed) for seed in prompt.pictures]
+    pictures = [picture(seed) for seed in prompt.pictures] or None
     return processor(text=[text], images=pictures, return_tensors="pt", add_special_tokens=False)
 
 
