@@ -49,7 +49,12 @@ _QWEN_VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-_QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+_QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
 _QWEN_WORDS = {IMAGE: "<|image_pad|>", START: "<|vision_start|>", END: "<|vision_end|>", VIDEO: "<|video_pad|>"}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
@@ -84,10 +89,16 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = WhitespaceSplit()
     own = {} if model.tokenizer is None else {"extra_special_tokens": model.tokenizer}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", unk_token="<unk>", chat_template=_chat(name), **own
+        tokenizer_object=backend,
+        bos_token="<s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=_chat(name),
+        **own,
     )
     fast.add_special_tokens(
-        {"additional_special_tokens": list(special.values())}, **({"replace_extra_special_tokens": False} if own else {})
+        {"additional_special_tokens": list(special.values())},
+        **({"replace_extra_special_tokens": False} if own else {}),
     )
     return fast
 
