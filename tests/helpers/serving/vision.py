@@ -146,9 +146,9 @@ def _text_only() -> list[Prompt]:
 
 
 def _with_pictures(name: str) -> list[Prompt]:
-    """Returns prompts of the same text with other pictures, or the same pictures swapped."""
+    """Returns prompts of the same text with other pictures, or the same pictures swapped, and one of text alone."""
     marker = VISION_MODELS[name].marker
-    prompts = []
+    prompts = [Prompt(_words(40, seed=40), ())]
     for length, pictures in ((3, (1,)), (3, (2,)), (40, (1,)), (40, (3, 4)), (40, (4, 3))):
         words = []
         for number, _ in enumerate(pictures):
