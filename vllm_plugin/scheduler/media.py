@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
+from typing import Any
 
 
-def moved(features: Sequence[MultiModalFeatureSpec], p: int) -> list[MultiModalFeatureSpec]:
-    """Returns copies of a prompt's media that stand `p` tokens further behind.
+def moved(features: Sequence[Any], p: int) -> list[Any]:
+    """Returns copies of a prompt's media, vLLM's `MultiModalFeatureSpec`, that stand `p` tokens further behind.
 
     The originals stay as they are: an engine in the front end's process shares them with it, and vLLM's processor cache
     shares their positions between requests.
@@ -22,7 +19,7 @@ def moved(features: Sequence[MultiModalFeatureSpec], p: int) -> list[MultiModalF
     ]
 
 
-def placeholder(prompt: Sequence[int], features: Sequence[MultiModalFeatureSpec]) -> int:
+def placeholder(prompt: Sequence[int], features: Sequence[Any]) -> int:
     """Returns the token of a prompt that stands for virtual tokens.
 
     It is one of the prompt's own. So the set of prompt tokens, which the repetition penalty uses, stays the same, and
