@@ -41,8 +41,6 @@ def check_engine(vllm_config: Any) -> None:
         # vLLM then caches keys and values, and a prefix holds latents.
         "VLLM_MLA_DISABLE=1 with latent attention (MLA)": bool(model.is_deepseek_mla and not model.use_mla),
         "models without attention layers": bool(model.is_attention_free),
-        # With our connector's role the server would accept embeddings from clients, which can crash the engine.
-        "multimodal models": bool(model.is_multimodal_model),
         "diffusion models": bool(getattr(model, "is_diffusion", False)),
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
