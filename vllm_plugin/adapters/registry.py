@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.kv_transfer_config import REGISTRY, settings_in
 
@@ -192,7 +194,7 @@ class Registry:
             else:
                 shapes = tuple(tuple(row) for row in change["shapes"])
                 shapes = self._shapes.setdefault(shapes, shapes)
-                spec = PrefixSpec(**change["spec"])
+                spec = msgspec.convert(change["spec"], PrefixSpec)
                 self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes)
         self._seen += len(lines)
         self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")

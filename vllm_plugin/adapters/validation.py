@@ -13,6 +13,7 @@ from peft_prefix_ext.checkpoint.compatibility import LayerShapes, compare_layers
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, magnitude
 from vllm_plugin.adapters.base_lora import confuses_slots
+from vllm_plugin.adapters.speculation import lossy_speculation
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 
@@ -36,12 +37,11 @@ def check_engine(vllm_config: Any) -> None:
         "diffusion models": bool(getattr(model, "is_diffusion", False)),
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        # Nothing fills the cache of a draft model for the prefix. N-grams come from token ids alone, and are verified.
-        "speculative decoding other than by n-grams": getattr(vllm_config.speculative_config, "method", "ngram")
-        != "ngram",
         "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
     }
     found = [feature for feature, present in refusals.items() if present]
+    if (drafts := lossy_speculation(vllm_config.speculative_config)) is not None:
+        found.append(drafts)
     if (processors := _unsupported_logits_processors(vllm_config)) is not None:
         found.append(processors)
     if found:
@@ -57,12 +57,16 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
-def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> None:
-    """Raises `PrefixServeError` if a prefix does not fit this engine's base model or its context.
+def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
+    """Raises `PrefixServeError` if a prefix does not fit a model or its context.
 
     This checks what the model's config says, before the engine starts; `check_shapes` checks the engine's layers.
+
+    Args:
+        name: The name of the adapter.
+        checkpoint: The prefix.
+        model: vLLM's `ModelConfig` of the base model, or of the draft model.
     """
-    model = vllm_config.model_config
     p = checkpoint.num_virtual_tokens
     if checkpoint.is_encoder_decoder:
         raise PrefixServeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,12 @@ def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
     return [LayerStack(group, block_size, tuple(alike)) for (group, block_size, *_), alike in stacks.items()]
 
 
-def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
+def cache_layers(kv_cache_config: Any, leave_out: Container[str] = ()) -> list[CacheLayer]:
     """Returns the layers of a `KVCacheConfig` that have a KV cache of their own.
+
+    Args:
+        kv_cache_config: The engine's `KVCacheConfig`.
+        leave_out: Names of layers to leave out; those of one model remain.
 
     Raises:
         PrefixServeError: If one of them is not a plain attention layer.
@@ -73,6 +77,8 @@ def cache_layers(kv_cache_config: Any) -> list[CacheLayer]:
     layers: dict[int, CacheLayer] = {}
     for group, entry in enumerate(kv_cache_config.kv_cache_groups):
         for name in entry.layer_names:
+            if name in leave_out:
+                continue
             # A group whose layers differ in shape has one spec per layer.
             spec = getattr(entry.kv_cache_spec, "kv_cache_specs", {}).get(name, entry.kv_cache_spec)
             plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
