@@ -28,7 +28,9 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """The log. vLLM's logger does not propagate by default."""
+    """The log. vLLM's logger does not propagate, as vLLM configures it on import."""
+    import vllm.logger  # noqa: F401
+
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
 
