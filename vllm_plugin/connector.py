@@ -86,6 +86,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         )
         self.writer = PrefixWriter(manager, modules)
         if draft_layers:
+            assert vllm_config.speculative_config is not None
             draft_tp_size = vllm_config.speculative_config.draft_parallel_config.tensor_parallel_size
             draft_manager = PrefixManager(
                 stacks_of(draft_layers),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from vllm_plugin.adapters.base_lora import confuses_slots
 from vllm_plugin.adapters.speculation import lossy_speculation
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
-
-# vLLM loads the logits processors of all installed packages, whatever its options are.
-LOGITS_PROCESSORS = "vllm.logits_processors"
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -42,8 +38,6 @@ def check_engine(vllm_config: Any) -> None:
     found = [feature for feature, present in refusals.items() if present]
     if (drafts := lossy_speculation(vllm_config.speculative_config)) is not None:
         found.append(drafts)
-    if (processors := _unsupported_logits_processors(vllm_config)) is not None:
-        found.append(processors)
     if found:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
     if vllm_config.lora_config is not None and confuses_slots():
@@ -135,22 +129,3 @@ def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:
         raise PrefixServeError(
             f"The prefix adapter name {taken[0]!r} is already the name of a model on this server; choose another name."
         )
-
-
-def _unsupported_logits_processors(vllm_config: Any) -> str | None:
-    """Returns a description of the custom logits processors that would see placeholders; None if none would.
-
-    In model runner V2 they read the runner's own buffers. In V1 `worker/logits_processors.py` shows them the real
-    prompt.
-    """
-    given = vllm_config.model_config.logits_processors or ()
-    names = [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in given]
-    names += [
-        f"{each.value}, of the entry points of an installed package" for each in entry_points(group=LOGITS_PROCESSORS)
-    ]
-    if not names or not vllm_config.use_v2_model_runner:
-        return None
-    return (
-        f"custom logits processors in model runner V2 ({'; '.join(names)}; with VLLM_USE_V2_MODEL_RUNNER=0 in the environment "
-        "they work)"
-    )
