@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
 from vllm_plugin.adapters.validation import check_shapes, check_states
 from vllm_plugin.errors import PrefixServeError
@@ -33,6 +34,7 @@ from vllm_plugin.patches.install import require
 from vllm_plugin.scheduler.scheduler import PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
+from vllm_plugin.worker.draft_layers import draft_layer_names, draft_loads, share_memory
 from vllm_plugin.worker.prefix_manager import PrefixManager
 from vllm_plugin.worker.state_layers import StateLayer, model_states, state_layers
 from vllm_plugin.worker.state_writer import StateWriter
@@ -56,6 +58,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         require(server=False)
         self.scheduler: PrefixScheduler | None = None
         self.writer: PrefixWriter | None = None
+        # Of prefixes that were trained on the draft model, if the engine has one.
+        self.draft_writer: PrefixWriter | None = None
         if role == KVConnectorRole.SCHEDULER:
             _check_only_engine(vllm_config)
             self.scheduler = PrefixScheduler(_block_size(kv_cache_config))
@@ -65,21 +69,45 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
         modules = vllm_config.compilation_config.static_forward_context
-        num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-        layers = cache_layers(kv_cache_config, cache_layout(vllm_config.model_config))
-        recurrent = state_layers(kv_cache_config, modules, num_layers)
+        names = {name for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
+        draft_names = draft_layer_names(vllm_config, kv_cache_config, modules)
+        model = vllm_config.model_config
+        layers = cache_layers(kv_cache_config, cache_layout(model), leave_out=draft_names)
+        recurrent = state_layers(
+            kv_cache_config, modules, model.hf_text_config.num_hidden_layers, leave_out=draft_names
+        )
         _check_and_publish(vllm_config, layers, recurrent, tp_rank)
+        draft_layers: list[CacheLayer] = []
+        if (draft := draft_model(vllm_config)) is not None:
+            draft_layers = cache_layers(kv_cache_config, cache_layout(draft), leave_out=names - draft_names)
+        device_memory, draft_memory = share_memory(
+            self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY), layers, draft_layers
+        )
         manager = PrefixManager(
             stacks_of(layers),
             tp_rank=tp_rank,
             tp_size=tp_size,
             dtype=dtype,
             device=device,
-            device_memory=self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY),
+            device_memory=device_memory,
             state_layers=recurrent,
         )
         states = StateWriter(recurrent, modules, device) if recurrent else None
         self.writer = PrefixWriter(manager, modules, states)
+        if draft_layers:
+            assert vllm_config.speculative_config is not None
+            draft_tp_size = vllm_config.speculative_config.draft_parallel_config.tensor_parallel_size
+            draft_manager = PrefixManager(
+                stacks_of(draft_layers),
+                # A draft model that is not split is whole on each rank.
+                tp_rank=tp_rank if draft_tp_size > 1 else 0,
+                tp_size=draft_tp_size,
+                dtype=dtype,
+                device=device,
+                device_memory=draft_memory,
+                without="fewer drafts of its requests are accepted",
+            )
+            self.draft_writer = PrefixWriter(draft_manager, modules)
 
     # Scheduler side
 
@@ -137,6 +165,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         if metadata.loads:
             assert self.writer is not None
             self.writer.write(metadata.loads)
+            if self.draft_writer is not None and (loads := draft_loads(metadata.loads)):
+                self.draft_writer.write(loads)
+                # Drafts without a prefix are rejected, not wrong: their requests go on.
+                self.draft_writer.take_unwritten()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         assert self.writer is not None

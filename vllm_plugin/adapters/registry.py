@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from peft_prefix_ext.checkpoint.compatibility import StateShape
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.kv_transfer_config import REGISTRY, settings_in
@@ -210,7 +212,7 @@ class Registry:
                 shapes = self._shapes.setdefault(shapes, shapes)
                 states = _state_shapes(change["states"])
                 states = self._shapes.setdefault(states, states)
-                spec = PrefixSpec(**change["spec"])
+                spec = msgspec.convert(change["spec"], PrefixSpec)
                 self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes, states)
         self._seen += len(lines)
         self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")

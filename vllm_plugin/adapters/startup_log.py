@@ -37,13 +37,14 @@ def log_adapters(adapters: Sequence[Adapter], block_size: int, itemsize: int) ->
     for adapter in adapters[: MAX_LINES if len(adapters) <= MAX_LINES else 0]:
         p = adapter.spec.num_virtual_tokens
         logger.info(
-            "Prefix adapter %r: %d virtual tokens, %d layers%s, %.2f MiB, %s.",
+            "Prefix adapter %r: %d virtual tokens, %d layers%s, %.2f MiB, %s%s.",
             adapter.spec.name,
             p,
             len(adapter.shapes),
             f" and the states of {len({state.layer for state in adapter.states})}" if adapter.states else "",
             num_bytes(adapter, itemsize) / 2**20,
             f"a tail of {p % block_size} tokens" if p % block_size else "aligned",
+            "" if adapter.spec.draft is None else ", with a prefix for the draft model",
         )
     if len(adapters) > MAX_LINES:
         logger.info(

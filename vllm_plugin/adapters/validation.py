@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import LayerState, PrefixCheckpoint, PrefixCheckpointError, magnitude
 from vllm_plugin.adapters.base_lora import confuses_slots
 from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
+from vllm_plugin.adapters.speculation import lossy_speculation
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 
-# vLLM loads the logits processors of all installed packages, whatever its options are.
-LOGITS_PROCESSORS = "vllm.logits_processors"
 # Fields of the config of models whose queries read only what an indexer selects from a cache of its own: DeepSeek-V3.2
 # and GLM-DSA, DeepSeek-V4.
 INDEXER = ("index_topk", "compress_ratios")
@@ -44,14 +42,11 @@ def check_engine(vllm_config: Any) -> None:
         "diffusion models": bool(getattr(model, "is_diffusion", False)),
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        # Nothing fills the cache of a draft model for the prefix. N-grams come from token ids alone, and are verified.
-        "speculative decoding other than by n-grams": getattr(vllm_config.speculative_config, "method", "ngram")
-        != "ngram",
         "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
     }
     found = [feature for feature, present in refusals.items() if present]
-    if (processors := _unsupported_logits_processors(vllm_config)) is not None:
-        found.append(processors)
+    if (drafts := lossy_speculation(vllm_config.speculative_config)) is not None:
+        found.append(drafts)
     if found:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
     cache_layout(model)
@@ -66,12 +61,16 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
-def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> None:
-    """Raises `PrefixServeError` if a prefix does not fit this engine's base model or its context.
+def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
+    """Raises `PrefixServeError` if a prefix does not fit a model or its context.
 
     This checks what the model's config says, before the engine starts; `check_shapes` checks the engine's layers.
+
+    Args:
+        name: The name of the adapter.
+        checkpoint: The prefix.
+        model: vLLM's `ModelConfig` of the base model, or of the draft model.
     """
-    model = vllm_config.model_config
     p = checkpoint.num_virtual_tokens
     if checkpoint.is_encoder_decoder:
         raise PrefixServeError(
@@ -165,22 +164,3 @@ def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:
         raise PrefixServeError(
             f"The prefix adapter name {taken[0]!r} is already the name of a model on this server; choose another name."
         )
-
-
-def _unsupported_logits_processors(vllm_config: Any) -> str | None:
-    """Returns a description of the custom logits processors that would see placeholders; None if none would.
-
-    In model runner V2 they read the runner's own buffers. In V1 `worker/logits_processors.py` shows them the real
-    prompt.
-    """
-    given = vllm_config.model_config.logits_processors or ()
-    names = [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in given]
-    names += [
-        f"{each.value}, of the entry points of an installed package" for each in entry_points(group=LOGITS_PROCESSORS)
-    ]
-    if not names or not vllm_config.use_v2_model_runner:
-        return None
-    return (
-        f"custom logits processors in model runner V2 ({'; '.join(names)}; with VLLM_USE_V2_MODEL_RUNNER=0 in the environment "
-        "they work)"
-    )

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_plugin.adapters.loading import open_adapters
 from vllm_plugin.adapters.options import AdapterOption, check_unique
 from vllm_plugin.adapters.registry import make_folder, registry_at
+from vllm_plugin.adapters.speculation import warn_of_drafts
 from vllm_plugin.adapters.validation import check_engine, check_served_names
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end.cpu_cores import keep_cores
@@ -80,7 +81,9 @@ def create(engine_args: Any, create_engine_config: Callable[[], Any]) -> Any:
     keep_cores(vllm_config)
     # Otherwise another process of this server has added them.
     if registry.is_new:
-        registry.add(open_adapters(adapters, vllm_config))
+        opened = open_adapters(adapters, vllm_config)
+        registry.add(opened)
+        warn_of_drafts((adapter.spec for adapter in opened), vllm_config)
     return vllm_config
 
 

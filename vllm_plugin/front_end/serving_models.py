@@ -101,12 +101,13 @@ class PrefixModels:
             for adapter in self._registry.adapters()
         ]
 
-    async def load(self, name: str, path: str, *, replace: bool) -> ErrorResponse | str:
+    async def load(self, name: str, path: str, *, draft_path: str | None = None, replace: bool) -> ErrorResponse | str:
         """Reads, checks and adds an adapter. If anything fails, nothing changes.
 
         Args:
             name: The name that requests use.
             path: Folder or Hub repository, as on the command line.
+            draft_path: The prefix for the draft model, if any.
             replace: Whether to replace an adapter that has this name.
         """
         if not name or not path:
@@ -124,7 +125,8 @@ class PrefixModels:
             check_name(name)
             # In a thread: it reads and hashes a file, or downloads it, and must not block running requests.
             async with self._load_limit:
-                adapter = await asyncio.to_thread(open_adapter, AdapterOption(name, path), self._config, self._registry)
+                option = AdapterOption(name, path, draft_path=draft_path or None)
+                adapter = await asyncio.to_thread(open_adapter, option, self._config, self._registry)
             await base_lora.load(self._engine, [adapter.spec])
             if self._warms_up:
                 await warm_up(self._engine, [adapter.spec])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,12 +73,15 @@ def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
     return [LayerStack(group, block_size, tuple(alike)) for (group, block_size, *_), alike in stacks.items()]
 
 
-def cache_layers(kv_cache_config: Any, layout: CacheLayout = AS_TRANSFORMERS) -> list[CacheLayer]:
+def cache_layers(
+    kv_cache_config: Any, layout: CacheLayout = AS_TRANSFORMERS, leave_out: Container[str] = ()
+) -> list[CacheLayer]:
     """Returns the layers of a `KVCacheConfig` that have a KV cache of their own; `state_layers` returns the others.
 
     Args:
-        kv_cache_config: vLLM's `KVCacheConfig`.
+        kv_cache_config: The engine's `KVCacheConfig`.
         layout: How vLLM caches the layers of this model.
+        leave_out: Names of layers to leave out; those of one model remain.
 
     Raises:
         PrefixServeError: If one of them is not an attention layer of that layout.
@@ -90,7 +93,7 @@ def cache_layers(kv_cache_config: Any, layout: CacheLayout = AS_TRANSFORMERS) ->
     layers: dict[int, CacheLayer] = {}
     for group, entry in enumerate(kv_cache_config.kv_cache_groups):
         for name, spec in specs_of(entry).items():
-            if is_recurrent(spec):
+            if name in leave_out or is_recurrent(spec):
                 continue
             if type(spec) not in supported:
                 raise PrefixServeError(

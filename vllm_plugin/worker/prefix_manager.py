@@ -111,6 +111,7 @@ class PrefixManager:
         device_memory: Memory for prefixes there, in bytes. A prefix that does not fit is copied from the host each
             time.
         state_layers: The recurrent layers on this worker.
+        without: What becomes of the requests of a prefix that cannot be read, for the log.
     """
 
     def __init__(
@@ -123,11 +124,13 @@ class PrefixManager:
         device: torch.device,
         device_memory: int,
         state_layers: Sequence[StateLayer] = (),
+        without: str = "its requests fail",
     ) -> None:
         self.stacks, self.device = stacks, device
         self._state_layers = state_layers
         self._tp_rank, self._tp_size = tp_rank, tp_size
         self._dtype = dtype
+        self._without = without
         self._on_device = LRUPool(device_memory)
         # On CPU, the device is the host.
         self._on_host = LRUPool(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
@@ -193,11 +196,11 @@ class PrefixManager:
                 if self._on_host.make_room(prefix.nbytes, keep):
                     self._on_host.put(spec.digest, prefix)
         except PrefixServeError as error:
-            logger.error("%s Its requests fail.", error)
+            logger.error("%s %s.", error, self._without.capitalize())
             return None
         except Exception:
             # Any error affects only requests with this prefix. The engine continues.
-            logger.exception("Prefix adapter %r cannot be read; its requests fail.", spec.name)
+            logger.exception("Prefix adapter %r cannot be read; %s.", spec.name, self._without)
             return None
         if self._on_device.make_room(prefix.nbytes, keep):
             try:

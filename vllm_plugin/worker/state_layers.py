@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,16 @@ def is_recurrent(spec: Any) -> bool:
     return isinstance(spec, MambaSpec)
 
 
-def state_layers(kv_cache_config: Any, modules: Mapping[str, Any], num_layers: int) -> list[StateLayer]:
+def state_layers(
+    kv_cache_config: Any, modules: Mapping[str, Any], num_layers: int, leave_out: Container[str] = ()
+) -> list[StateLayer]:
     """Returns the recurrent layers of a `KVCacheConfig`; none for most models.
 
     Args:
         kv_cache_config: vLLM's `KVCacheConfig`.
         modules: vLLM's modules by layer name.
         num_layers: Layers of the model.
+        leave_out: Names of layers to leave out: those of a model that drafts.
 
     Raises:
         PrefixServeError: If the states of a layer cannot be written.
@@ -60,7 +63,7 @@ def state_layers(kv_cache_config: Any, modules: Mapping[str, Any], num_layers: i
     layers = []
     for group, entry in enumerate(kv_cache_config.kv_cache_groups):
         for name, spec in specs_of(entry).items():
-            if not is_recurrent(spec):
+            if name in leave_out or not is_recurrent(spec):
                 continue
             module = modules.get(name)
             mixer = type(module).__name__

@@ -35,6 +35,12 @@ def test_one_line_per_adapter_and_better_lengths(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_prefix_for_the_draft_model(caplog: pytest.LogCaptureFixture) -> None:
+    draft = PrefixSpec("a", "", "", 64, "")
+    (line,) = lines(caplog, Adapter(PrefixSpec("a", "", "", 64, "", draft=draft), None, SHAPES))
+    assert line.endswith("aligned, with a prefix for the draft model.")
+
+
 def test_many_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
     first, second = lines(caplog, *(adapter(33, str(number)) for number in range(MAX_LINES + 1)))
     assert first == "21 prefix adapters: 693 virtual tokens, 0.30 MiB."

@@ -128,10 +128,6 @@ def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path)
         ({"max_model_len": 5}, "has 4 virtual tokens, which leaves no room in a context of 5"),
         ({"served_model_name": ["base", "one"]}, "'one' is already the name of a model"),
         ({"runner": "pooling"}, "do not support pooling models"),
-        (
-            {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
-            "do not support speculative decoding other than by n-grams",
-        ),
         ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "do not support context parallelism"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size replaces the KV connector"),
         (
@@ -141,8 +137,6 @@ def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path)
     ],
 )
 def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, Any], message: str) -> None:
-    if draft := settings.get("speculative_config"):
-        settings = {"speculative_config": {**draft, "model": str(model)}}
     refused(model, adapter, message, **settings)
 
 
