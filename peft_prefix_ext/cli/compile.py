@@ -32,22 +32,24 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    chats = [source for source in args.sources if source.endswith(".json")]
+    if chats and (args.system or len(args.sources) > 1):
+        args.parser.error("a .json file is a whole chat: give it alone, without --system")
     from peft_prefix_ext.checkpoint.writer import check_place
     from peft_prefix_ext.distillation.compile import compile_context
-    from peft_prefix_ext.distillation.context import SEPARATOR, chat_context, read_sources, text_context
+    from peft_prefix_ext.distillation.context import SEPARATOR, chat_context, read_messages, read_text, text_context
 
     check_place(args.out, ["PREFIX_EXT"])
-    found = read_sources(args.sources)
     tokenizer = _load_tokenizer(args.tokenizer or args.base)
-    texts = [text for text in found if isinstance(text, str)]
-    if args.system and not texts:
-        args.parser.error("--system takes text files; the messages in a .json file have roles of their own")
-    if args.system:
-        context = chat_context(tokenizer, [{"role": "system", "content": SEPARATOR.join(texts)}], args.sources[0])
-    elif texts:
-        context = text_context(tokenizer, texts, args.sources)
+    if chats:
+        context = chat_context(tokenizer, read_messages(chats[0]), chats[0])
     else:
-        context = chat_context(tokenizer, found, args.sources[0])
+        texts = [read_text(path) for path in args.sources]
+        if args.system:
+            system = {"role": "system", "content": SEPARATOR.join(texts)}
+            context = chat_context(tokenizer, [system], " ".join(args.sources))
+        else:
+            context = text_context(tokenizer, texts, args.sources)
     prefix = compile_context(load_base(args), context, args.out)
     print_summary(prefix)
     print(f"  {'saves':<12}{prefix.num_virtual_tokens} tokens to send, tokenize and prefill in each request")

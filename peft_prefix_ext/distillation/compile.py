@@ -45,7 +45,7 @@ def compile_context(model: PreTrainedModel, context: Context, folder: str | Path
     prefixed = get_peft_model(model, config)
     try:
         with replacing(Path(folder)) as new:
-            prefixed.save_pretrained(new)
+            prefixed.save_pretrained(str(new))
             if context.chat_template is not None:
                 (new / CHAT_TEMPLATE_NAME).write_text(context.chat_template, encoding="utf-8")
     finally:

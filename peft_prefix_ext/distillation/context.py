@@ -72,22 +72,14 @@ def chat_context(tokenizer: PreTrainedTokenizerBase, messages: Messages, name: s
     return Context(ids, _hashes([json.dumps(messages, sort_keys=True)], [name]), template)
 
 
-def read_sources(paths: Sequence[str | Path]) -> list[str] | Messages:
-    """Reads text files as texts, or one JSON file as the opening messages of a chat.
+def read_messages(path: str | Path) -> Messages:
+    """Reads the opening messages of a chat from a JSON file: a list of them, or an object with `messages`.
 
     Raises:
-        ValueError: If a file cannot be read, or holds something else.
+        ValueError: If the file holds something else.
     """
-    if any(Path(path).suffix == ".json" for path in paths):
-        if len(paths) > 1:
-            raise ValueError("A chat is one .json file: give it alone, or give text files only.")
-        return _read_messages(Path(paths[0]))
-    return [_read_text(Path(path)) for path in paths]
-
-
-def _read_messages(path: Path) -> Messages:
     try:
-        found = json.loads(_read_text(path))
+        found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from error
     messages = found.get("messages") if isinstance(found, dict) else found
@@ -99,9 +91,14 @@ def _read_messages(path: Path) -> Messages:
     return list(messages)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        ValueError: If it is not in UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8; convert it first.") from error
 

@@ -13,7 +13,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from peft_prefix_ext.cli import main
 from peft_prefix_ext.distillation.chat_template import CHAT_TEMPLATE_NAME
 from peft_prefix_ext.distillation.compile import compile_context
-from peft_prefix_ext.distillation.context import chat_context, read_sources, text_context
+from peft_prefix_ext.distillation.context import chat_context, read_messages, read_text, text_context
 
 VOCABULARY = {"vocab_size": 300}
 # Both write a default system message where there is none; the second strips contents, and uses macros and namespaces.
@@ -160,16 +160,15 @@ def test_sources(tmp_path):
     (tmp_path / "other.json").write_text('{"text": "Aromi"}')
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
-    assert read_sources([tmp_path / "a.txt", tmp_path / "a.txt"]) == ["Aromi", "Aromi"]
-    assert read_sources([tmp_path / "chat.json"]) == OPENINGS[1]
-    for names, message in {
-        ("chat.json", "a.txt"): "give it alone",
-        ("other.json",): "must hold messages",
-        ("broken.json",): "is not JSON",
-        ("latin.txt",): "not a text in UTF-8",
+    assert read_text(tmp_path / "a.txt") == "Aromi"
+    assert read_messages(tmp_path / "chat.json") == OPENINGS[1]
+    for name, message in {
+        "other.json": "must hold messages",
+        "broken.json": "is not JSON",
+        "latin.txt": "not a text in UTF-8",
     }.items():
         with pytest.raises(ValueError, match=message):
-            read_sources([tmp_path / name for name in names])
+            read_messages(tmp_path / name)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -197,7 +196,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text(" ")
     refused("empty.txt is empty", "empty.txt")
     (tmp_path / "chat.json").write_text(json.dumps(OPENINGS[0]))
-    refused("--system takes text files", "chat.json", "--system")
+    refused("a .json file is a whole chat", "chat.json", "--system")
+    refused("a .json file is a whole chat", "chat.json", "empty.txt")
     refused("There is no tokenizer at 'nowhere'", "handbook.txt", "--tokenizer", "nowhere")
     (tmp_path / "long.txt").write_text("Aromi serves Italian food. " * 200)
     refused("512", "long.txt")
