@@ -2,7 +2,8 @@
 
 A chat template writes more than the messages: a default system message, a beginning-of-sequence token, the date. Behind a
 prefix that holds the opening of a chat, all this would stand there twice. So an adapter brings a template of its own. It
-puts the opening before the messages, renders them by the model's template, and cuts the opening off again:
+puts the opening before the messages, renders them by the model's template, and cuts the opening off again. What would change
+the opening itself, such as tools, is refused:
 
     tokenizer.apply_chat_template(messages, chat_template=Path(folder, CHAT_TEMPLATE_NAME).read_text())
 """
@@ -18,6 +19,10 @@ from peft_prefix_ext.initialization.tokens import apply_chat_template
 
 # Not `chat_template.jinja`, which trainers write beside adapters, and which is the base model's.
 CHAT_TEMPLATE_NAME = "prefix_chat_template.jinja"
+OTHER_OPENING = (
+    "This prefix stands for the opening of a chat, which tools or other arguments of the chat template would change; send the "
+    "request without them, or to the base model."
+)
 # Two first messages of a client, which have no word in common.
 _PROBES = ("Hello there.", "Why is it so?")
 
@@ -54,8 +59,11 @@ def continuation_template(tokenizer: PreTrainedTokenizerBase, messages: list[dic
     # The expressions keep the whitespace at both ends of the template: Jinja strips it next to a block.
     wrapped = (
         f"{{% set messages = {_literal(messages)} + messages %}}"
+        f"{{% set prefix_ext_opening = {_literal(rendered)} %}}"
         f"{{% set prefix_ext_rendered %}}{{{{ '' }}}}{template}{{{{ '' }}}}{{% endset %}}"
-        f"{{{{ prefix_ext_rendered[{len(rendered)}:] }}}}"
+        "{% if not prefix_ext_rendered.startswith(prefix_ext_opening) %}"
+        f"{{{{ raise_exception({_literal(OTHER_OPENING)}) }}}}{{% endif %}}"
+        "{{ prefix_ext_rendered[prefix_ext_opening|length:] }}"
     )
     for probe in _PROBES:
         question = [{"role": "user", "content": probe}]

@@ -82,7 +82,7 @@ def read_messages(path: str | Path) -> Messages:
         found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from error
-    messages = found.get("messages") if isinstance(found, dict) else found
+    messages: Any = found.get("messages") if isinstance(found, dict) else found
     well_formed = isinstance(messages, list) and all(
         isinstance(each, dict) and isinstance(each.get("role"), str) and "content" in each for each in messages
     )

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 
 from helpers.tiny import tiny_model, tiny_tokenizer
@@ -112,6 +113,17 @@ def test_a_chat_goes_on_after_its_opening(template, messages, tmp_path):
         expected = base(torch.tensor([whole])).logits[:, len(context.token_ids) :]
         got = PeftModel.from_pretrained(base, tmp_path).eval()(torch.tensor([after])).logits
     assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_what_would_change_the_opening_is_refused():
+    """Tools stand in the system message of most templates, which the prefix has without them."""
+    tokenizer = tokenizer_with("{{ tools | length if tools }}" + CHATML)
+    context = chat_context(tokenizer, OPENINGS[0])
+    question = [{"role": "user", "content": "What is it?"}]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    assert tokenizer.apply_chat_template(question, chat_template=context.chat_template, tokenize=False)
+    with pytest.raises(TemplateError, match="which tools or other arguments of the chat template would change"):
+        tokenizer.apply_chat_template(question, tools=[tool], chat_template=context.chat_template, tokenize=False)
 
 
 def test_a_text_takes_the_place_of_a_chat(tmp_path):
