@@ -119,8 +119,8 @@ class PrefixExtConfig(PeftConfig):
             Whether `save_pretrained` keeps the MLP beside the K/V, so that training can continue from the checkpoint.
             Serving does not need it.
         context (`dict`, *optional*):
-            Set by `prefix-ext compile`: the SHA-256 of each source of the context that the prefix stands for, and of the chat
-            template behind it.
+            Set by `prefix-ext compile`: the context that the prefix stands for, with the SHA-256 of each of its `sources`, and
+            the `chat_template` of the messages behind it.
         init_report (`str`, *optional*):
             Set by the tuner: what the prefix was initialized from.
         prefix_layers (`list[dict]`, *optional*):
@@ -204,7 +204,7 @@ class PrefixExtConfig(PeftConfig):
         default=True, metadata={"help": "Whether to save the MLP, so that training can continue."}
     )
     context: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Set by `prefix-ext compile`: the hashes of the context it stands for."}
+        default=None, metadata={"help": "Set by `prefix-ext compile`: the context that the prefix stands for."}
     )
     init_report: str | None = field(
         default=None, metadata={"help": "Set by the tuner: what the prefix was initialized from."}

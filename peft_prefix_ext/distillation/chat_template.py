@@ -5,7 +5,9 @@ prefix that holds the opening of a chat, all this would stand there twice. So an
 puts the opening before the messages, renders them by the model's template, and cuts the opening off again. What would change
 the opening itself, such as tools, is refused:
 
-    tokenizer.apply_chat_template(messages, chat_template=Path(folder, CHAT_TEMPLATE_NAME).read_text())
+    tokenizer.apply_chat_template(messages, chat_template=prefix.chat_template)
+
+It is kept in the adapter's config, so that it goes wherever the adapter goes.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.initialization.tokens import apply_chat_template
 
-# Not `chat_template.jinja`, which trainers write beside adapters, and which is the base model's.
-CHAT_TEMPLATE_NAME = "prefix_chat_template.jinja"
 OTHER_OPENING = (
     "This prefix stands for the opening of a chat, which tools or other arguments of the chat template would change; send the "
     "request without them, or to the base model."

@@ -11,8 +11,8 @@ from jinja2 import TemplateError
 from peft import PeftModel
 
 from helpers.tiny import tiny_model, tiny_tokenizer
+from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.cli import main
-from peft_prefix_ext.distillation.chat_template import CHAT_TEMPLATE_NAME
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import chat_context, read_messages, read_text, text_context
 
@@ -96,8 +96,7 @@ def test_a_chat_goes_on_after_its_opening(template, messages, tmp_path):
     context = chat_context(tokenizer, messages)
     base = tiny_model("llama", vocab_size=len(tokenizer))
     prefix = compile_context(base, context, tmp_path)
-    own = (tmp_path / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8")
-    assert hashlib.sha256(own.encode()).hexdigest() == prefix.config["context"]["chat_template"]
+    own = prefix.chat_template
     turns = [
         {"role": "user", "content": " What is it?\n"},
         {"role": "assistant", "content": "A {{ place }}."},
@@ -130,9 +129,16 @@ def test_a_text_takes_the_place_of_a_chat(tmp_path):
     tokenizer = tokenizer_with(CHATML)
     base = tiny_model("llama", vocab_size=len(tokenizer))
     compile_context(base, chat_context(tokenizer, OPENINGS[0]), tmp_path)
-    assert (tmp_path / CHAT_TEMPLATE_NAME).exists()
-    compile_context(base, text_context(tokenizer, ["Aromi"]), tmp_path)
-    assert not (tmp_path / CHAT_TEMPLATE_NAME).exists()
+    assert read_prefix(tmp_path).chat_template
+    assert compile_context(base, text_context(tokenizer, ["Aromi"]), tmp_path).chat_template is None
+
+
+def test_the_template_goes_where_the_adapter_goes(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    base = tiny_model("llama", vocab_size=len(tokenizer))
+    prefix = compile_context(base, chat_context(tokenizer, OPENINGS[0]), tmp_path / "first")
+    PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True).save_pretrained(tmp_path / "second")
+    assert read_prefix(tmp_path / "second").chat_template == prefix.chat_template
 
 
 @pytest.mark.parametrize(
@@ -195,7 +201,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     count = config["num_virtual_tokens"]
     assert f"{count} virtual tokens" in out
     assert f"saves       {count} tokens to send, tokenize and prefill in each request" in out
-    assert (tmp_path / "handbook" / CHAT_TEMPLATE_NAME).exists()
+    assert config["context"]["chat_template"]
 
     def refused(message, *arguments):
         with pytest.raises(SystemExit) as raised:
