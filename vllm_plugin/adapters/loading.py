@@ -86,7 +86,7 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, layers: Shapes | None
         digest=digest_of(checkpoint),
         **find_base_lora(name, checkpoint, vllm_config),
     )
-    return Adapter(spec, option.base_model_name, checkpoint.layer_shapes)
+    return Adapter(spec, option.base_model_name, checkpoint.layer_shapes, checkpoint.chat_template)
 
 
 def reload(spec: PrefixSpec) -> PrefixCheckpoint:

@@ -44,11 +44,13 @@ class Adapter:
         spec: What its requests carry to the engine.
         base_model_name: The served model that `/v1/models` lists as its parent, if the operator named one.
         shapes: The shapes of its layers.
+        chat_template: The chat template of the messages behind it, if it stands for the opening of a chat.
     """
 
     spec: PrefixSpec
     base_model_name: str | None
     shapes: Shapes
+    chat_template: str | None = None
 
 
 class Registry:
@@ -102,6 +104,7 @@ class Registry:
                     "spec": dataclasses.asdict(adapter.spec),
                     "base_model_name": adapter.base_model_name,
                     "shapes": adapter.shapes,
+                    "chat_template": adapter.chat_template,
                 }
                 for name, adapter in new.items()
             )
@@ -193,7 +196,9 @@ class Registry:
                 shapes = tuple(tuple(row) for row in change["shapes"])
                 shapes = self._shapes.setdefault(shapes, shapes)
                 spec = PrefixSpec(**change["spec"])
-                self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes)
+                self._adapters[change["name"]] = Adapter(
+                    spec, change["base_model_name"], shapes, change["chat_template"]
+                )
         self._seen += len(lines)
         self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")
 
