@@ -22,10 +22,9 @@ OPENING = [
 ]
 TEXT = text_of(prompt_ids(64, seed=4))
 TURNS = [{"role": "user", "content": text_of(prompt_ids(5, seed=seed))} for seed in (5, 6)]
+WHOLE = {"ignore_eos": True, "skip_special_tokens": False}
 # Unlike the server's own template, it writes something before the first message, as most do.
-TEMPLATE = (
-    "{{ 'w9 w8 ' }}{% for message in messages %}{{ message['content'] }} {% endfor %}{{ tools | length if tools }}"
-)
+TEMPLATE = "{{ tools | length if tools }}w9 w8 {% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def compiled(client: Any, server_folder: Path, tokenizer: Any) -> Iterator[None]
 def chat(client: Any, model: str, messages: list[dict[str, str]], **extra: Any) -> tuple[str, int]:
     """Returns the answer and the number of tokens in the prompt."""
     response = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=8, temperature=0, extra_body={"ignore_eos": True, **extra}
+        model=model, messages=messages, max_tokens=8, temperature=0, extra_body={**WHOLE, **extra}
     )
     return response.choices[0].message.content, response.usage.prompt_tokens
 
