@@ -90,7 +90,9 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, registry: Registry | 
         draft=None if option.draft_path is None else _open_draft(option, checkpoint.num_virtual_tokens, vllm_config),
         **find_base_lora(name, checkpoint, vllm_config),
     )
-    return Adapter(spec, option.base_model_name, checkpoint.layer_shapes, checkpoint.state_shapes)
+    return Adapter(
+        spec, option.base_model_name, checkpoint.layer_shapes, checkpoint.state_shapes, checkpoint.chat_template
+    )
 
 
 def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any) -> PrefixSpec:

@@ -49,12 +49,14 @@ class Adapter:
         base_model_name: The served model that `/v1/models` lists as its parent, if the operator named one.
         shapes: The shapes of its layers.
         states: The shapes of its states of recurrent layers; empty if these start from zero.
+        chat_template: The chat template of the messages behind it, if it stands for the opening of a chat.
     """
 
     spec: PrefixSpec
     base_model_name: str | None
     shapes: Shapes
     states: StateShapes = ()
+    chat_template: str | None = None
 
 
 class Registry:
@@ -109,6 +111,7 @@ class Registry:
                     "base_model_name": adapter.base_model_name,
                     "shapes": adapter.shapes,
                     "states": adapter.states,
+                    "chat_template": adapter.chat_template,
                 }
                 for name, adapter in new.items()
             )
@@ -213,7 +216,9 @@ class Registry:
                 states = _state_shapes(change["states"])
                 states = self._shapes.setdefault(states, states)
                 spec = msgspec.convert(change["spec"], PrefixSpec)
-                self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes, states)
+                self._adapters[change["name"]] = Adapter(
+                    spec, change["base_model_name"], shapes, states, change["chat_template"]
+                )
         self._seen += len(lines)
         self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")
 

@@ -65,6 +65,11 @@ class PrefixModels:
         adapter = self._registry.get(name) if name else None
         return None if adapter is None else adapter.spec
 
+    def chat_template(self, name: str | None) -> str | None:
+        """Returns the chat template of the messages behind the adapter called `name`; None for the model's own."""
+        adapter = self._registry.get(name) if name else None
+        return None if adapter is None else adapter.chat_template
+
     def request(self, name: str | None) -> PrefixAdapterRequest | None:
         """Returns the `lora_request` for the adapter called `name`; None if there is none."""
         spec = self.spec(name)
