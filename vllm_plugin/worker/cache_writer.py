@@ -13,14 +13,12 @@ import torch
 
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
-from vllm_plugin.metadata import PrefixLoad
+from vllm_plugin.metadata import NULL_BLOCK, PrefixLoad
 from vllm_plugin.metrics import RESIDENT, PrefixStats
 from vllm_plugin.worker.cache_layers import CacheLayer, LayerStack
 from vllm_plugin.worker.prefix_manager import PrefixKV, PrefixManager
 from vllm_plugin.worker.state_writer import StateWriter
 
-# vLLM's block id for positions that have left a sliding window.
-NULL_BLOCK = 0
 # The loads of a step are gathered for as many layers at a time as fit into this.
 GATHERED_BYTES = 64 << 20
 

@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 
-from vllm_plugin.metadata import PrefixLoad
+from vllm_plugin.metadata import NULL_BLOCK, PrefixLoad
 from vllm_plugin.worker.prefix_manager import PrefixKV
 from vllm_plugin.worker.state_layers import StateLayer
-
-# vLLM's block id for states that are not kept.
-NULL_BLOCK = 0
 
 
 class StateWriter:
