@@ -80,7 +80,8 @@ async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> A
             request.truncate_prompt_tokens = limit
         elif hasattr(request, "truncation"):
             request.prefix_prompt_limit = limit
-        if hasattr(request, "build_chat_params") and (template := prefixes.chat_template(request.model)) is not None:
+        template = instance.models.prefix_models.chat_template(request.model)
+        if template is not None and hasattr(request, "build_chat_params"):
             request.prefix_chat_template = TrustedTemplate(template)
     refusal = await wrapped(*args, **kwargs)
     return refusal if refusal is None or prefixes is None else prefixes.with_names(refusal)
