@@ -44,6 +44,10 @@ class Release:
         """Returns the parameters of `module:qualified.name` without their types; None if there is no such function."""
         module, _, qualified = name.partition(":")
         node: Any = self._module(module)
+        for each in [] if node is None else node.body:
+            # A package may import the function from one of its modules.
+            if isinstance(each, ast.ImportFrom) and qualified in (alias.asname or alias.name for alias in each.names):
+                return self.signature(f"{each.module}:{qualified}")
         for part in qualified.split("."):
             body = [] if node is None else node.body
             node = next((each for each in body if getattr(each, "name", None) == part), None)

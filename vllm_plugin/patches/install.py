@@ -183,8 +183,9 @@ START_PATCHES = (
         ("request",),
         _load_lora_adapter,
     ),
+    # The runner imports it from this package, which modules with processors may have imported before.
     MethodPatch(
-        "vllm.v1.worker.gpu.sample.logits_processor.loader",
+        "vllm.v1.worker.gpu.sample.logits_processor",
         "build_custom_logits_processors",
         ("vllm_config", "req_states"),
         _build_custom_logits_processors,

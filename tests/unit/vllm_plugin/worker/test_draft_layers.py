@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.metadata import PrefixLoad
@@ -37,10 +39,20 @@ def attention(stem: str, *indices: int) -> list[str]:
         (attention("model.layers", 0, 1), []),
         # The last pipeline stage.
         (attention("model.layers", 1), attention("mtp.layers", 0, 1)),
+        # Falcon-H1, whose mixers vLLM numbers from the number of layers on.
+        (
+            [*attention("model.layers", 0, 1), "model.layers.2.mamba", "model.layers.3.mamba"],
+            ["draft_model.layers.0.attn"],
+        ),
     ],
 )
 def test_layers_of_drafts(layers: list[str], drafts: list[str]) -> None:
-    groups = [SimpleNamespace(layer_names=names) for names in (drafts, layers)]
+    mamba = MambaSpec(block_size=16, shapes=((1,),), dtypes=(torch.float32,))
+    specs = {name: mamba for name in layers if name.endswith(".mamba")}
+    groups = [
+        SimpleNamespace(layer_names=names, kv_cache_spec=SimpleNamespace(kv_cache_specs=specs))
+        for names in (drafts, layers)
+    ]
     # Not every module has a cache.
     modules = dict.fromkeys(["visual.blocks.0.attn", *layers, *drafts])
     kv_cache_config = SimpleNamespace(kv_cache_groups=groups)
