@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm_plugin.adapters.cache_layout import AS_TRANSFORMERS, CacheLayout
 from vllm_plugin.adapters.registry import Shapes
 from vllm_plugin.adapters.validation import check_shapes
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.worker.state_layers import is_recurrent, specs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,15 @@ def stacks_of(layers: Iterable[CacheLayer]) -> list[LayerStack]:
     return [LayerStack(group, block_size, tuple(alike)) for (group, block_size, *_), alike in stacks.items()]
 
 
-def cache_layers(kv_cache_config: Any, layout: CacheLayout = AS_TRANSFORMERS) -> list[CacheLayer]:
-    """Returns the layers of a `KVCacheConfig` that have a KV cache of their own.
+def cache_layers(
+    kv_cache_config: Any, layout: CacheLayout = AS_TRANSFORMERS, leave_out: Container[str] = ()
+) -> list[CacheLayer]:
+    """Returns the layers of a `KVCacheConfig` that have a KV cache of their own; `state_layers` returns the others.
 
     Args:
-        kv_cache_config: vLLM's `KVCacheConfig`.
+        kv_cache_config: The engine's `KVCacheConfig`.
         layout: How vLLM caches the layers of this model.
+        leave_out: Names of layers to leave out; those of one model remain.
 
     Raises:
         PrefixServeError: If one of them is not an attention layer of that layout.
@@ -88,9 +92,9 @@ def cache_layers(kv_cache_config: Any, layout: CacheLayout = AS_TRANSFORMERS) ->
         supported = (MLAAttentionSpec,)
     layers: dict[int, CacheLayer] = {}
     for group, entry in enumerate(kv_cache_config.kv_cache_groups):
-        for name in entry.layer_names:
-            # A group whose layers differ in shape has one spec per layer.
-            spec = getattr(entry.kv_cache_spec, "kv_cache_specs", {}).get(name, entry.kv_cache_spec)
+        for name, spec in specs_of(entry).items():
+            if name in leave_out or is_recurrent(spec):
+                continue
             if type(spec) not in supported:
                 raise PrefixServeError(
                     f"Prefix adapters support attention layers that are full, sliding-window, chunked or latent; {name} has "

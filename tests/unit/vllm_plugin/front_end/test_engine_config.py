@@ -13,6 +13,7 @@ from vllm.utils import cpu_resource_utils
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from helpers.serving import support
+from helpers.serving.vision_models import VISION_MODELS
 from helpers.tiny import tiny_config
 from vllm_plugin import prefix_adapters
 from vllm_plugin.adapters.validation import check_engine
@@ -127,10 +128,6 @@ def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path)
         ({"max_model_len": 5}, "has 4 virtual tokens, which leaves no room in a context of 5"),
         ({"served_model_name": ["base", "one"]}, "'one' is already the name of a model"),
         ({"runner": "pooling"}, "do not support pooling models"),
-        (
-            {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
-            "do not support speculative decoding other than by n-grams",
-        ),
         ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "do not support context parallelism"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size replaces the KV connector"),
         (
@@ -140,8 +137,6 @@ def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path)
     ],
 )
 def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, Any], message: str) -> None:
-    if draft := settings.get("speculative_config"):
-        settings = {"speculative_config": {**draft, "model": str(model)}}
     refused(model, adapter, message, **settings)
 
 
@@ -157,15 +152,42 @@ def test_whisper_is_refused(adapter: Path, tmp_path: Path) -> None:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
     whisper = WhisperConfig(**sizes, decoder_attention_heads=1, architectures=["WhisperForConditionalGeneration"])
     whisper.save_pretrained(tmp_path / "whisper")
-    refused(
-        tmp_path / "whisper", adapter, "do not support encoder-decoder models nor multimodal models", max_model_len=128
-    )
+    refused(tmp_path / "whisper", adapter, "do not support encoder-decoder models yet", max_model_len=128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "enabled", "may_be_missing"),
+    [
+        ({}, False, False),
+        ({"enable_mm_embeds": True}, True, False),
+        (
+            {
+                "ec_transfer_config": {
+                    "ec_connector": "ECExampleConnector",
+                    "ec_role": "ec_consumer",
+                    "engine_id": "one",
+                }
+            },
+            True,
+            True,
+        ),
+    ],
+)
+def test_embeddings_of_media_are_accepted_if_the_operator_asks(
+    tmp_path: Path, settings: dict[str, Any], enabled: bool, may_be_missing: bool
+) -> None:
+    config = VISION_MODELS["qwen2_5_vl"].config()
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.save_pretrained(tmp_path / "model")
+    adapter = support.write_adapter(tmp_path / "adapter", config, support.random_prefix(config.text_config, 4))
+    media = engine_config(tmp_path / "model", adapter, **settings).model_config.multimodal_config
+    assert (media.enable_mm_embeds, media.allow_missing_mm_embeddings) == (enabled, may_be_missing)
 
 
 def test_mamba_is_refused(adapter: Path, tmp_path: Path) -> None:
     mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
     AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
-    refused(tmp_path / "mamba", adapter, "do not support models with Mamba or linear-attention layers")
+    refused(tmp_path / "mamba", adapter, "do not support models without attention layers")
 
 
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "architectures": ["DeepseekV3ForCausalLM"]}
