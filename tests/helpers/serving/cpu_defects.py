@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+_WORKERS = Path(__file__).parent / "cpu_workers"
 
 
 def avoid_defects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,6 +19,8 @@ def avoid_defects(monkeypatch: pytest.MonkeyPatch) -> None:
     _gated_delta_rule_in_float32()
     _mamba2_without_checkpoints(monkeypatch)
     _rotary_in_torch(monkeypatch)
+    # Workers of tensor parallelism are processes of their own.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(_WORKERS), os.environ.get("PYTHONPATH", "")]))
 
 
 def _mamba2_without_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +35,10 @@ def _mamba2_without_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _rotary_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's rotary kernel misreads queries of three dimensions, which LFM2 and latent attention have: tokens differ without any prefix."""
+    """The CPU's rotary kernel misreads queries of three dimensions, which LFM2 and latent attention have.
+
+    Then tokens differ without any prefix.
+    """
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
