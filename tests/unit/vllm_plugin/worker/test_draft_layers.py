@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.metadata import PrefixLoad
@@ -40,12 +42,25 @@ def attention(stem: str, *indices: int) -> list[str]:
     ],
 )
 def test_layers_of_drafts(layers: list[str], drafts: list[str]) -> None:
-    groups = [SimpleNamespace(layer_names=names) for names in (drafts, layers)]
+    groups = [SimpleNamespace(layer_names=names, kv_cache_spec=None) for names in (drafts, layers)]
     # Not every module has a cache.
     modules = dict.fromkeys(["visual.blocks.0.attn", *layers, *drafts])
     kv_cache_config = SimpleNamespace(kv_cache_groups=groups)
     assert draft_layer_names(config(), kv_cache_config, modules) == set(drafts)
     assert draft_layer_names(config(None), kv_cache_config, modules) == set()
+
+
+@pytest.mark.parametrize("drafts", [[], attention("draft_model.model.layers", 0)])
+def test_mixers_with_numbers_of_their_own_are_no_drafts(drafts: list[str]) -> None:
+    """Falcon-H1 has `model.2.mixer` beside `model.layers.0.self_attn`, and creates it first or not."""
+    state = MambaSpec(block_size=32, shapes=((3, 8),), dtypes=(torch.float32,))
+    mixers, layers = ["model.2.mixer", "model.3.mixer"], attention("model.layers", 0, 1)
+    groups = [
+        SimpleNamespace(layer_names=names, kv_cache_spec=spec)
+        for names, spec in ((mixers, state), (layers, None), (drafts, None))
+    ]
+    modules = dict.fromkeys([*mixers, *layers, *drafts])
+    assert draft_layer_names(config(), SimpleNamespace(kv_cache_groups=groups), modules) == set(drafts)
 
 
 def test_loads_of_drafts_are_those_of_prefixes_that_have_one() -> None:
