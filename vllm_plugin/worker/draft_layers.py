@@ -32,12 +32,14 @@ def draft_layer_names(vllm_config: Any, kv_cache_config: Any, modules: Mapping[s
         return frozenset()
     cached = {name: spec for group in kv_cache_config.kv_cache_groups for name, spec in specs_of(group).items()}
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    stem = next((_stem(name) for name in modules if name in cached), "")
+    attention = [name for name, spec in cached.items() if not is_recurrent(spec)]
+    # Not of the recurrent layers: `model.2.mixer` is of layer 0 of a Falcon-H1 with two layers, `model.layers.0`.
+    stem = next((_stem(name) for name in modules if name in attention), "")
+    draft_stems = {_stem(name) for name in attention} - {stem}
     return frozenset(
         name
         for name, spec in cached.items()
-        # Falcon-H1's own mixers have the numbers after those of its layers as well.
-        if _stem(name) != stem or (not is_recurrent(spec) and extract_layer_index(name) >= num_layers)
+        if _stem(name) in draft_stems or (not is_recurrent(spec) and extract_layer_index(name) >= num_layers)
     )
 
 

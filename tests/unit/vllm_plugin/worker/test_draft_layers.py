@@ -39,25 +39,28 @@ def attention(stem: str, *indices: int) -> list[str]:
         (attention("model.layers", 0, 1), []),
         # The last pipeline stage.
         (attention("model.layers", 1), attention("mtp.layers", 0, 1)),
-        # Falcon-H1, whose mixers vLLM numbers from the number of layers on.
-        (
-            [*attention("model.layers", 0, 1), "model.layers.2.mamba", "model.layers.3.mamba"],
-            ["draft_model.layers.0.attn"],
-        ),
     ],
 )
 def test_layers_of_drafts(layers: list[str], drafts: list[str]) -> None:
-    mamba = MambaSpec(block_size=16, shapes=((1,),), dtypes=(torch.float32,))
-    specs = {name: mamba for name in layers if name.endswith(".mamba")}
-    groups = [
-        SimpleNamespace(layer_names=names, kv_cache_spec=SimpleNamespace(kv_cache_specs=specs))
-        for names in (drafts, layers)
-    ]
+    groups = [SimpleNamespace(layer_names=names, kv_cache_spec=None) for names in (drafts, layers)]
     # Not every module has a cache.
     modules = dict.fromkeys(["visual.blocks.0.attn", *layers, *drafts])
     kv_cache_config = SimpleNamespace(kv_cache_groups=groups)
     assert draft_layer_names(config(), kv_cache_config, modules) == set(drafts)
     assert draft_layer_names(config(None), kv_cache_config, modules) == set()
+
+
+@pytest.mark.parametrize("drafts", [[], attention("draft_model.model.layers", 0)])
+def test_mixers_with_numbers_of_their_own_are_no_drafts(drafts: list[str]) -> None:
+    """Falcon-H1 has `model.2.mixer` beside `model.layers.0.self_attn`, and creates it first or not."""
+    state = MambaSpec(block_size=32, shapes=((3, 8),), dtypes=(torch.float32,))
+    mixers, layers = ["model.2.mixer", "model.3.mixer"], attention("model.layers", 0, 1)
+    groups = [
+        SimpleNamespace(layer_names=names, kv_cache_spec=spec)
+        for names, spec in ((mixers, state), (layers, None), (drafts, None))
+    ]
+    modules = dict.fromkeys([*mixers, *layers, *drafts])
+    assert draft_layer_names(config(), SimpleNamespace(kv_cache_groups=groups), modules) == set(drafts)
 
 
 def test_loads_of_drafts_are_those_of_prefixes_that_have_one() -> None:
