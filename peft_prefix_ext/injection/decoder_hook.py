@@ -126,9 +126,11 @@ class PrefixDecoderHook(AdapterSelection):
         if batch is None or not batch.adapters:
             return None
         positions = self._shift_positions(tokens, inputs, cache, batch, are_callers_positions)
+        text_positions = _text_positions(positions, tokens, inputs, cache, batch)
+        check_num_positions(text_positions, self._num_positions, batch.num_virtual_tokens)
         self._broadcast_before_training(decoder, batch)
         is_reentrant = self._uses_reentrant_checkpointing(decoder)
-        context = self._build_context(decoder, inputs, cache, batch, positions, is_reentrant)
+        context = self._build_context(decoder, inputs, cache, batch, text_positions, is_reentrant)
         setattr(positions, CONTEXT, context)
         self._thread_state.context = context
         self._prepare_checkpointing(decoder, inputs, context, is_reentrant)
@@ -162,7 +164,6 @@ class PrefixDecoderHook(AdapterSelection):
         positions = positions + batch.shift
         if "position_ids" in self._parameter_names:
             inputs["position_ids"] = positions
-        check_num_positions(_text_positions(positions), self._num_positions, batch.num_virtual_tokens)
         return positions
 
     def _broadcast_before_training(self, decoder: Any, batch: BatchAdapters) -> None:
@@ -187,13 +188,13 @@ class PrefixDecoderHook(AdapterSelection):
         inputs: dict[str, Any],
         cache: Any,
         batch: BatchAdapters,
-        positions: torch.Tensor,
+        text_positions: torch.Tensor,
         is_reentrant: bool,
     ) -> PrefixForwardContext:
         rate = self.prefix_dropout[batch.adapters[0]] if self.training else 0.0
         context = PrefixForwardContext(
             batch,
-            _text_positions(positions),
+            text_positions,
             {name: self._reparam_state(name) for name in batch.adapters},
             inputs.get("attention_mask"),
             is_flash=uses_flash(decoder.config),  # in each pass, as `set_attn_implementation` changes it
@@ -272,12 +273,21 @@ class PrefixDecoderHook(AdapterSelection):
         return {**self.__dict__, "_replay": None}
 
 
-def _text_positions(positions: torch.Tensor) -> torch.Tensor:
-    """Returns the positions of the text, `[b or 1, q]`; multimodal rotary embeddings have them first on a leading axis.
+def _text_positions(
+    positions: torch.Tensor, tokens: torch.Tensor, inputs: Mapping[str, Any], cache: Any, batch: BatchAdapters
+) -> torch.Tensor:
+    """Returns the positions of the new tokens in the text, `[b or 1, q]`, which masks and windows go by.
+
+    Multimodal rotary embeddings have axes: time, height and width, on which an image takes fewer positions than it has
+    tokens. The positions in the text may precede them; otherwise the tokens are counted.
 
     A new tensor in any case: the context that holds it is an attribute of `positions`, and would keep them alive.
     """
-    return positions[0] if positions.dim() == 3 else positions.view_as(positions)
+    if positions.dim() == 2:
+        return positions.view_as(positions)
+    if len(positions) == 4:
+        return positions[0]
+    return default_positions(tokens, cache, inputs.get("attention_mask")) + batch.shift
 
 
 def decoder_hooks_of(model: nn.Module) -> list[PrefixDecoderHook]:
