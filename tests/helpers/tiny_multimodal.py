@@ -385,3 +385,15 @@ def prompts(name: str, batch_size: int = 2) -> torch.Tensor:
 def media(name: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Returns what a processor makes of the media of `prompts`, also behind text or padding, beside the token ids."""
     return MULTIMODAL[name].inputs(ids)
+
+
+def positions(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the `position_ids` of a batch as a caller gives them, `[b, q]`, or with the axes of the rotary embeddings first."""
+    mask = inputs["attention_mask"]
+    inner: Any = model.base_model
+    if hasattr(inner, "get_rope_index") and "image_grid_thw" in inputs:
+        grids, kinds = inputs["image_grid_thw"], inputs["mm_token_type_ids"]
+        return inner.get_rope_index(
+            inputs["input_ids"], image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=mask
+        )[0]
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
