@@ -306,7 +306,9 @@ MULTIMODAL: dict[str, Multimodal] = {
         _gemma3_pixels,
     ),
     "gemma3n": Multimodal({**_GEMMA3N, **_IMAGE, "audio_token_id": OTHER_MEDIA}, 4, _pixels),
-    "gemma3n:audio": Multimodal({**_GEMMA3N, "image_token_id": OTHER_MEDIA, "audio_token_id": MEDIA}, 4, _gemma3n_audio),
+    "gemma3n:audio": Multimodal(
+        {**_GEMMA3N, "image_token_id": OTHER_MEDIA, "audio_token_id": MEDIA}, 4, _gemma3n_audio
+    ),
     "gemma4": Multimodal(
         {
             "text_config": {**_SLIDING, **_PER_LAYER, "global_head_dim": 32},
