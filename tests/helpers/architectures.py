@@ -236,7 +236,7 @@ REFUSED: dict[str, dict] = {
     "zaya": {"why": "does not run with a prefix", "num_experts_per_tok": 1},
 }
 
-# What models that read media beside text read, by model type; their tiny configs are in `tiny_multimodal`.
+# What models that read media beside text read, by model type; their tiny configs are in `multimodal_configs`.
 MULTIMODAL = {
     "llava": "images",
     "mistral3": "images",

@@ -51,6 +51,6 @@ REFUSED: dict[str, tuple[str, dict]] = {
 
 # Hybrids whose recurrent layers start from trained states; fields of the config that differ.
 HYBRIDS: dict[str, dict] = {}
-# Models that read media, as in `helpers.tiny_multimodal`: with text alone, and with pictures in their prompts as well.
+# Models that read media, as in `MULTIMODAL` there: with text alone, and with pictures in their prompts as well.
 MULTIMODAL_TEXT: list[str] = []
 MULTIMODAL_IMAGES: list[str] = []

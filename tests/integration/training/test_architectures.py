@@ -14,10 +14,10 @@ from transformers import DynamicCache
 
 from helpers.architectures import MULTIMODAL
 from helpers.architectures_page import PAGE, rewritten
+from helpers.multimodal_configs import MULTIMODAL as MULTIMODAL_CONFIGS
 from helpers.prefixed import perturb, with_prefix, with_prefix_of
 from helpers.serving import served
 from helpers.tiny import CONFIGS, RECURRENT, random_ids, tiny_model
-from helpers.tiny_multimodal import MULTIMODAL as TINY_MULTIMODAL
 
 TEXT = [1, 5, 17, 40, 23, 99, 64]
 LENGTH = 40  # more than the windows and chunks of the tiny models
@@ -217,6 +217,6 @@ def test_the_table_in_the_documentation_is_that_of_the_tests():
     page = PAGE.read_text(encoding="utf-8")
     assert rewritten(page) == page
     assert len({name.partition(":")[0] for name in CONFIGS}) >= 100
-    assert {name.partition(":")[0] for name in TINY_MULTIMODAL} == MULTIMODAL.keys()
+    assert {name.partition(":")[0] for name in MULTIMODAL_CONFIGS} == MULTIMODAL.keys()
     assert {*served.EXACT, *served.SOAK, *served.HYBRIDS, *served.REFUSED} <= CONFIGS.keys()
     assert {*served.MULTIMODAL_TEXT, *served.MULTIMODAL_IMAGES} <= MULTIMODAL.keys()

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import PeftModel
-from transformers import DynamicCache
+from transformers import DynamicCache, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
+from helpers.multimodal_configs import MULTIMODAL
+from helpers.multimodal_inputs import MEDIA
 from helpers.prefixed import with_prefix
-from helpers.tiny_multimodal import MEDIA, MULTIMODAL, media, positions, prompts, tiny_multimodal, words
+from helpers.tiny_multimodal import media, positions, prompts, tiny_multimodal, words
 
 TEXT = [1, 5, 17, 40, 23, 9, 64, 30]
 OTHER_TEXT = [1, 6, 18, 41, 24, 10, 65, 31]
@@ -190,7 +192,8 @@ def test_media_in_the_prefix(name):
     else:
         # As the documentation says.
         model = with_prefix(copy.deepcopy(base), **options, init_kv_next_position=num_tokens + int(deltas))
-        with pytest.raises(ValueError, match=r"fewer positions than tokens.* `init_kv_next_position`.* text alone: 11"):
+        unknown = rf"fewer positions than tokens.* `init_kv_next_position`.* text alone: {num_tokens}, "
+        with pytest.raises(ValueError, match=unknown):
             with_prefix(copy.deepcopy(base), **options)
         elsewhere = with_prefix(base, **options, init_kv_next_position=num_tokens)
         assert difference(elsewhere(input_ids=ids[1:], **second).logits, expected) > 0.01
@@ -213,3 +216,17 @@ def test_windows_go_by_tokens_and_not_by_the_positions_of_images():
     expected = base(input_ids=after_text, **media("qwen2_vl", after_text)).logits[:, P:]
     model = with_prefix(base, num_virtual_tokens=P, init_token_ids=TEXT)
     assert difference(model(input_ids=ids, **media("qwen2_vl", ids)).logits, expected) < EXACT
+
+
+def test_a_model_that_sees_its_prompt_at_once_is_refused():
+    """PaliGemma."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PaliGemmaConfig(
+        text_config={"model_type": "gemma", "vocab_size": 128, "num_key_value_heads": 1, "head_dim": 16, **sizes},
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, **sizes},
+        image_token_index=MEDIA,
+        projection_dim=32,
+    )
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"PaliGemmaForConditionalGeneration .* is not causal"):
+        with_prefix(PaliGemmaForConditionalGeneration(config))

@@ -9,11 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from helpers.prefixed import perturb
 from helpers.tiny import VOCABULARY, random_ids, tiny_config, tiny_model
+from helpers.tiny_processor import save_vision_model
 from peft_prefix_ext import PrefixCheckpointError, PrefixExtConfig, read_prefix
 
 
@@ -106,6 +108,26 @@ def test_sft_packs_without_a_leak(name, tokenizer, tmp_path):
         return trainer.evaluate()["eval_loss"]
 
     assert evaluate(packing=True) == pytest.approx(evaluate(), rel=1e-5)
+
+
+def test_sft_learns_what_is_in_pictures(tmp_path):
+    """With rows that have a column of images, and the defaults of `SFTTrainer` for them."""
+    save_vision_model(tmp_path / "base")
+    colours = ("red", "blue")
+    rows = [
+        {
+            "images": [Image.new("RGB", (16, 16), colours[number % 2])],
+            "prompt": [{"role": "user", "content": "colour"}],
+            "completion": [{"role": "assistant", "content": colours[number % 2]}],
+        }
+        for number in range(16)
+    ]
+    options = {"max_length": None, "num_train_epochs": 8}
+    trainer = trainer_of(str(tmp_path / "base"), tmp_path, None, Dataset.from_list(rows), config(), **options)
+    assert "Llava" in type(trainer.model.get_base_model()).__name__
+    trainer.train()
+    # Without the picture it could do no better than to give either colour half of the time.
+    assert losses(trainer)[-1] < 0.1 < losses(trainer)[0]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
