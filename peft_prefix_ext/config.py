@@ -65,6 +65,10 @@ class PrefixExtConfig(PeftConfig):
             The K/V for `init="kv"`, with keys after rotary embedding at positions 0..p-1: the `past_key_values` of one
             sequence, a list of (K, V) pairs with one for each attention layer, or a dict of them by layer index, each
             `[num_kv_heads, num_virtual_tokens, head_dim]`, optionally with a batch dimension of 1. Never saved.
+        init_kv_next_position (`int`, *optional*):
+            The position at which the text after `init_kv` goes on; `num_virtual_tokens` by default. Keys are moved by the
+            difference. Needed for models that give an image fewer positions than tokens (Qwen-VL), and for K/V that were
+            chosen from a longer text.
         init_adapter (`str` or `list[str]`, *optional*):
             The folder or Hub repository (`owner/name[@revision]`) of another prefix of the same base model for
             `init="adapter"`, or of several for `init="average"`: a `PREFIX_EXT` adapter, or stock PEFT's `PREFIX_TUNING` or
@@ -150,6 +154,10 @@ class PrefixExtConfig(PeftConfig):
     )
     init_kv: Any = field(
         default=None, repr=False, compare=False, metadata={"help": "The K/V of one sequence, for `init='kv'`."}
+    )
+    init_kv_next_position: int | None = field(
+        default=None,
+        metadata={"help": "The position of the text after `init_kv`, if it is not the number of virtual tokens."},
     )
     init_adapter: str | list[str] | None = field(
         default=None, metadata={"help": "Another prefix, or several for `init='average'`: folders or Hub repositories."}
@@ -311,6 +319,10 @@ def check_sources(config: PrefixExtConfig) -> None:
         raise ValueError(
             f"`init_adapter_part` is only used with `init='adapter'` or `init='average'`, got `init={config.init!r}`."
         )
+    if config.init_kv_next_position is not None:
+        if config.init != "kv":
+            raise ValueError(f"`init_kv_next_position` is only used with `init='kv'`, got `init={config.init!r}`.")
+        _check_at_least("init_kv_next_position", config.init_kv_next_position, 0)
     if config.init_token_ids is not None:
         _check_integers("init_token_ids", config.init_token_ids)
     if config.init_exemplars is not None and not are_rows(config.init_exemplars):

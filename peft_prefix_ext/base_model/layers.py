@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
 from peft_prefix_ext.base_model.offloaded import input_device
+from peft_prefix_ext.base_model.rope_deltas import without_rope_deltas
 from peft_prefix_ext.base_model.supported import check_supported
 from peft_prefix_ext.base_model.tensor_parallel import (
     ShardedHeads,
@@ -221,14 +222,14 @@ def _running_modules(model: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Runs `model` in eval mode, with its parameters gathered under ZeRO-3, and restores each module's mode."""
+    """Runs `model` in eval mode, with its parameters gathered under ZeRO-3, and restores what calls change in it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in modes:
         # In eval mode on a CPU, bitsandbytes packs 4-bit weights in a layout that passes no gradient on.
         module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
-        with gathered_parameters(model):
+        with gathered_parameters(model), without_rope_deltas(model):
             yield
     finally:
         for module, mode in modes.items():

@@ -66,10 +66,13 @@ def compose(
     for prefix in prefixes:
         layers = prefix.layers
         if positions == "shift" and length:
-            from peft_prefix_ext.conversion.key_rotation import shift
+            from peft_prefix_ext.initialization.key_rotation import KeyRotationError, shift
 
             assert base_model is not None
-            layers = shift(base_model, layers, length)
+            try:
+                layers = shift(base_model, layers, length)
+            except KeyRotationError as error:
+                raise ValueError(f"{error}: compose with `positions='keep'`.") from error
         parts.append(layers)
         length += prefix.num_virtual_tokens
     composed = {

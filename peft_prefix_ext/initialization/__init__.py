@@ -11,6 +11,7 @@ from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.config import PrefixExtConfig, check_sources
 from peft_prefix_ext.initialization.adapters import kv_from_adapters
 from peft_prefix_ext.initialization.exemplars import exemplar_tokens
+from peft_prefix_ext.initialization.media import refuse_placeholders
 from peft_prefix_ext.initialization.past_key_values import kv_from_past_key_values
 from peft_prefix_ext.initialization.tokens import listed_tokens, text_tokens, vocabulary_tokens
 
@@ -48,10 +49,11 @@ def initial_kv(config: PrefixExtConfig, model: PreTrainedModel, layers: list[Pro
     check_sources(config)
     if config.init in TOKEN_SOURCES:
         tokens = TOKEN_SOURCES[config.init](config, model)
+        refuse_placeholders(tokens.ids, model, config.init)
         prefilled = {layer.module: layer.kv for layer in record_layers(model, tokens.ids)}
         initial, source = [prefilled[layer.module] for layer in layers], tokens.report
     elif config.init == "kv":
-        initial, source = kv_from_past_key_values(config, layers), "given K/V"
+        initial, source = kv_from_past_key_values(config, model, layers), "given K/V"
     elif config.init in ("adapter", "average"):
         initial, source = kv_from_adapters(config, model, layers)
     else:

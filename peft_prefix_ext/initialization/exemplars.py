@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.dataset_rows import iter_rows
+from peft_prefix_ext.initialization.media import refuse_media
 from peft_prefix_ext.initialization.tokens import (
     SourceTokens,
     apply_chat_template,
@@ -57,8 +58,10 @@ def row_tokens(row: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> list[
         name: The name of the row in error messages.
 
     Raises:
-        ValueError: If the row has another form.
+        ValueError: If the row has another form, or media.
     """
+    if isinstance(row, dict):
+        refuse_media(row, name)
     if isinstance(row, str):
         text: Any = row
     elif isinstance(row, dict) and "messages" in row:

@@ -6,19 +6,50 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from peft_prefix_ext.base_model.describe import describe
 from peft_prefix_ext.base_model.layers import ProbedLayer
+from peft_prefix_ext.base_model.rope_deltas import has_rope_deltas
 from peft_prefix_ext.checkpoint.format import CROSS, DECODER, LayerKV
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.initialization.key_rotation import KeyRotationError, shift
 
 
-def kv_from_past_key_values(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerKV]:
+def kv_from_past_key_values(
+    config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]
+) -> list[LayerKV]:
     """Returns the K/V of `init_kv` for each of `layers`, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
 
+    Text after a prefix of p virtual tokens starts at position p. If it would go on at `init_kv_next_position` instead, the
+    keys are moved by the difference: attention goes by distances, which stay the same.
+
     Raises:
-        ValueError: If a layer is missing, or its K/V have another shape or are not finite.
+        ValueError: If a layer is missing, or its K/V have another shape or are not finite, or the position of the text is
+            unknown or cannot be changed.
     """
+    next_position = config.init_kv_next_position
+    if next_position is None and has_rope_deltas(model):
+        raise ValueError(
+            f"{describe(model)} gives an image fewer positions than tokens, and `init_kv` does not tell: give "
+            "`init_kv_next_position`, the position at which the text after it goes on (after text alone: "
+            f"{config.num_virtual_tokens}, its number of tokens; after images, that plus the model's `rope_deltas`)."
+        )
+    initial = _given_kv(config, layers)
+    if next_position is None or next_position == config.num_virtual_tokens:
+        return initial
+    by_index = {layer.index: kv for layer, kv in zip(layers, initial, strict=True)}
+    try:
+        shifted = shift(model, by_index, config.num_virtual_tokens - next_position)
+    except KeyRotationError as error:
+        raise ValueError(
+            f"{error}, so `init_kv_next_position` must be {config.num_virtual_tokens}, the number of virtual tokens."
+        ) from error
+    return [shifted[layer.index] for layer in layers]
+
+
+def _given_kv(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerKV]:
+    """Returns the K/V of `init_kv` as they are."""
     given = _by_index(config.init_kv, layers)
     if given.keys() != (expected := {layer.index for layer in layers}):
         raise ValueError(f"`init_kv` must have K/V for layers {sorted(expected)}, got {sorted(given)}.")

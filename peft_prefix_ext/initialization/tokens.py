@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.initialization.media import placeholder_tokens
 
 
 class SourceTokens(NamedTuple):
@@ -73,10 +74,10 @@ def vocabulary_tokens(config: PrefixExtConfig, model: PreTrainedModel) -> Source
         text_config = model.config.get_text_config(decoder=True)
         entries = [getattr(text_config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
         special = {token for entry in entries for token in (entry if isinstance(entry, list) else [entry])}
-        words = [token for token in range(size) if token not in special]
+        words = [token for token in range(size) if token not in special | placeholder_tokens(model)]
     else:
         added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-        known = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids)
+        known = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids) - placeholder_tokens(model)
         words = sorted(token for token in known if token < size)
     if not words:
         raise ValueError(
@@ -127,10 +128,7 @@ def encode_system_message(tokenizer: PreTrainedTokenizerBase, text: str) -> tupl
     Raises:
         ValueError: If the chat template does not render a system message with this text.
     """
-    rendered = apply_chat_template(tokenizer, [{"role": "system", "content": text}], "init_text")
-    before, found, after = rendered.partition(text.strip())
-    if not found:
-        raise ValueError("`init_text` is not in what the tokenizer's chat template makes of a system message.")
+    rendered, before, after = _render_system_message(tokenizer, text)
     ids, head, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in (rendered, before, after))
     # A token across a boundary belongs to the text.
     start = next((i for i, pair in enumerate(zip(head, ids, strict=False)) if len(set(pair)) > 1), len(head))
@@ -138,6 +136,23 @@ def encode_system_message(tokenizer: PreTrainedTokenizerBase, text: str) -> tupl
     pairs = zip(reversed(tail), reversed(rest), strict=False)
     end = next((i for i, pair in enumerate(pairs) if len(set(pair)) > 1), len(tail))
     return ids[:start], rest[: len(rest) - end], rest[len(rest) - end :]
+
+
+def _render_system_message(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str, str]:
+    """Returns `text` as a system message, and what is before and after the text in it."""
+    error = ValueError("`init_text` is not in what the tokenizer's chat template makes of a system message.")
+    # Templates of vision-language models may take a list of parts, and fail on a text or leave it out.
+    parts: list[Any] = [text, [{"type": "text", "text": text}]]
+    for number, content in enumerate(parts):
+        try:
+            rendered = apply_chat_template(tokenizer, [{"role": "system", "content": content}], "init_text")
+        except ValueError as failure:
+            error = error if number else failure
+            continue
+        before, found, after = rendered.partition(text.strip())
+        if found:
+            return rendered, before, after
+    raise error
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], name: str) -> str:

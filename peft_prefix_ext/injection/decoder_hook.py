@@ -30,7 +30,12 @@ from peft_prefix_ext.injection.gradient_checkpointing import (
     uses_checkpointing,
     uses_reentrant_checkpointing,
 )
-from peft_prefix_ext.injection.position_ids import check_num_positions, default_positions, num_embedded_positions
+from peft_prefix_ext.injection.position_ids import (
+    check_num_positions,
+    default_positions,
+    num_embedded_positions,
+    text_positions,
+)
 from peft_prefix_ext.injection.rank_sync import broadcast_frozen_tensors
 from peft_prefix_ext.injection.reparam_output import reparam_output, reparam_state
 
@@ -126,9 +131,11 @@ class PrefixDecoderHook(AdapterSelection):
         if batch is None or not batch.adapters:
             return None
         positions = self._shift_positions(tokens, inputs, cache, batch, are_callers_positions)
+        text = text_positions(positions, tokens, cache, inputs.get("attention_mask"), batch.shift)
+        check_num_positions(text, self._num_positions, batch.num_virtual_tokens)
         self._broadcast_before_training(decoder, batch)
         is_reentrant = self._uses_reentrant_checkpointing(decoder)
-        context = self._build_context(decoder, inputs, cache, batch, positions, is_reentrant)
+        context = self._build_context(decoder, inputs, cache, batch, text, is_reentrant)
         setattr(positions, CONTEXT, context)
         self._thread_state.context = context
         self._prepare_checkpointing(decoder, inputs, context, is_reentrant)
@@ -162,7 +169,6 @@ class PrefixDecoderHook(AdapterSelection):
         positions = positions + batch.shift
         if "position_ids" in self._parameter_names:
             inputs["position_ids"] = positions
-        check_num_positions(_text_positions(positions), self._num_positions, batch.num_virtual_tokens)
         return positions
 
     def _broadcast_before_training(self, decoder: Any, batch: BatchAdapters) -> None:
@@ -193,7 +199,7 @@ class PrefixDecoderHook(AdapterSelection):
         rate = self.prefix_dropout[batch.adapters[0]] if self.training else 0.0
         context = PrefixForwardContext(
             batch,
-            _text_positions(positions),
+            positions,
             {name: self._reparam_state(name) for name in batch.adapters},
             inputs.get("attention_mask"),
             is_flash=uses_flash(decoder.config),  # in each pass, as `set_attn_implementation` changes it
@@ -270,14 +276,6 @@ class PrefixDecoderHook(AdapterSelection):
     def __getstate__(self) -> dict[str, Any]:
         # The tensors of a forward pass with gradients cannot be copied.
         return {**self.__dict__, "_replay": None}
-
-
-def _text_positions(positions: torch.Tensor) -> torch.Tensor:
-    """Returns the positions of the text, `[b or 1, q]`; multimodal rotary embeddings have them first on a leading axis.
-
-    A new tensor in any case: the context that holds it is an attribute of `positions`, and would keep them alive.
-    """
-    return positions[0] if positions.dim() == 3 else positions.view_as(positions)
 
 
 def decoder_hooks_of(model: nn.Module) -> list[PrefixDecoderHook]:

@@ -31,6 +31,30 @@ def default_positions(tokens: torch.Tensor, cache: Any, mask: Any) -> torch.Tens
     return counted.clamp(min=0)[:, past:].to(tokens.device)
 
 
+def text_positions(
+    positions: torch.Tensor, tokens: torch.Tensor, cache: Any, mask: Any, shift: int | torch.Tensor
+) -> torch.Tensor:
+    """Returns the positions of the new tokens in the text, `[b or 1, q]`, which masks and windows go by.
+
+    Multimodal rotary embeddings have axes (time, height and width) on which an image takes fewer positions than it has
+    tokens. The positions in the text may come before these axes; if they do not, the tokens are counted.
+
+    A new tensor in any case: the context that holds it is an attribute of `positions`, and would keep them alive.
+
+    Args:
+        positions: The positions of the new tokens, `[b or 1, q]`, or of three or four axes, `[3 or 4, b, q]`.
+        tokens: As in `default_positions`.
+        cache: As in `default_positions`.
+        mask: As in `default_positions`.
+        shift: The position of the first real token: one number, or `[b, 1]`.
+    """
+    if positions.dim() == 2:
+        return positions.view_as(positions)
+    if len(positions) == 4:
+        return positions[0]
+    return default_positions(tokens, cache, mask) + shift
+
+
 def text_columns(mask: Any) -> torch.Tensor | None:
     """Returns which columns of an attention mask are not padding, `[b or 1, k]`; `None` if the mask does not tell.
 

@@ -26,6 +26,7 @@ import pytest
 from helpers.code_block_rules import NOT_RUN, RULES, Page, serve_parser
 from helpers.code_blocks import README, ROOT, Block, block, blocks, commands, pages, run
 from helpers.tiny import tiny_model
+from helpers.tiny_processor import save_vision_model
 from helpers.tiny_seq2seq import tiny_encoder_decoder
 
 TRAINS, SERVES = "get_peft_model", "vllm serve"  # what the README's own two blocks have in them
@@ -46,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, subword_tokenizer: Any) -> 
     }.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    save_vision_model(folder / "llava")
     run(block("python", TRAINS), folder)
     return folder
 
@@ -76,7 +78,7 @@ def page_of(folder: Path, server: Callable[[], int]) -> Callable[[Path], Page]:
             return Page(folder, server)
         own = folder / "-".join(path.relative_to(ROOT / "docs").with_suffix("").parts)
         own.mkdir()
-        for name in ("base", "t5"):
+        for name in ("base", "t5", "llava"):
             (own / name).symlink_to(folder / name, target_is_directory=True)
         shutil.copytree(folder / "restaurant", own / "restaurant")
         return Page(own, server)

@@ -1,7 +1,11 @@
-"""The causal language models that the tests sweep over, by how their layers mix tokens."""
+"""The models that the tests sweep over, by how their layers mix tokens.
+
+Run as a script, this rewrites the table in the documentation.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 WINDOW = 24
@@ -232,26 +236,29 @@ REFUSED: dict[str, dict] = {
     "zaya": {"why": "does not run with a prefix", "num_experts_per_tok": 1},
 }
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
-BEGIN, END = "<!-- architectures: generated from the sweep of the tests -->\n", "<!-- end -->\n"
-
-
-def table() -> str:
-    """Returns the documentation's table of what the sweep runs."""
-    rows = ["| Layers | Model types |", "| --- | --- |"]
-    for kind, models in ARCHITECTURES.items():
-        names = dict.fromkeys(name.partition(":")[0] for name in models)
-        rows.append(f"| {kind} ({len(names)}) | {', '.join(names)} |")
-    rows.append(f"| Refused | {', '.join(REFUSED)} |")
-    return "\n".join(rows) + "\n"
-
-
-def rewritten(page: str) -> str:
-    """Returns the page with its table made anew."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
+# What models that read media beside text read, by model type; their tiny configs are in `multimodal_configs`.
+MULTIMODAL = {
+    "llava": "images",
+    "mistral3": "images",
+    "idefics3": "images",
+    "smolvlm": "images",
+    "internvl": "images",
+    "llama4": "images",
+    "qwen2_vl": "images",
+    "qwen2_5_vl": "images",
+    "qwen3_vl": "images",
+    "qwen3_5": "images",
+    "gemma3": "images",
+    "gemma3n": "images, audio",
+    "gemma4": "images",
+    "qwen2_audio": "audio",
+    "voxtral": "audio",
+}
+# Whether the recurrent layers of a kind start from states that train with the K/V.
+STATES = {HYBRIDS: "no"}
 
 if __name__ == "__main__":
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from helpers.architectures_page import rewrite
+
+    rewrite()

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"
 BASE, LOCAL = "HuggingFaceTB/SmolLM2-135M-Instruct", "./base"
 SEQ2SEQ, LOCAL_SEQ2SEQ = "google-t5/t5-small", "./t5"
+VISION, LOCAL_VISION = "llava-hf/llava-1.5-7b-hf", "./llava"
 _BLOCK = re.compile(r"^```(?P<language>[^`\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -38,8 +39,8 @@ class Block:
 
     @property
     def local_code(self) -> str:
-        """The code on base models in the folders `base` and `t5`."""
-        return self.code.replace(BASE, LOCAL).replace(SEQ2SEQ, LOCAL_SEQ2SEQ)
+        """The code on base models in the folders `base`, `t5` and `llava`."""
+        return self.code.replace(BASE, LOCAL).replace(SEQ2SEQ, LOCAL_SEQ2SEQ).replace(VISION, LOCAL_VISION)
 
 
 def pages() -> list[Path]:

@@ -15,17 +15,6 @@ from helpers.prefixed import with_prefix
 from helpers.serving.architectures import LENGTHS, NEW_TOKENS, Answer, Reference, Served, generate
 from peft_prefix_ext.checkpoint import LayerState, read_prefix, write_prefix
 
-# By name: fields of the config that differ. vLLM reads fields of LFM2 that a config made here does not have by itself.
-HYBRIDS: dict[str, dict] = {
-    "lfm2": {"conv_dim": 128, "block_dim": 128, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True},
-    "qwen3_next": {},
-    "qwen3_5": {},
-    "granitemoehybrid": {"mamba_d_head": 64},
-    # transformers clamps time steps from below, vLLM does not: log-probabilities differ by 3e-3 without any prefix.
-    "nemotron_h": {"time_step_min": 1e-9},
-    "falcon_h1": {},
-}
-
 
 class ServedHybrid(Served):
     """A hybrid in an engine, with prefixes of several lengths, each with recurrent states (`s7`) and without (`p7`)."""

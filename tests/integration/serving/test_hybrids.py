@@ -10,7 +10,8 @@ import pytest
 from helpers.serving.architectures import LENGTHS, forget_engine
 from helpers.serving.cpu_defects import avoid_defects
 from helpers.serving.engines import Pool, file_gone
-from helpers.serving.hybrids import HYBRIDS, ServedHybrid
+from helpers.serving.hybrids import ServedHybrid
+from helpers.serving.served import HYBRIDS
 
 # A gated delta rule, and layers with attention and Mamba-2 each; LFM2 has tests of its own below.
 SHORT = ("qwen3_next", "falcon_h1")

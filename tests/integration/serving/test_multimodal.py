@@ -9,22 +9,21 @@ from typing import Any
 import pytest
 
 from helpers.serving.architectures import forget_engine
+from helpers.serving.cpu_defects import avoid_defects
 from helpers.serving.engines import Pool
+from helpers.serving.served import MULTIMODAL_IMAGES
 from helpers.serving.vision import ServedVision
 
-# Served with pictures; the first also outside of the soak. `vision_models.py` has qwen3_5 as well, with recurrent layers.
-PICTURES = ["qwen3_vl", "qwen2_5_vl", "mistral3"]
-# Served with text alone. `vision_models.py` has qwen3_5 and llama4 as well.
-TEXT = [*PICTURES, "llava", "idefics3", "smolvlm", "internvl", "gemma3", "gemma4"]
 # Chunks of 32 tokens, which end within pictures, and too few blocks for all requests at once.
 CRAMPED = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "num_gpu_blocks_override": 10}
 
 
 @pytest.fixture
-def serve(pool: Pool, tmp_path: Path):
+def serve(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts a separate engine, and stops the shared one."""
     pool.close()
     forget_engine()
+    avoid_defects(monkeypatch)
     served: list[ServedVision] = []
 
     def start(name: str, **settings: Any) -> ServedVision:
@@ -45,7 +44,9 @@ def check_cold_warm_and_after_reset(served: ServedVision) -> None:
     served.check()
 
 
-@pytest.mark.parametrize("name", [PICTURES[0], *(pytest.param(name, marks=pytest.mark.soak) for name in PICTURES[1:])])
+@pytest.mark.parametrize(
+    "name", [MULTIMODAL_IMAGES[0], *(pytest.param(name, marks=pytest.mark.soak) for name in MULTIMODAL_IMAGES[1:])]
+)
 def test_pictures_in_chunks_and_preempted(name: str, serve: Callable[..., ServedVision]) -> None:
     served = serve(name, pictures=True, **CRAMPED)
     split, preempted = watch(served.scheduler)
@@ -64,7 +65,7 @@ def test_pictures(name: str, settings: dict[str, Any], serve: Callable[..., Serv
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", MULTIMODAL_TEXT)
 def test_text_alone(name: str, serve: Callable[..., ServedVision]) -> None:
     check_cold_warm_and_after_reset(serve(name, pictures=False))
 

@@ -12,8 +12,11 @@ from packaging import version
 from peft import PeftModel
 from transformers import DynamicCache
 
-from helpers.architectures import PAGE, rewritten
+from helpers.architectures import MULTIMODAL
+from helpers.architectures_page import PAGE, rewritten
+from helpers.multimodal_configs import MULTIMODAL as MULTIMODAL_CONFIGS
 from helpers.prefixed import perturb, with_prefix, with_prefix_of
+from helpers.serving import served
 from helpers.tiny import CONFIGS, RECURRENT, random_ids, tiny_model
 
 TEXT = [1, 5, 17, 40, 23, 99, 64]
@@ -209,8 +212,11 @@ def test_saves_and_loads(case, tmp_path):
         assert torch.equal(loaded(input_ids=case.ids).logits, model(input_ids=case.ids).logits)
 
 
-def test_the_table_in_the_documentation_is_that_of_the_sweep():
+def test_the_table_in_the_documentation_is_that_of_the_tests():
     """Rewrite it with `python tests/helpers/architectures.py`."""
     page = PAGE.read_text(encoding="utf-8")
     assert rewritten(page) == page
     assert len({name.partition(":")[0] for name in CONFIGS}) >= 100
+    assert {name.partition(":")[0] for name in MULTIMODAL_CONFIGS} == MULTIMODAL.keys()
+    assert {*served.EXACT, *served.SOAK, *served.HYBRIDS, *served.REFUSED} <= CONFIGS.keys()
+    assert {*served.MULTIMODAL_TEXT, *served.MULTIMODAL_IMAGES} <= MULTIMODAL.keys()

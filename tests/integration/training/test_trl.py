@@ -9,11 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from helpers.prefixed import perturb
 from helpers.tiny import VOCABULARY, random_ids, tiny_config, tiny_model
+from helpers.tiny_processor import save_vision_model
 from peft_prefix_ext import PrefixCheckpointError, PrefixExtConfig, read_prefix
 
 
@@ -106,6 +108,37 @@ def test_sft_packs_without_a_leak(name, tokenizer, tmp_path):
         return trainer.evaluate()["eval_loss"]
 
     assert evaluate(packing=True) == pytest.approx(evaluate(), rel=1e-5)
+
+
+def test_sft_with_pictures(tmp_path):
+    """With rows that have a column of images, and the defaults of `SFTTrainer` for them."""
+    save_vision_model(tmp_path / "base")
+    colours = ("red", "blue")
+
+    def rows(first):
+        return Dataset.from_list(
+            [
+                {
+                    "images": [Image.new("RGB", (16, 16), colours[(first + number) % 2])],
+                    "prompt": [{"role": "user", "content": "colour"}],
+                    "completion": [{"role": "assistant", "content": colours[number % 2]}],
+                }
+                for number in range(16)
+            ]
+        )
+
+    options = {"max_length": None, "learning_rate": 0.02}
+    trainer = trainer_of(str(tmp_path / "base"), tmp_path, None, rows(0), config(), **options)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 1
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all("prefix_ext_" in name for name in trained)
+    loss, swapped = (trainer.evaluate(rows(first))["eval_loss"] for first in (0, 1))
+    assert swapped != pytest.approx(loss, rel=1e-3)  # the pictures are read
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "checkpoint-6").eval()
+    batch = next(iter(trainer.get_eval_dataloader()))
+    torch.testing.assert_close(reloaded(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -16,6 +16,7 @@ from helpers.tiny import random_ids, tiny_model
 from peft_prefix_ext import PrefixExtConfig
 from peft_prefix_ext.initialization.exemplars import exemplar_tokens
 
+PICTURE, WORD = object(), {"type": "text", "text": "w5"}
 USER, ASSISTANT = {"role": "user", "content": "w5 w17"}, {"role": "assistant", "content": "w40"}
 
 
@@ -109,6 +110,12 @@ def test_prefix_of_exemplars_equals_exemplars_in_context(name, chat_tokenizer):
     torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_rows_without_their_media_are_text(chat_tokenizer, llama):
+    """As in a data set where some rows have images."""
+    rows = [{"text": "w5 w17", "images": [], "image": None}]
+    assert tokens(rows, 4, chat_tokenizer, llama).ids == [1, 5, 17, 2]
+
+
 @torch.no_grad()
 def test_rows_are_not_saved_and_the_report_is(chat_tokenizer, llama, tmp_path, caplog):
     settings = {"init": "exemplars", "init_exemplars": ["w77 w78"] * 9, "tokenizer_name_or_path": chat_tokenizer}
@@ -138,6 +145,9 @@ def test_rows_are_not_saved_and_the_report_is(chat_tokenizer, llama, tmp_path, c
         ([{"prompt": [USER], "completion": "w5"}], r"of `init_exemplars\[0\]` must be two texts or two lists"),
         ([{"text": 5}], r"`init_exemplars\[0\]` must hold a text or a list of messages, got int"),
         ([None], r"`init_exemplars\[0\]` must be a string or have .*, got NoneType"),
+        ([{"text": "w5", "images": [PICTURE]}], r"`init_exemplars\[0\]` has 'images' in it, .* takes text alone"),
+        ([{"text": "w5"}, {"text": "w6", "audio": PICTURE}], r"`init_exemplars\[1\]` has 'audio' in it"),
+        ([{"messages": [ASSISTANT, {"role": "user", "content": [WORD, {"type": "image"}]}]}], "has 'image' in it"),
     ],
 )
 def test_rows_that_cannot_be_used(rows, message, word_tokenizer, llama):

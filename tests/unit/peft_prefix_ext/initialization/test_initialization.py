@@ -229,6 +229,40 @@ def test_kv_of_another_shape_is_refused(given, message, llama):
         with_prefix(llama, init="kv", init_kv=given)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@torch.no_grad()
+def test_kv_before_text_at_another_position(name):
+    """The last tokens of a longer text: the text after them goes on behind all of it."""
+    model, ids, length = tiny_model(name, sliding_window=512), random_ids(2, 9), 7
+    text = random_ids(1, 20)
+    cache = DynamicCache()
+    model(input_ids=text, past_key_values=cache)
+    pairs = [(layer.keys[:, :, -length:], layer.values[:, :, -length:]) for layer in cache.layers]
+    both = torch.cat([text.expand(2, -1), ids], dim=1)
+    cache.batch_repeat_interleave(2)
+    unseen = (torch.arange(29) >= 20 - length).long().expand(2, -1)
+    expected = model(
+        input_ids=ids, past_key_values=cache, attention_mask=unseen, position_ids=torch.arange(20, 29)[None]
+    ).logits
+    assert not torch.allclose(model(input_ids=both).logits[:, 20:], expected, atol=1e-2)
+    kept = with_prefix(copy.deepcopy(model), init_kv=pairs)
+    moved = with_prefix(model, init_kv=pairs, init_kv_next_position=20)
+    torch.testing.assert_close(moved(input_ids=ids).logits, expected, atol=5e-5, rtol=1e-4)
+    assert not torch.allclose(kept(input_ids=ids).logits, expected, atol=1e-2)
+
+
+def test_kv_that_cannot_move(llama):
+    gpt2 = tiny_model("gpt2")
+    with pytest.raises(
+        ValueError, match=r"rotation that could move it -2 positions, so `init_kv_next_position` must be 7"
+    ):
+        with_prefix(gpt2, init_kv=kv(4, 7, 16), init_kv_next_position=9)
+    with pytest.raises(ValueError, match="`init_kv_next_position` must be an integer >= 0, got -1"):
+        with_prefix(llama, init_kv=kv(2, 7, 16), init_kv_next_position=-1)
+    with pytest.raises(ValueError, match="`init_kv_next_position` is only used with `init='kv'`"):
+        with_prefix(llama, init_kv_next_position=9)
+
+
 def test_a_cache_without_all_tokens_is_refused():
     model = tiny_model("mistral")  # all layers have a window of 24
     cache = DynamicCache(config=model.config)

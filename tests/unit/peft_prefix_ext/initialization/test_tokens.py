@@ -82,6 +82,18 @@ def test_a_system_message_has_the_tokens_of_the_template(subword_tokenizer, llam
     assert len(longer) == len(expected) + 3
 
 
+@pytest.mark.parametrize("content", ["part['text']", "part.get('text')"], ids=["left out", "fails"])
+def test_a_template_that_takes_parts(content, word_tokenizer, llama, tmp_path):
+    """As those of vision-language models, which a text would be left out of, or fail."""
+    tokenizer = AutoTokenizer.from_pretrained(word_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}w93 {% for part in m['content'] %}{{ " + content + " }}{% endfor %} w8{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"init_text": "w5 w17", "init_chat_template": True, "tokenizer_name_or_path": str(tmp_path)}
+    assert text_tokens(PrefixExtConfig(num_virtual_tokens=4, **settings), llama).ids == [93, 5, 17, 8]
+
+
 def test_a_template_without_system_messages_is_refused(chat_tokenizer, word_tokenizer, llama, tmp_path):
     def refused(tokenizer, message):
         with pytest.raises(ValueError, match=message):

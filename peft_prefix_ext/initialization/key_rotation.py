@@ -1,4 +1,4 @@
-"""Moves keys to later positions, by a rotation that is measured on the model itself.
+"""Moves keys to other positions, by a rotation that is measured on the model itself.
 
 Rotary embeddings rotate pairs of entries of a key by angles that grow with its position, so a rotation R(n) that depends
 neither on the token nor on m moves a key from position m to m + n. Which entries form pairs, which of them rotate and how
@@ -9,18 +9,22 @@ computes for single tokens at positions 0 and n, and verified with other tokens 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from peft_prefix_ext.base_model.describe import describe
+from peft_prefix_ext.base_model.layers import record_layers
 from peft_prefix_ext.checkpoint.format import LayerKV
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from peft_prefix_ext.injection.decoder_hook import without_prefixes
 
 NUM_TOKENS = 8
 EXACT = 1e-6  # relative error of float32 keys
+
+
+class KeyRotationError(ValueError):
+    """No rotation moves the keys of a model to other positions."""
 
 
 class Rotation(NamedTuple):
@@ -43,23 +47,25 @@ class Rotation(NamedTuple):
 def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) -> dict[int, LayerKV]:
     """Returns the K/V of tokens that stand `offset` positions later, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
 
-    Exact up to rounding in the dtype of the model.
+    Exact up to rounding in the dtype of the model. A negative offset moves them to earlier positions.
 
     Raises:
-        ValueError: If no rotation moves the keys of the model (learned absolute positions, or a rotation that depends on the
-            length of the text), or if the model has no such positions.
+        KeyRotationError: If no rotation moves the keys of the model (learned absolute positions, or a rotation that depends
+            on the length of the text).
+        ValueError: If the model has no such positions.
     """
     name = describe(model)
     if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} takes no positions, so the rotation of its keys cannot be measured: compose with `positions='keep'`."
-        )
+        raise KeyRotationError(f"{name} takes no positions, so the rotation of its keys cannot be measured")
     last = max(layer.key.shape[1] for layer in layers.values()) - 1
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit and offset + last >= limit:
-        raise ValueError(f"{name} has {limit} positions, which {offset + last + 1} virtual tokens do not fit into.")
-    before, after = _measure_kv(model, 0), _measure_kv(model, offset)
-    checks_before, checks_after = _measure_kv(model, last, seed=1), _measure_kv(model, offset + last, seed=1)
+    start, end = max(0, -offset), max(0, offset)
+    if limit and max(start, end) + last >= limit:
+        raise ValueError(
+            f"{name} has {limit} positions, which {max(start, end) + last + 1} virtual tokens do not fit into."
+        )
+    before, after = _measure_kv(model, start), _measure_kv(model, end)
+    checks_before, checks_after = _measure_kv(model, start + last, seed=1), _measure_kv(model, end + last, seed=1)
     shifted = {}
     for index, layer in layers.items():
         moved = []
@@ -67,20 +73,16 @@ def shift(model: PreTrainedModel, layers: Mapping[int, LayerKV], offset: int) ->
         for number, state in enumerate(layer):
             rotation = _fit_rotation(before[index][number], after[index][number])
             if not _is_close(rotation(checks_before[index][number]), checks_after[index][number]):
-                raise ValueError(
-                    f"{name} does not place what layer {index} caches by a rotation that could move it {offset} positions: "
-                    "compose with `positions='keep'`."
+                raise KeyRotationError(
+                    f"{name} does not place what layer {index} caches by a rotation that could move it {offset} positions"
                 )
-            moved.append(rotation(state).to(state.dtype))
+            moved.append(rotation(state.cpu()).to(state.device, state.dtype))
         shifted[index] = LayerKV(*moved)
     return shifted
 
 
 def _measure_kv(model: PreTrainedModel, position: int, seed: int = 0) -> dict[int, LayerKV]:
     """Returns the K/V of random tokens, each alone at `position`, by layer: `[num_kv_heads, NUM_TOKENS, head_dim]` each."""
-    from peft_prefix_ext.base_model.layers import record_layers
-    from peft_prefix_ext.injection.decoder_hook import without_prefixes
-
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.randint(vocabulary, (NUM_TOKENS,), generator=generator).tolist()
