@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter
-    from peft_prefix_ext.checkpoint.format import LayerKV, PrefixCheckpoint, PrefixCheckpointError, PrefixNotFoundError
+    from peft_prefix_ext.checkpoint.format import (
+        LayerKV,
+        LayerState,
+        PrefixCheckpoint,
+        PrefixCheckpointError,
+        PrefixNotFoundError,
+    )
     from peft_prefix_ext.checkpoint.hub import resolve
     from peft_prefix_ext.checkpoint.reader import read_prefix
     from peft_prefix_ext.checkpoint.writer import write_prefix
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "BaseAdapter": "base_adapters",
     "LayerKV": "format",
+    "LayerState": "format",
     "PrefixCheckpoint": "format",
     "PrefixCheckpointError": "format",
     "PrefixNotFoundError": "format",
@@ -30,6 +37,7 @@ _EXPORTS = {
 __all__ = [
     "BaseAdapter",
     "LayerKV",
+    "LayerState",
     "PrefixCheckpoint",
     "PrefixCheckpointError",
     "PrefixNotFoundError",

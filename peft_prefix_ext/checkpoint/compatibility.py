@@ -1,7 +1,7 @@
 """Whether an adapter fits a base model: the one comparison that loading, conversion and serving share.
 
-An adapter fits when the fingerprints of the two architectures agree (`fingerprint.py`) and every layer with a KV cache has the same shape in
-both. A caller says what it knows of its model, and words its own error or takes the sentence from here:
+An adapter fits when the fingerprints of the two architectures agree (`fingerprint.py`), every layer with a KV cache has the same shape in
+both, and so have the states of recurrent layers, if the adapter has any. A caller says what it knows of its model, and words its own error or takes the sentence from here:
 
     found = differences(prefix.base_fingerprint, fingerprint(config))
     if found := found or layers_in_words(compare_layers(prefix.layer_shapes, model_shapes)):
@@ -50,6 +50,22 @@ class LayerDifference(NamedTuple):
         )
 
 
+class StateShape(NamedTuple):
+    """The shape of one state of a recurrent layer.
+
+    Args:
+        layer: The index of the layer.
+        kind: `"conv"` or `"recurrent"`.
+        number: Which of the layer's states of this kind, from 0.
+        shape: Its shape in the whole model, without a batch dimension.
+    """
+
+    layer: int
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+
+
 # A `LayerShape` or a plain tuple `(layer index, num_kv_heads, key_size, value_size)`.
 LayerShapes = Iterable[tuple[int, int, int, int]]
 
@@ -67,6 +83,33 @@ def compare_layers(adapter: LayerShapes, model: LayerShapes, *, whole_model: boo
     indices = sorted(ours.keys() | theirs.keys() if whole_model else theirs.keys())
     pairs = [LayerDifference(index, ours.get(index), theirs.get(index)) for index in indices]
     return [pair for pair in pairs if pair.adapter != pair.model]
+
+
+def compare_states(
+    adapter: Iterable[StateShape], model: Iterable[StateShape], *, whole_model: bool = True
+) -> list[str]:
+    """Says which states of recurrent layers differ; nothing if the adapter fits.
+
+    An adapter without any states fits every model: its recurrent layers start from zero.
+
+    Args:
+        adapter: The states of the prefix.
+        model: The states of the model's recurrent layers.
+        whole_model: Whether `model` lists all of them. If not, as in one pipeline stage, states that only the adapter has
+            are not compared.
+    """
+    ours, theirs = ({row[:3]: row for row in rows} for rows in (adapter, model))
+    found = []
+    for key in sorted(ours.keys() | theirs.keys() if whole_model else theirs.keys()) if ours else ():
+        mine, other = ours.get(key), theirs.get(key)
+        layer, kind, _ = key
+        if mine is None:
+            found.append(f"layer {layer} has no {kind} state in the adapter")
+        elif other is None:
+            found.append(f"layer {layer} has no {kind} state in the model")
+        elif mine.shape != other.shape:
+            found.append(f"layer {layer} has a {kind} state {list(mine.shape)}, the model has {list(other.shape)}")
+    return found
 
 
 def layers_in_words(found: Sequence[LayerDifference]) -> list[str]:

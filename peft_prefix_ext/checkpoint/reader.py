@@ -19,9 +19,12 @@ from peft_prefix_ext.checkpoint.format import (
     DECODER,
     FLOAT_DTYPES,
     FORMAT_VERSION,
+    FORMAT_VERSIONS,
+    STATES_VERSION,
     STOCK_TYPES,
     WEIGHTS_NAME,
     LayerKV,
+    LayerState,
     PrefixCheckpoint,
     PrefixCheckpointError,
     PrefixNotFoundError,
@@ -29,6 +32,7 @@ from peft_prefix_ext.checkpoint.format import (
     is_stock_encoder_decoder,
     layer_key,
     magnitude,
+    state_key,
 )
 
 
@@ -57,15 +61,10 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
             _refuse_other_weights(tensors, weights)
             read = _read_stock if peft_type in STOCK_TYPES else _read_prefix_ext
             layers = read(tensors, config, p, folder)
+            states, state_modules = _read_states(tensors, config, folder)
     except (SafetensorError, OSError) as error:
         raise PrefixCheckpointError(f"{weights} cannot be read as safetensors ({error}); copy it again.") from error
-    for index, layer in layers.items():
-        for kind, tensor in zip(layer._fields, layer, strict=True):
-            if not math.isfinite(magnitude(tensor)):
-                raise PrefixCheckpointError(
-                    f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again."
-                )
-    return PrefixCheckpoint(
+    checkpoint = PrefixCheckpoint(
         path=folder,
         peft_type=peft_type,
         num_virtual_tokens=p,
@@ -76,7 +75,13 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
         modules={} if peft_type in STOCK_TYPES else {row["index"]: row["module"] for row in config["prefix_layers"]},
         base_adapters=_base_adapters(config, folder),
         config=config,
+        states=states,
+        state_modules=state_modules,
     )
+    for index, kind, tensor in checkpoint.tensors():
+        if not math.isfinite(magnitude(tensor)):
+            raise PrefixCheckpointError(f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again.")
+    return checkpoint
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -101,10 +106,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "CARTRIDGE."
         )
     version = config.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise PrefixCheckpointError(
-            f"The adapter in {folder} has format version {version!r}, this release reads {FORMAT_VERSION}: upgrade "
-            "peft-prefix-ext."
+            f"The adapter in {folder} has format version {version!r}, this release reads {FORMAT_VERSION} and "
+            f"{STATES_VERSION}: upgrade peft-prefix-ext."
         )
     return config
 
@@ -128,7 +133,7 @@ def _refuse_other_weights(tensors: Any, weights: Path) -> None:
 
 def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
     table = config.get("prefix_layers")
-    if not isinstance(table, list) or not table:
+    if not isinstance(table, list) or not (table or config.get("prefix_states")):
         raise PrefixCheckpointError(f"`prefix_layers` is missing from {folder / CONFIG_NAME}; save the adapter again.")
     layers: dict[int, LayerKV] = {}
     for row in table:
@@ -151,6 +156,33 @@ def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path)
             )
         layers[index] = LayerKV(*pair)
     return layers
+
+
+def _read_states(tensors: Any, config: dict[str, Any], folder: Path) -> tuple[dict[int, LayerState], dict[int, str]]:
+    """Reads the states of recurrent layers, and the names of their modules, by layer index."""
+    table = config.get("prefix_states") or []
+    if not isinstance(table, list) or bool(table) != (config.get("format_version") == STATES_VERSION):
+        raise PrefixCheckpointError(
+            f"`prefix_states` in {folder / CONFIG_NAME} must list the states of format version {STATES_VERSION}; save the "
+            "adapter again."
+        )
+    states: dict[int, LayerState] = {}
+    modules: dict[int, str] = {}
+    for row in table:
+        try:
+            index, module, kind, number, shape = (row[name] for name in ("index", "module", "kind", "number", "shape"))
+            well_formed = type(index) is int and index >= 0 and isinstance(module, str) and isinstance(shape, list)
+            well_formed = well_formed and modules.setdefault(index, module) == module and kind in LayerState._fields
+            state = states.setdefault(index, LayerState())
+            # In order, so that none is missing or given twice.
+            well_formed = well_formed and number == len(getattr(state, kind))
+        except (KeyError, TypeError):
+            well_formed = False
+        if not well_formed:
+            raise PrefixCheckpointError(f"`prefix_states` in {folder / CONFIG_NAME} has a malformed row: {row!r}.")
+        tensor = _checked(tensors, state_key(module, kind, number), shape, folder)
+        states[index] = state._replace(**{kind: (*getattr(state, kind), tensor)})
+    return states, modules
 
 
 def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
+from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, state_table
 
 # The config fields that say how an adapter was made.
 MADE = ("init", "init_report", "reparam", "save_reparam")
@@ -41,6 +41,15 @@ def as_dict(prefix: PrefixCheckpoint) -> dict[str, Any]:
             }
             for index, layer in prefix.layers.items()
         ],
+        "states": [
+            {
+                **row,
+                "norm": round(
+                    float(getattr(prefix.states[row["index"]], row["kind"])[row["number"]].float().norm()), 4
+                ),
+            }
+            for row in state_table(prefix.states, prefix.state_modules)
+        ],
     }
 
 
@@ -53,6 +62,9 @@ def as_text(prefix: PrefixCheckpoint) -> str:
         kind = f"{layer['attention']} " if prefix.is_encoder_decoder else ""
         shape = f"{kind}keys {layer['key_shape']}, values {layer['value_shape']}, {layer['dtype']}"
         shapes.setdefault(shape, []).append(layer["index"])
+    states: dict[str, list[int]] = {}
+    for state in facts["states"]:
+        states.setdefault(f"{state['kind']} state {state['shape']}, {state['dtype']}", []).append(state["index"])
     frozen = f", the first {facts['num_frozen_tokens']} frozen" if facts["num_frozen_tokens"] else ""
     architecture = f" ({base.get('model_type')}, {base.get('num_hidden_layers')} layers)" if base else ""
     rows = [
@@ -61,9 +73,11 @@ def as_text(prefix: PrefixCheckpoint) -> str:
         *(("on top of", str(adapter)) for adapter in prefix.base_adapters),
         ("prefix", f"{facts['num_virtual_tokens']} virtual tokens{frozen}"),
         *(("layers", f"{_ranges(indices)}: {shape}") for shape, indices in shapes.items()),
-        ("norms", f"keys {_span(layers, 'key_norm')}, values {_span(layers, 'value_norm')}"),
+        *(("states", f"{_ranges(dict.fromkeys(indices))}: {shape}") for shape, indices in states.items()),
         ("size", f"{facts['num_bytes'] / 2**20:.2f} MiB, sha256 {facts['digest'][:16]}"),
     ]
+    if layers:
+        rows.insert(-1, ("norms", f"keys {_span(layers, 'key_norm')}, values {_span(layers, 'value_norm')}"))
     if made:
         origin = made.get("init_report") or f"init {made.get('init')!r}"
         rows.append(("made from", f"{origin}; reparameterization {made.get('reparam', 'none')!r}"))

@@ -1,4 +1,4 @@
-"""Writes adapters of plain K/V in the format of `format.py`."""
+"""Writes adapters of plain K/V and states in the format of `format.py`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from peft_prefix_ext.checkpoint.format import (
     DECODER,
     ENCODER,
     FORMAT_VERSION,
+    STATES_VERSION,
     STOCK_TYPES,
     WEIGHTS_NAME,
     LayerKV,
+    LayerState,
     PrefixCheckpoint,
     PrefixCheckpointError,
     layer_key,
+    state_key,
+    state_table,
 )
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.checkpoint.reader import read_prefix
@@ -35,6 +39,8 @@ def write_prefix(
     layers: Mapping[int, LayerKV],
     modules: Mapping[int, str],
     attentions: Mapping[int, str] | None = None,
+    states: Mapping[int, LayerState] | None = None,
+    state_modules: Mapping[int, str] | None = None,
     **config: Any,
 ) -> PrefixCheckpoint:
     """Writes a `PREFIX_EXT` adapter, like `save_pretrained` without a reparameterization, and reads it back.
@@ -44,8 +50,11 @@ def write_prefix(
         layers: K/V by layer index, `[num_kv_heads, num_virtual_tokens, head_dim]` each.
         modules: The name of each layer's attention module in the base model.
         attentions: The kind of attention of each layer, one of `ATTENTIONS`; the decoder's self-attention by default.
+        states: The states of recurrent layers by layer index, if any.
+        state_modules: The name of each recurrent layer's module in the base model.
         config: Further fields of `adapter_config.json`. Loading it with PEFT and serving it need
-            `base_model_name_or_path`, `base_fingerprint` and `task_type`.
+            `base_model_name_or_path`, `base_fingerprint` and `task_type`; a prefix of states alone needs
+            `num_virtual_tokens`.
 
     Raises:
         PrefixCheckpointError: If this is not a prefix (shapes that do not match, NaN or Inf), or if `path` holds something
@@ -61,16 +70,23 @@ def write_prefix(
         for kind, tensor in zip(layer._fields, layer, strict=True):
             rows[-1][f"{kind}_shape"] = list(tensor.shape)
             tensors[layer_key(modules[index], kind)] = tensor
+    names = dict(state_modules or {})
+    for index, state in sorted((states or {}).items()):
+        for kind, number, tensor in state.numbered():
+            tensors[state_key(names[index], kind, number)] = tensor
+    state_rows = state_table(states or {}, names)
     format_fields = {
         "peft_type": "PREFIX_EXT",
-        "num_virtual_tokens": rows[0]["key_shape"][1],
+        "num_virtual_tokens": rows[0]["key_shape"][1] if rows else config["num_virtual_tokens"],
         "prefix_layers": rows,
+        **({"prefix_states": state_rows} if state_rows else {}),
         "cross_prefix": CROSS in kinds.values(),
         "encoder_prefix": ENCODER in kinds.values(),
         "reparam": "none",
-        "format_version": FORMAT_VERSION,
+        "format_version": STATES_VERSION if state_rows else FORMAT_VERSION,
         "inference_mode": True,
     }
+    config.pop("prefix_states", None)  # those of the adapter that the other fields came from
     write_adapter(path, {**config, **format_fields}, tensors)
     return read_prefix(path)
 
