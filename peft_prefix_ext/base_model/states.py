@@ -6,6 +6,7 @@ reads; a prefix has the others. A recurrence keeps one tensor, whose layout is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,6 @@ def states_of(layer: Any) -> LayerState:
     return LayerState(tuple(state[0, :, 1:].clone() for state in convs), tuple(state[0].clone() for state in recurrent))
 
 
-def zeros_like_states(states: LayerState) -> LayerState:
-    """Returns states that a layer has before any text."""
-    return LayerState(*(tuple(torch.zeros_like(tensor) for tensor in kind) for kind in states))
+def map_states(states: LayerState, function: Callable[[torch.Tensor], torch.Tensor]) -> LayerState:
+    """Returns `function` of each state."""
+    return LayerState(*(tuple(function(tensor) for tensor in kind) for kind in states))

@@ -56,15 +56,20 @@ def put_back(outputs: list[torch.Tensor], layout: list[SequenceRows], batch_size
     return flat.index_put((index,), values)[:-1].unflatten(0, (batch_size, num_new))
 
 
-def count_padding(mask: torch.Tensor) -> torch.Tensor:
+def count_padding_before(mask: torch.Tensor) -> torch.Tensor:
     """Returns how many columns of a padding mask, `[b, q]`, are padding on the left of each row, `[b]`."""
     return (mask.long().cumsum(dim=-1) == 0).sum(dim=-1)
+
+
+def has_padding_before(mask: torch.Tensor) -> bool:
+    """Whether a row of a padding mask, `[b, q]`, begins with padding."""
+    return not bool(mask[:, 0].all())
 
 
 def rolled_rows(mask: torch.Tensor) -> list[SequenceRows]:
     """Returns all rows at once, with the padding on their left moved behind them; their last states are of no use."""
     batch_size, num_new = mask.shape
-    columns = torch.arange(num_new, device=mask.device)[None] + count_padding(mask)[:, None]
+    columns = torch.arange(num_new, device=mask.device)[None] + count_padding_before(mask)[:, None]
     rows = torch.arange(batch_size, device=mask.device)
     return [SequenceRows(rows[:, None] * num_new + columns % num_new, rows)]
 
@@ -72,7 +77,7 @@ def rolled_rows(mask: torch.Tensor) -> list[SequenceRows]:
 def grouped_rows(mask: torch.Tensor) -> list[SequenceRows]:
     """Returns rows with as much padding on the left together, without it; their last states are those of the text."""
     num_new = mask.shape[1]
-    padding = count_padding(mask).tolist()
+    padding = count_padding_before(mask).tolist()
     groups = []
     for number in sorted(set(padding)):
         rows = torch.tensor([row for row, each in enumerate(padding) if each == number], device=mask.device)

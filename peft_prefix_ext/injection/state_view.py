@@ -22,6 +22,9 @@ class PrefixStateView:
         index: The layer index of the mixer.
         states: The states to start from, with a batch dimension: `[b, channels, kernel_size - 1]` and `[b, ...]` each.
             A mixer may overwrite them when it reads a single token.
+
+    Attributes:
+        call: The call of the mixer, between the hooks before and behind it.
     """
 
     # Convolutions of a single token ask `update_conv_state` too, instead of a kernel that has no backward pass.
@@ -29,10 +32,10 @@ class PrefixStateView:
 
     def __init__(self, cache: Cache | None, index: int, states: LayerState) -> None:
         self.cache = cache
+        self.call: Any = None
         # transformers caches `kernel_size` columns, the first of which no token reads any more.
         self.conv_states = {number: functional.pad(conv, (1, 0)) for number, conv in enumerate(states.conv)}
         self.recurrent_states = dict(enumerate(states.recurrent))
-        self.kernel_sizes = {number: conv.shape[-1] for number, conv in self.conv_states.items()}
         self.layers = {index: self}
 
     def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:

@@ -15,10 +15,11 @@ from torch import nn
 from peft_prefix_ext.architectures.encoder_decoder import LAYER_CLASSES, PrefixStackHook
 from peft_prefix_ext.architectures.select import select_layer_class
 from peft_prefix_ext.attention.grouped_query import register_grouped_query_attention
-from peft_prefix_ext.checkpoint.format import is_of_prefix
+from peft_prefix_ext.checkpoint.format import DECODER, is_of_prefix
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook, decoder_hooks_of
+from peft_prefix_ext.injection.state_layer import PrefixStateLayer
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.tuner.adapter_names import use_adapter_names
@@ -153,7 +154,7 @@ class PrefixExtModel(UnmergeableTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         assert self._injection_plan is not None
-        return key in self._injection_plan.layers
+        return key in self._injection_plan.layers or key in self._injection_plan.states
 
     def _create_and_replace(
         self,
@@ -167,6 +168,9 @@ class PrefixExtModel(UnmergeableTuner):
     ) -> None:
         plan = self._injection_plan
         assert plan is not None
+        if current_key in plan.states:
+            self._add_states(adapter_name, peft_config, target, parent, current_key)
+            return
         probed = plan.layers[current_key]
         hook = self._get_or_create_hook(adapter_name, peft_config, plan, plan.stacks[probed.attention])
         layer = getattr(target, "prefix_ext", None)
@@ -177,6 +181,19 @@ class PrefixExtModel(UnmergeableTuner):
         has_reparam = adapter_name in hook.prefix_ext_reparam
         layer.update_layer(adapter_name, plan.initial[current_key], peft_config, has_reparam)
         if peft_config.is_saved:
+            layer.awaiting_weights.add(adapter_name)
+
+    def _add_states(
+        self, adapter_name: str, config: PrefixExtConfig, mixer: nn.Module, parent: nn.Module, name: str
+    ) -> None:
+        plan = self._injection_plan
+        assert plan is not None
+        hook = self._get_or_create_hook(adapter_name, config, plan, plan.stacks[DECODER])
+        layer: Any = getattr(mixer, "prefix_ext", None)
+        if layer is None:
+            layer = mixer.prefix_ext = PrefixStateLayer(mixer, parent, plan.states[name], hook)
+        layer.update_layer(adapter_name, plan.initial_states[name], config)
+        if config.is_saved:
             layer.awaiting_weights.add(adapter_name)
 
     def _get_or_create_hook(
