@@ -170,9 +170,7 @@ def record(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -> Probe
             raise ValueError(f"{describe(model)} does not run with a cache that records: {error}") from error
     if not caches[DECODER].written and not caches[DECODER].mixers:
         raise ValueError(f"{describe(model)} has no attention layer with a KV cache to give a prefix to.")
-    states = [
-        ProbedState(module, index, states) for index, (module, states) in caches[DECODER].final_states().items()
-    ]
+    states = [ProbedState(module, index, states) for index, (module, states) in caches[DECODER].final_states().items()]
     return ProbedModel(_layers_of(model, caches), states)
 
 

@@ -59,7 +59,9 @@ def states_from_past_key_values(config: PrefixExtConfig, probed: list[ProbedStat
     initial = []
     for each in probed:
         states = states_of(given.layers[each.index])
-        if [tensor.shape for *_, tensor in states.numbered()] != [tensor.shape for *_, tensor in each.states.numbered()]:
+        if [tensor.shape for *_, tensor in states.numbered()] != [
+            tensor.shape for *_, tensor in each.states.numbered()
+        ]:
             raise ValueError(f"The cache in `init_kv` has states of other shapes than the model in layer {each.index}.")
         if not all(torch.isfinite(tensor).all() for *_, tensor in states.numbered()):
             raise ValueError(f"`init_kv` holds NaN or Inf in the states of layer {each.index}.")

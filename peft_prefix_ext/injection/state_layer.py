@@ -57,7 +57,7 @@ class PrefixStateLayer(PrefixWeightsLayer):
         super().__init__(tensors[0].device, probed.module, probed.index, decoder_hook)
         self.states = [(kind, number) for kind, number, _ in probed.states.numbered()]
         self.dtypes = [tensor.dtype for tensor in tensors]
-        self.adapter_layer_names = tuple(state_name(kind, number) for kind, number in self.states)
+        self.adapter_layer_names = tuple(f"prefix_ext_{kind}_state_{number}" for kind, number in self.states)
         for name in self.adapter_layer_names:
             setattr(self, name, PrefixTensors(mixer))
         self.gains: dict[str, float] = {}
@@ -87,14 +87,18 @@ class PrefixStateLayer(PrefixWeightsLayer):
         has_gain = trains and config.reparam == "mlp" and not config.inference_mode
         self.gains[adapter_name] = GAIN if has_gain else 1.0
         for kind, number, tensor in initial.numbered():
-            container: PrefixTensors = getattr(self, state_name(kind, number))
             start = tensor / self.gains[adapter_name]
             if trains:
-                container[adapter_name] = nn.Parameter(start)
+                self.state(kind, number)[adapter_name] = nn.Parameter(start)
             else:
-                container.register_frozen(adapter_name, start)
+                self.state(kind, number).register_frozen(adapter_name, start)
         if not trains:
             self.frozen_peft_weight_names[adapter_name] = self.adapter_layer_names
+
+    def state(self, kind: str, number: int) -> PrefixTensors:
+        """Returns the parameters of one state by adapter; times `gains` they are the state."""
+        tensors: PrefixTensors = getattr(self, f"prefix_ext_{kind}_state_{number}")
+        return tensors
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether an adapter has states for this layer."""
@@ -202,11 +206,6 @@ class _ParentPositions(threading.local):
 
     def __reduce__(self) -> tuple[type[_ParentPositions], tuple[()]]:
         return _ParentPositions, ()  # a copy of the model has run nothing yet
-
-
-def state_name(kind: str, number: int) -> str:
-    """Returns the name of the tensors that hold a state, as `prefix_ext_conv_state_0`."""
-    return f"prefix_ext_{kind}_state_{number}"
 
 
 def mixer_arguments(mixer: nn.Module) -> tuple[list[str], str]:

@@ -34,8 +34,8 @@ from peft_prefix_ext.tuner.requirements import (
     model_record,
 )
 from peft_prefix_ext.tuner.saved_adapters import check_saved_adapter, warn_of_other_base_name
-from peft_prefix_ext.tuner.state_support import trainable_states
 from peft_prefix_ext.tuner.self_test import check_decoder_matches_text, check_prefix_matches_text
+from peft_prefix_ext.tuner.state_support import trainable_states
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def _hooked_modules(model: PreTrainedModel, probed: ProbedModel) -> set[nn.Modul
     stacks = {model.get_submodule(find_decoder(model, probed, attention)) for attention in attentions}
     embeddings = {embedding for stack in stacks if (embedding := find_position_embedding(stack)) is not None}
     shared = {module for module, _ in find_shared_kv_layers(model, {layer.module: layer for layer in layers})}
-    return {model.get_submodule(each.module) for each in (*layers, *probed.states)} | stacks | embeddings | shared
+    names = [layer.module for layer in layers] + [each.module for each in probed.states]
+    return {model.get_submodule(name) for name in names} | stacks | embeddings | shared
 
 
 def _has_prefix(model: nn.Module, with_states: bool) -> bool:

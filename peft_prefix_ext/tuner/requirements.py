@@ -116,7 +116,7 @@ def check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
 
 
 def check_layers_to_train(config: PrefixExtConfig, probed: ProbedModel) -> None:
-    indices = sorted({layer.index for layer in (*probed.layers, *probed.states)})
+    indices = sorted({layer.index for layer in probed.layers} | {each.index for each in probed.states})
     if unknown := sorted(set(config.layers_to_train or ()) - set(indices)):
         raise ValueError(f"`layers_to_train` must be among the layers with a prefix, {indices}, got {unknown}.")
 

@@ -62,7 +62,9 @@ def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
             state_layers = {
                 name: layer
                 for name, layer in modules.items()
-                if isinstance(layer, PrefixStateLayer) and layer.decoder_hook is hook and layer.has_adapter(adapter_name)
+                if isinstance(layer, PrefixStateLayer)
+                and layer.decoder_hook is hook
+                and layer.has_adapter(adapter_name)
             }
             is_encoder = any(layer.attention == ENCODER for layer in layers.values())
             stacks.append(LiveStack(hook_name, hook, layers, state_layers, REPARAM + "_encoder" * is_encoder))
@@ -213,13 +215,13 @@ def _from_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: st
     for name, state_layer in state_layers.items():
         for tensor_name, (kind, number) in zip(state_layer.adapter_layer_names, state_layer.states, strict=True):
             like = getattr(state_layer, tensor_name)[adapter_name]
-            full = _checked(
+            tensor = _checked(
                 saved.get(state_key(state_layer.module_name, kind, number)),
                 list(like.shape),
                 adapter_name,
                 f"{kind} state {number} of layer {state_layer.index}",
             )
-            state[f"{name}.{tensor_name}.{adapter_name}"] = full / state_layer.gains[adapter_name]
+            state[f"{name}.{tensor_name}.{adapter_name}"] = tensor / state_layer.gains[adapter_name]
     return state
 
 
@@ -237,9 +239,7 @@ def _full_kv(layer: PrefixExtLayer, config: PrefixExtConfig, adapter_name: str, 
 def _checked(tensor: torch.Tensor | None, expected: list[int], adapter_name: str, what: str) -> torch.Tensor:
     if tensor is None or list(tensor.shape) != expected:
         found = "nothing" if tensor is None else list(tensor.shape)
-        raise ValueError(
-            f"The checkpoint of adapter {adapter_name!r} has {found} for the {what}, expected {expected}."
-        )
+        raise ValueError(f"The checkpoint of adapter {adapter_name!r} has {found} for the {what}, expected {expected}.")
     return tensor
 
 
