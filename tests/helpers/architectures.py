@@ -216,7 +216,14 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         },
     },
     RECURRENT: {
-        "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 1, "head_dim": 16, "chunk_size": 16},
+        "mamba2": {
+            "num_heads": 8,
+            "state_size": 16,
+            "n_groups": 1,
+            "head_dim": 16,
+            "chunk_size": 16,
+            "base_lacks": {"chunked prefill", "conversation"},
+        },
     },
 }
 
