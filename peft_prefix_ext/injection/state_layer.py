@@ -146,14 +146,15 @@ class PrefixStateLayer(PrefixWeightsLayer):
         start = self._cached_states(cache) if has_past else self._batch_states(context, len(arguments[input_name]))
         call = MixerCall(arguments, input_name, self._cache_argument, self.index, start, layout)
         arguments = call.next_arguments()
-        arguments[self._cache_argument].call = call
+        arguments[self._cache_argument].call = self, call
         return (), arguments
 
     def _after_mixer(self, mixer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         view = kwargs.get(self._cache_argument)
-        if not isinstance(view, PrefixStateView):
+        # The test of an attention function adds another layer to the mixer for a while.
+        if not isinstance(view, PrefixStateView) or view.call is None or view.call[0] is not self:
             return None
-        call, view.call = view.call, None  # or the two would keep each other alive
+        (_, call), view.call = view.call, None  # or the two would keep each other alive
         return call.finish(mixer.forward, output)
 
     def _layout(

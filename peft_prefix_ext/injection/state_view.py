@@ -24,7 +24,7 @@ class PrefixStateView:
             A mixer may overwrite them when it reads a single token.
 
     Attributes:
-        call: The call of the mixer, between the hooks before and behind it.
+        call: The layer that made the view and its call of the mixer, between the hooks before and behind it.
     """
 
     # Convolutions of a single token ask `update_conv_state` too, instead of a kernel that has no backward pass.

@@ -35,28 +35,34 @@ def trainable_states(config: PrefixExtConfig, model: PreTrainedModel, probed: Pr
         ValueError: If the model has no other layers, or its recurrent layers are sharded over processes.
     """
     wanted = bool(probed.states) and config.state_prefix
+    if wanted:
+        _refuse_sharded(model, probed.states)
     supported = wanted and _start_from_states(model, probed.states)
     if not probed.layers and not supported:
-        reason = "its recurrent layers ignore the states that they are given" if wanted else "`state_prefix` is False"
+        reason = "its recurrent layers do not start from given states" if wanted else "`state_prefix` is False"
         raise ValueError(f"{describe(model)} has no attention layer to give a prefix to, and {reason}.")
     if not wanted:
         return []
     if not supported:
         warnings.warn(
-            f"The recurrent layers of {describe(model)} ignore the states that they are given, so only its attention layers "
-            "have a prefix, and a prefix of a text is not the text.",
+            f"The recurrent layers of {describe(model)} do not start from states that they are given, so only its attention "
+            "layers have a prefix, and the prefix of a text is not the text.",
             stacklevel=2,
         )
         return []
-    is_parallel = tensor_parallel_mesh(model) is not None
-    for each in probed.states if is_parallel else ():
+    return probed.states
+
+
+def _refuse_sharded(model: PreTrainedModel, states: list[ProbedState]) -> None:
+    if tensor_parallel_mesh(model) is None:
+        return
+    for each in states:
         weights = model.get_submodule(each.module).parameters()
         if any(isinstance(weight, DTensor) and not weight.placements[-1].is_replicate() for weight in weights):
             raise ValueError(
                 f"{describe(model)} shards its recurrent layers over processes, where states cannot be trained: use "
                 "`state_prefix=False`, or load it without tensor parallelism."
             )
-    return probed.states
 
 
 @torch.no_grad()
@@ -70,7 +76,10 @@ def _start_from_states(model: PreTrainedModel, states: list[ProbedState]) -> boo
         ids = torch.arange(NUM_TOKENS, device=input_device(model))[None]
         model(input_ids=ids, use_cache=False)
         hooks.close()
-        return all(_starts_from(model.get_submodule(each.module), calls[each.module], each) for each in states)
+        try:
+            return all(_starts_from(model.get_submodule(each.module), calls[each.module], each) for each in states)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # it asks for more than a cache's states
 
 
 def _keep_arguments(mixer: nn.Module, calls: dict[str, dict[str, Any]], name: str) -> RemovableHandle:
@@ -90,7 +99,7 @@ def _starts_from(mixer: nn.Module, arguments: dict[str, Any], probed: ProbedStat
         view = PrefixStateView(None, probed.index, map_states(states, torch.clone))
         for state in view.conv_states.values():
             state[..., 0] = oldest
-        output: torch.Tensor = mixer.forward(**{**arguments, cache_name: view})
+        output: torch.Tensor = mixer(**{**arguments, cache_name: view})
         return output
 
     before = run(start)

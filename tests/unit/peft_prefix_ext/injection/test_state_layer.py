@@ -56,7 +56,9 @@ def test_rows_with_padding_on_either_side_are_as_alone(random_prefix, use_cache)
     expected = [logits(random_prefix, row)[0] for row in rows]
     for left in (True, False):
         pads = [torch.zeros(1, width - row.shape[1], dtype=torch.long) for row in rows]
-        ids = torch.cat([torch.cat([pad, row] if left else [row, pad], dim=1) for pad, row in zip(pads, rows, strict=True)])
+        ids = torch.cat(
+            [torch.cat([pad, row] if left else [row, pad], dim=1) for pad, row in zip(pads, rows, strict=True)]
+        )
         mask = torch.cat(
             [
                 torch.cat([pad, torch.ones_like(row)] if left else [torch.ones_like(row), pad], dim=1)
