@@ -81,14 +81,17 @@ class MixerCall:
             parts = [getattr(view, f"{kind}_states")[number] for view in self.views]
             if self.layout is not None:
                 pairs = zip(parts, self.layout, strict=True)
-                parts = [start[rows.rows].to(part) if rows.is_empty else part for part, rows in pairs]
+                parts = [
+                    start[rows.rows.to(start.device)].to(part) if rows.is_empty else part for part, rows in pairs
+                ]
             if kind == "conv":
                 # With all new tokens, which a cache that can be cropped keeps.
                 width = max(part.shape[-1] for part in parts)
                 parts = [functional.pad(part, (width - part.shape[-1], 0)) for part in parts]
             states = torch.cat(parts)
             if self.layout is not None:
-                states = states[torch.cat([rows.rows for rows in self.layout]).argsort()]
+                order = torch.cat([rows.rows for rows in self.layout]).argsort()
+                states = states[order.to(states.device)]
             if kind == "conv":
                 kernel_size = start.shape[-1] + 1
                 cache.update_conv_state(states, self.index, state_idx=number, conv_kernel_size=kernel_size)

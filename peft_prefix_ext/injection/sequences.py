@@ -44,14 +44,14 @@ class SequenceRows:
     def take(self, batch: torch.Tensor) -> torch.Tensor:
         """Returns these rows, `[n, l, ...]`, of a batch, `[b, q, ...]`. What stands for no token may be any."""
         flat = batch.flatten(0, 1)
-        return flat[self.index.clamp(max=len(flat) - 1)]
+        return flat[self.index.to(flat.device).clamp(max=len(flat) - 1)]
 
 
 def put_back(outputs: list[torch.Tensor], layout: list[SequenceRows], batch_size: int, num_new: int) -> torch.Tensor:
     """Returns the outputs of all rows, `[n, l, ...]` each, where their tokens stand in the batch, `[b, q, ...]`."""
     features = outputs[0].shape[2:]
     flat = outputs[0].new_zeros(batch_size * num_new + 1, *features)  # the last one for what is no token
-    index = torch.cat([rows.index.flatten() for rows in layout])
+    index = torch.cat([rows.index.flatten() for rows in layout]).to(flat.device)
     values = torch.cat([output.flatten(0, 1) for output in outputs])
     return flat.index_put((index,), values)[:-1].unflatten(0, (batch_size, num_new))
 
