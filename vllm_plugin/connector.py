@@ -21,9 +21,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
-from vllm_plugin.adapters.validation import check_shapes
+from vllm_plugin.adapters.validation import check_shapes, check_states
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
 from vllm_plugin.metadata import PrefixMetadata
@@ -32,7 +34,10 @@ from vllm_plugin.patches.install import require
 from vllm_plugin.scheduler.scheduler import PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
+from vllm_plugin.worker.draft_layers import draft_layer_names, draft_loads, share_memory
 from vllm_plugin.worker.prefix_manager import PrefixManager
+from vllm_plugin.worker.state_layers import StateLayer, model_states, state_layers
+from vllm_plugin.worker.state_writer import StateWriter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,6 +58,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         require(server=False)
         self.scheduler: PrefixScheduler | None = None
         self.writer: PrefixWriter | None = None
+        # Of prefixes that were trained on the draft model, if the engine has one.
+        self.draft_writer: PrefixWriter | None = None
         if role == KVConnectorRole.SCHEDULER:
             _check_only_engine(vllm_config)
             self.scheduler = PrefixScheduler(_block_size(kv_cache_config))
@@ -61,17 +68,46 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
         tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
         dtype, device = cast(torch.dtype, vllm_config.model_config.dtype), _device(vllm_config)
-        layers = cache_layers(kv_cache_config)
-        _check_and_publish(vllm_config, layers, tp_rank)
+        modules = vllm_config.compilation_config.static_forward_context
+        names = {name for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
+        draft_names = draft_layer_names(vllm_config, kv_cache_config, modules)
+        model = vllm_config.model_config
+        layers = cache_layers(kv_cache_config, cache_layout(model), leave_out=draft_names)
+        recurrent = state_layers(
+            kv_cache_config, modules, model.hf_text_config.num_hidden_layers, leave_out=draft_names
+        )
+        _check_and_publish(vllm_config, layers, recurrent, tp_rank)
+        draft_layers: list[CacheLayer] = []
+        if (draft := draft_model(vllm_config)) is not None:
+            draft_layers = cache_layers(kv_cache_config, cache_layout(draft), leave_out=names - draft_names)
+        device_memory, draft_memory = share_memory(
+            self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY), layers, draft_layers
+        )
         manager = PrefixManager(
             stacks_of(layers),
             tp_rank=tp_rank,
             tp_size=tp_size,
             dtype=dtype,
             device=device,
-            device_memory=self._kv_transfer_config.get_from_extra_config(DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY),
+            device_memory=device_memory,
+            state_layers=recurrent,
         )
-        self.writer = PrefixWriter(manager, vllm_config.compilation_config.static_forward_context)
+        states = StateWriter(recurrent, modules, device) if recurrent else None
+        self.writer = PrefixWriter(manager, modules, states)
+        if draft_layers:
+            assert vllm_config.speculative_config is not None
+            draft_tp_size = vllm_config.speculative_config.draft_parallel_config.tensor_parallel_size
+            draft_manager = PrefixManager(
+                stacks_of(draft_layers),
+                # A draft model that is not split is whole on each rank.
+                tp_rank=tp_rank if draft_tp_size > 1 else 0,
+                tp_size=draft_tp_size,
+                dtype=dtype,
+                device=device,
+                device_memory=draft_memory,
+                without="fewer drafts of its requests are accepted",
+            )
+            self.draft_writer = PrefixWriter(draft_manager, modules)
 
     # Scheduler side
 
@@ -129,6 +165,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         if metadata.loads:
             assert self.writer is not None
             self.writer.write(metadata.loads)
+            if self.draft_writer is not None and (loads := draft_loads(metadata.loads)):
+                self.draft_writer.write(loads)
+                # Drafts without a prefix are rejected, not wrong: their requests go on.
+                self.draft_writer.take_unwritten()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         assert self.writer is not None
@@ -181,7 +221,9 @@ def _check_only_engine(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_and_publish(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp_rank: int) -> None:
+def _check_and_publish(
+    vllm_config: VllmConfig, layers: Sequence[CacheLayer], recurrent: Sequence[StateLayer], tp_rank: int
+) -> None:
     """Checks the adapters against a worker's layers, and publishes the layers for adapters that are loaded later.
 
     Raises:
@@ -194,16 +236,18 @@ def _check_and_publish(vllm_config: VllmConfig, layers: Sequence[CacheLayer], tp
         # This worker runs on another machine than the server. The workers on the server's machine check the adapters.
         return
     assert registry is not None
-    shapes = model_shapes(layers, parallel.tensor_parallel_size, model.get_total_num_kv_heads())
-    adapters = registry.adapters()
+    shapes = model_shapes(layers, parallel.tensor_parallel_size, total_num_kv_heads(model))
+    states = model_states(recurrent)
+    adapters, whole_model = registry.adapters(), parallel.pipeline_parallel_size == 1
     for adapter in adapters:
-        check_shapes(adapter.spec.name, adapter.shapes, shapes, parallel.pipeline_parallel_size == 1)
+        check_shapes(adapter.spec.name, adapter.shapes, shapes, whole_model)
+        check_states(adapter.spec.name, adapter.states, states, whole_model)
     if tp_rank == 0:
         block_size = math.lcm(*(layer.block_size for layer in layers))
-        registry.add_layers(shapes, block_size)
+        registry.add_layers(shapes, block_size, states)
         # One worker of the first pipeline stage logs for all.
         if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
-            log_cache(block_size)
+            log_cache(block_size, is_hybrid=bool(states))
             log_adapters(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 

@@ -8,6 +8,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from vllm_plugin.adapters.spec import PrefixSpec
 
+# vLLM's block id where a request has no block: for tokens that have left a sliding window, and states that are not kept.
+NULL_BLOCK = 0
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixLoad:
@@ -17,7 +20,7 @@ class PrefixLoad:
         spec: The prefix.
         start: First virtual token to copy; those before it are cached already.
         stop: One past the last, p.
-        block_ids: The request's block ids per KV cache group, from position 0; 0 is vLLM's null block.
+        block_ids: The request's block ids per KV cache group, from position 0.
     """
 
     spec: PrefixSpec

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_plugin.adapters.options import AdapterOption, check_name, parse_gib
+from vllm_plugin.adapters.options import option_of, parse_gib
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import DEVICE_MEMORY, merge, settings
 from vllm_plugin.patches.install import install, require
@@ -15,19 +16,23 @@ if TYPE_CHECKING:
 
 __all__ = ["PrefixAdapterRequest", "prefix_adapters"]
 
+# Where an adapter lies; see `option_of`.
+Source = str | os.PathLike[str] | Mapping[str, str]
+
 
 def prefix_adapters(
-    adapters: Mapping[str, str] | None = None,
+    adapters: Mapping[str, Source] | None = None,
     kv_transfer_config: Any = None,
     /,
     *,
     prefix_adapter_device_memory: float | None = None,
-    **more: str,
+    **more: Source,
 ) -> dict[str, Any]:
     """Returns the keyword arguments that make `LLM(...)` or `EngineArgs(...)` serve prefix adapters.
 
     Args:
-        adapters: Folder or Hub repository of each adapter by name, for names that are not Python identifiers.
+        adapters: Folder or Hub repository of each adapter by name, for names that are not Python identifiers; or a
+            mapping with `path` and `draft_path`, the prefix of the draft model.
         kv_transfer_config: Your own KV connector to run beside the prefixes, if any.
         prefix_adapter_device_memory: Device memory for prefixes beside the KV cache, in GiB; 0.5 by default.
         more: Further adapters by name.
@@ -39,9 +44,7 @@ def prefix_adapters(
     sources = {**(adapters or {}), **more}
     if not sources:
         raise PrefixServeError("`prefix_adapters` needs at least one name=path.")
-    for name in sources:
-        check_name(name)
-    options = [AdapterOption(name, str(source)) for name, source in sources.items()]
+    options = [option_of(name, source) for name, source in sources.items()]
     memory: dict[str, int] = {}
     if prefix_adapter_device_memory is not None:
         try:

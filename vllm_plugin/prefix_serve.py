@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Before vLLM is imported; processes that vLLM spawns import this module first, as well.
+from vllm_plugin import torchvision_on_cpu  # noqa: F401
 from vllm_plugin.errors import NO_VLLM, PrefixServeError
 
 if TYPE_CHECKING:

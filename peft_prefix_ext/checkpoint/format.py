@@ -143,6 +143,12 @@ class PrefixCheckpoint:
         return sum(tensor.nbytes for _, _, tensor in self.tensors())
 
     @property
+    def chat_template(self) -> str | None:
+        """The chat template of the messages behind a prefix that stands for the opening of a chat."""
+        template = (self.config.get("context") or {}).get("chat_template")
+        return template if isinstance(template, str) else None
+
+    @property
     def attentions(self) -> dict[int, str]:
         """The kind of attention of each layer, one of `ATTENTIONS`, by layer index."""
         kinds = {row["index"]: row.get("attention", DECODER) for row in self.config.get("prefix_layers") or []}

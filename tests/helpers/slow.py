@@ -42,6 +42,7 @@ SLOW = {
         "test_the_default_of_trl_warns",
     ],
     "vllm_plugin/patches/test_install.py": ["test_without_adapters_nothing_changes"],
+    "vllm_plugin/test_torchvision_on_cpu.py": ["test_torchvision_imports", "test_without_it_torchvision_fails"],
 }
 
 

@@ -1,15 +1,20 @@
-"""The options of an adapter as an operator gives them: `NAME=PATH_OR_REPO`, JSON, or keyword arguments."""
+"""The options of an adapter as an operator gives them: `NAME=PATH_OR_REPO`, JSON, or keyword arguments.
+
+`NAME=PATH_OR_REPO,draft=PATH_OR_REPO` names a second prefix, for the draft model of speculative decoding.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from vllm_plugin.errors import PrefixServeError
 
+_DRAFT = ",draft="
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,255}")
 
 
@@ -20,22 +25,26 @@ class AdapterOption(NamedTuple):
         name: The name that requests use.
         path: Folder or Hub repository.
         base_model_name: The served model that `/v1/models` lists as its parent; the first one by default.
+        draft_path: Folder or Hub repository of a prefix of the same length that was trained on the draft model, if any.
     """
 
     name: str
     path: str
     base_model_name: str | None = None
+    draft_path: str | None = None
 
 
 def parse_adapter(text: str) -> AdapterOption:
-    """Parses `NAME=PATH_OR_REPO` or its JSON form.
+    """Parses `NAME=PATH_OR_REPO[,draft=PATH_OR_REPO]` or its JSON form.
 
     Raises:
         PrefixServeError: If it is neither, or the name is invalid.
     """
-    option = _parse_json(text) if text.lstrip().startswith("{") else AdapterOption(*text.partition("=")[::2])
+    option = _parse_json(text) if text.lstrip().startswith("{") else _parse_short(text)
     if not option.path:
         raise PrefixServeError(f"expected NAME=PATH_OR_REPO, got {text!r}")
+    if option.draft_path == "":
+        raise PrefixServeError(f"expected NAME=PATH_OR_REPO{_DRAFT}PATH_OR_REPO, got {text!r}")
     check_name(option.name)
     return option
 
@@ -75,6 +84,34 @@ def check_unique(options: Iterable[AdapterOption]) -> None:
         paths[option.name] = option.path
 
 
+def option_of(name: str, source: str | os.PathLike[str] | Mapping[str, Any]) -> AdapterOption:
+    """Returns the option of an adapter that Python code names.
+
+    Args:
+        name: The name that requests use.
+        source: Folder or Hub repository; or a mapping with the fields `path` and `draft_path`.
+
+    Raises:
+        PrefixServeError: If the name or the source is invalid.
+    """
+    check_name(name)
+    fields = source if isinstance(source, Mapping) else {"path": os.fspath(source)}
+    if not {"path"} <= fields.keys() <= {"path", "draft_path"}:
+        raise PrefixServeError(
+            f"The prefix adapter {name!r} needs a path, or a mapping with `path` and, optionally, `draft_path`, got {source!r}."
+        )
+    draft_path = fields.get("draft_path")
+    return AdapterOption(
+        name, os.fspath(fields["path"]), draft_path=None if draft_path is None else os.fspath(draft_path)
+    )
+
+
+def _parse_short(text: str) -> AdapterOption:
+    name, _, source = text.partition("=")
+    path, draft, draft_path = source.rpartition(_DRAFT)
+    return AdapterOption(name, path, draft_path=draft_path) if draft else AdapterOption(name, source)
+
+
 def _parse_json(text: str) -> AdapterOption:
     try:
         fields = json.loads(text)
@@ -82,7 +119,10 @@ def _parse_json(text: str) -> AdapterOption:
         raise PrefixServeError(f"invalid JSON ({error}), got {text!r}") from error
     known = set(AdapterOption._fields)
     if not {"name", "path"} <= fields.keys() <= known or not all(
-        isinstance(value, str) or (value is None and field == "base_model_name") for field, value in fields.items()
+        isinstance(value, str) or (value is None and field in ("base_model_name", "draft_path"))
+        for field, value in fields.items()
     ):
-        raise PrefixServeError(f"expected strings `name`, `path` and, optionally, `base_model_name`, got {text!r}")
+        raise PrefixServeError(
+            f"expected strings `name`, `path` and, optionally, `base_model_name` and `draft_path`, got {text!r}"
+        )
     return AdapterOption(**fields)

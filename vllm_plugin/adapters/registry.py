@@ -23,12 +23,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from peft_prefix_ext.checkpoint.compatibility import StateShape
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.kv_transfer_config import REGISTRY, settings_in
 
 # `(layer index, num_kv_heads, key_size, value_size)` of each layer.
 Shapes = tuple[tuple[int, int, int, int], ...]
-_JOURNAL, _LENGTH, _LAYERS = "adapters.jsonl", "length", "layers.json"
+StateShapes = tuple[StateShape, ...]
+_JOURNAL, _LENGTH, _LAYERS, _STATES = "adapters.jsonl", "length", "layers.json", "states.json"
 _NO_LENGTH = bytes(8)
 
 
@@ -44,11 +48,15 @@ class Adapter:
         spec: What its requests carry to the engine.
         base_model_name: The served model that `/v1/models` lists as its parent, if the operator named one.
         shapes: The shapes of its layers.
+        states: The shapes of its states of recurrent layers; empty if these start from zero.
+        chat_template: The chat template of the messages behind it, if it stands for the opening of a chat.
     """
 
     spec: PrefixSpec
     base_model_name: str | None
     shapes: Shapes
+    states: StateShapes = ()
+    chat_template: str | None = None
 
 
 class Registry:
@@ -68,7 +76,7 @@ class Registry:
         self._lock = threading.Lock()
         self._adapters: dict[str, Adapter] = {}
         # Adapters of one model have the same shapes, which are kept once.
-        self._shapes: dict[Shapes, Shapes] = {}
+        self._shapes: dict[Shapes | StateShapes, Any] = {}
         self._seen, self._seen_length = 0, _NO_LENGTH
 
     @property
@@ -102,6 +110,8 @@ class Registry:
                     "spec": dataclasses.asdict(adapter.spec),
                     "base_model_name": adapter.base_model_name,
                     "shapes": adapter.shapes,
+                    "states": adapter.states,
+                    "chat_template": adapter.chat_template,
                 }
                 for name, adapter in new.items()
             )
@@ -122,36 +132,47 @@ class Registry:
 
         None before the engine has started, or if it runs on another machine.
         """
-        rows = self._layers()
+        rows = self._rows(_LAYERS)
         return tuple((row["index"], row["num_kv_heads"], row["key_size"], row["value_size"]) for row in rows) or None
 
     def block_size(self) -> int | None:
         """Returns the tokens per block of the engine's cache; None where `layers` returns None."""
-        sizes = [row["block_size"] for row in self._layers() if "block_size" in row]
+        sizes = [row["block_size"] for row in self._rows(_LAYERS) if "block_size" in row]
         return math.lcm(*sizes) if sizes else None
 
-    def add_layers(self, layers: Shapes, block_size: int) -> None:
+    def states(self) -> StateShapes:
+        """Returns the shapes of the states of the engine's recurrent layers; none where `layers` returns None."""
+        return _state_shapes(self._rows(_STATES))
+
+    def add_layers(self, layers: Shapes, block_size: int, states: StateShapes = ()) -> None:
         """Publishes the layers of a worker: all layers of the model, or those of one pipeline stage.
 
         Args:
-            layers: The shapes of the layers.
+            layers: The shapes of the layers with a KV cache.
             block_size: Tokens per block of their cache.
+            states: The shapes of the states of recurrent layers.
         """
         fields = ("index", "num_kv_heads", "key_size", "value_size")
         with self._changing():
-            rows = {row["index"]: row for row in self._layers()}
+            # The states first: whoever finds layers finds their states as well.
+            if states:
+                self._write(_STATES, sorted({*self.states(), *states}))
+            rows = {row["index"]: row for row in self._rows(_LAYERS)}
             for layer in layers:
                 rows[layer[0]] = {**dict(zip(fields, layer, strict=True)), "block_size": block_size}
-            new = self.folder / f"{_LAYERS}.new"
-            new.write_text(json.dumps([rows[index] for index in sorted(rows)]), encoding="utf-8")
-            new.replace(self.folder / _LAYERS)
+            self._write(_LAYERS, [rows[index] for index in sorted(rows)])
 
-    def _layers(self) -> list[dict[str, int]]:
+    def _rows(self, file: str) -> list[Any]:
         try:
-            rows: list[dict[str, int]] = json.loads((self.folder / _LAYERS).read_text(encoding="utf-8"))
+            rows: list[Any] = json.loads((self.folder / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
         return rows
+
+    def _write(self, file: str, rows: list[Any]) -> None:
+        new = self.folder / f"{file}.new"
+        new.write_text(json.dumps(rows), encoding="utf-8")
+        new.replace(self.folder / file)
 
     def _refresh(self) -> None:
         if self._length[:] != self._seen_length:
@@ -192,10 +213,18 @@ class Registry:
             else:
                 shapes = tuple(tuple(row) for row in change["shapes"])
                 shapes = self._shapes.setdefault(shapes, shapes)
-                spec = PrefixSpec(**change["spec"])
-                self._adapters[change["name"]] = Adapter(spec, change["base_model_name"], shapes)
+                states = _state_shapes(change["states"])
+                states = self._shapes.setdefault(states, states)
+                spec = msgspec.convert(change["spec"], PrefixSpec)
+                self._adapters[change["name"]] = Adapter(
+                    spec, change["base_model_name"], shapes, states, change["chat_template"]
+                )
         self._seen += len(lines)
         self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")
+
+
+def _state_shapes(rows: Iterable[Iterable[Any]]) -> StateShapes:
+    return tuple(StateShape(layer, kind, number, tuple(shape)) for layer, kind, number, shape in rows)
 
 
 def registry_in(kv_transfer_config: Any) -> Registry | None:

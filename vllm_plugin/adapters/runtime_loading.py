@@ -12,6 +12,7 @@ from vllm_plugin.adapters.options import AdapterOption, check_name
 from vllm_plugin.adapters.registry import Adapter, Registry, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.adapters.speculation import warn_of_drafts
 from vllm_plugin.adapters.startup_log import log_adapters
 from vllm_plugin.adapters.validation import check_served_names
 from vllm_plugin.errors import PrefixServeError
@@ -31,6 +32,7 @@ def publish(adapter: Adapter, registry: Registry, vllm_config: Any, *, replace: 
         NameTakenError: If another adapter has its name, and `replace` is off.
     """
     registry.add([adapter], replace=replace)
+    warn_of_drafts([adapter.spec], vllm_config)
     logger.info("Loaded prefix adapter: name '%s', path '%s'", adapter.spec.name, adapter.spec.source)
     if (block_size := registry.block_size()) is not None:
         log_adapters([adapter], block_size, vllm_config.model_config.dtype.itemsize)
@@ -49,12 +51,12 @@ def load_requested(requests: Sequence[Any], vllm_config: Any) -> Sequence[Any]:
     Raises:
         PrefixRequestError: If there is no such adapter, or it cannot be served.
     """
-    specs: dict[tuple[str, str, bool], PrefixSpec] = {}
+    specs: dict[tuple[str, str, str, bool], PrefixSpec] = {}
 
     def with_spec(request: Any) -> Any:
         if not isinstance(request, PrefixAdapterRequest) or not (request.lora_path or request.load_inplace):
             return request
-        key = request.lora_name, request.lora_path, request.load_inplace
+        key = request.lora_name, request.lora_path, request.draft_path, request.load_inplace
         if key not in specs:
             specs[key] = adapter_of(request, vllm_config)
         return PrefixAdapterRequest(request.lora_name, spec=specs[key])
@@ -101,25 +103,30 @@ def _unknown(name: str, registry: Registry) -> str:
 def _load(request: PrefixAdapterRequest, registry: Registry, vllm_config: Any) -> Adapter:
     name, known = request.lora_name, registry.get(request.lora_name)
     if known is not None and not request.load_inplace:
-        if request.lora_path == known.spec.source or _real_path(request.lora_path) == known.spec.path:
+        if _came_from(known.spec, request.lora_path) and _came_from(known.spec.draft, request.draft_path):
             return known
         raise PrefixRequestError(
             f"The prefix adapter {name!r} was loaded from {known.spec.source!r}; set `load_inplace=True` to replace it by "
             f"the one in {request.lora_path!r}, or choose another name."
         )
-    path = request.lora_path or (known.spec.source if known is not None else "")
+    path, draft_path = request.lora_path, request.draft_path
+    if not path and known is not None:
+        path = known.spec.source
+        draft_path = draft_path or (known.spec.draft.source if known.spec.draft is not None else "")
     if not path:
         raise PrefixRequestError(_unknown(name, registry))
     try:
         check_name(name)
         check_served_names([name], [vllm_config.model_config.served_model_name])
-        option = AdapterOption(name, path, None if known is None else known.base_model_name)
-        adapter = open_adapter(option, vllm_config, registry.layers())
+        option = AdapterOption(name, path, None if known is None else known.base_model_name, draft_path or None)
+        adapter = open_adapter(option, vllm_config, registry)
     except PrefixServeError as error:
         raise PrefixRequestError(str(error)) from error
     publish(adapter, registry, vllm_config, replace=request.load_inplace)
     return adapter
 
 
-def _real_path(path: str) -> str:
-    return os.path.realpath(os.path.expanduser(path))
+def _came_from(spec: PrefixSpec | None, path: str) -> bool:
+    if spec is None:
+        return not path
+    return path == spec.source or os.path.realpath(os.path.expanduser(path)) == spec.path

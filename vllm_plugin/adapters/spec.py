@@ -26,6 +26,7 @@ class PrefixSpec:
         digest: SHA-256 of its weights and config, in hex.
         lora_path: The local folder of the LoRA adapter that it was trained on, if any.
         lora_digest: SHA-256 of that LoRA adapter's weights and config, in hex.
+        draft: The prefix of the draft model that goes with it, of the same length, if the operator named one.
     """
 
     name: str
@@ -35,10 +36,15 @@ class PrefixSpec:
     digest: str
     lora_path: str | None = None
     lora_digest: str | None = None
+    draft: PrefixSpec | None = None
 
     def salt(self, client_salt: str | None) -> str:
-        """Returns the salt of the block hashes. Prefixes of another content, name or client salt share no block."""
-        return f"{SALT_PREFIX}{self.digest}:{len(self.name)}:{self.name}:{client_salt or ''}"
+        """Returns the salt of the block hashes. Prefixes of another content, name or client salt share no block.
+
+        A block holds the K/V of the draft model as well, so the draft model's prefix is part of the content.
+        """
+        digest = self.digest if self.draft is None else f"{self.digest}+{self.draft.digest}"
+        return f"{SALT_PREFIX}{digest}:{len(self.name)}:{self.name}:{client_salt or ''}"
 
 
 # Cached: packing and unpacking run once per request, and the result is the same for all requests with one prefix.

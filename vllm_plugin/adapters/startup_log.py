@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vllm_plugin.adapters.registry import Adapter
@@ -11,13 +12,18 @@ from vllm_plugin.logger import logger
 MAX_LINES = 20
 
 
-def log_cache(block_size: int) -> None:
+def log_cache(block_size: int, *, is_hybrid: bool = False) -> None:
     """Logs the block size, which differs by platform and backend. Prefixes of a multiple of it fill whole blocks.
 
     Args:
         block_size: Tokens per block of the cache.
+        is_hybrid: Whether the model has recurrent layers.
     """
-    logger.info("Blocks of the KV cache hold %d tokens (--block-size).", block_size)
+    logger.info(
+        "Blocks of the KV cache hold %d tokens (--block-size%s).",
+        block_size,
+        ", raised by vLLM until a block is as large as the state of a recurrent layer" if is_hybrid else "",
+    )
 
 
 def log_adapters(adapters: Sequence[Adapter], block_size: int, itemsize: int) -> None:
@@ -31,12 +37,14 @@ def log_adapters(adapters: Sequence[Adapter], block_size: int, itemsize: int) ->
     for adapter in adapters[: MAX_LINES if len(adapters) <= MAX_LINES else 0]:
         p = adapter.spec.num_virtual_tokens
         logger.info(
-            "Prefix adapter %r: %d virtual tokens, %d layers, %.2f MiB, %s.",
+            "Prefix adapter %r: %d virtual tokens, %d layers%s, %.2f MiB, %s%s.",
             adapter.spec.name,
             p,
             len(adapter.shapes),
+            f" and the states of {len({state.layer for state in adapter.states})}" if adapter.states else "",
             num_bytes(adapter, itemsize) / 2**20,
             f"a tail of {p % block_size} tokens" if p % block_size else "aligned",
+            "" if adapter.spec.draft is None else ", with a prefix for the draft model",
         )
     if len(adapters) > MAX_LINES:
         logger.info(
@@ -64,6 +72,7 @@ def advise(adapter: Adapter, block_size: int) -> str:
 
 
 def num_bytes(adapter: Adapter, itemsize: int) -> int:
-    """Returns the size of an adapter's K/V in the model's dtype, over all workers."""
-    numbers = sum(heads * (key_size + value_size) for _, heads, key_size, value_size in adapter.shapes)
-    return numbers * adapter.spec.num_virtual_tokens * itemsize
+    """Returns the size of an adapter in the model's dtype, over all workers."""
+    per_token = sum(heads * (key_size + value_size) for _, heads, key_size, value_size in adapter.shapes)
+    states = sum(math.prod(state.shape) for state in adapter.states)
+    return (per_token * adapter.spec.num_virtual_tokens + states) * itemsize

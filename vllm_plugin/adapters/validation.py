@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peft_prefix_ext.checkpoint.compatibility import LayerShapes, compare_layers, layers_in_words
+from peft_prefix_ext.checkpoint.compatibility import (
+    LayerShapes,
+    StateShape,
+    compare_layers,
+    compare_states,
+    layers_in_words,
+)
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
-from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, magnitude
+from peft_prefix_ext.checkpoint.format import LayerState, PrefixCheckpoint, PrefixCheckpointError, magnitude
 from vllm_plugin.adapters.base_lora import confuses_slots
+from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
+from vllm_plugin.adapters.speculation import lossy_speculation
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 
-# vLLM loads the logits processors of all installed packages, whatever its options are.
-LOGITS_PROCESSORS = "vllm.logits_processors"
+# Fields of the config of models whose queries read only what an indexer selects from a cache of its own: DeepSeek-V3.2
+# and GLM-DSA, DeepSeek-V4.
+INDEXER = ("index_topk", "compress_ratios")
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -27,25 +35,21 @@ def check_engine(vllm_config: Any) -> None:
     refusals = {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
-        "multi-head latent attention (MLA)": bool(model.use_mla),
-        "models with Mamba or linear-attention layers": bool(
-            model.is_hybrid or model.is_attention_free or model.has_inner_state
-        ),
-        # With our connector's role the server would accept embeddings from clients, which can crash the engine.
-        "multimodal models": bool(model.is_multimodal_model),
+        "sparse attention with an indexer": any(hasattr(model.hf_text_config, name) for name in INDEXER),
+        # vLLM then caches keys and values, and a prefix holds latents.
+        "VLLM_MLA_DISABLE=1 with latent attention (MLA)": bool(model.is_deepseek_mla and not model.use_mla),
+        "models without attention layers": bool(model.is_attention_free),
         "diffusion models": bool(getattr(model, "is_diffusion", False)),
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        # Nothing fills the cache of a draft model for the prefix. N-grams come from token ids alone, and are verified.
-        "speculative decoding other than by n-grams": getattr(vllm_config.speculative_config, "method", "ngram")
-        != "ngram",
         "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
     }
     found = [feature for feature, present in refusals.items() if present]
-    if (processors := _unsupported_logits_processors(vllm_config)) is not None:
-        found.append(processors)
+    if (drafts := lossy_speculation(vllm_config.speculative_config)) is not None:
+        found.append(drafts)
     if found:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
+    cache_layout(model)
     if vllm_config.lora_config is not None and confuses_slots():
         logger.warning(
             "This vLLM has a bug on CPU that is fixed in 0.33: with as many LoRA adapters in use as --max-loras allows, "
@@ -57,12 +61,16 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
-def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> None:
-    """Raises `PrefixServeError` if a prefix does not fit this engine's base model or its context.
+def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
+    """Raises `PrefixServeError` if a prefix does not fit a model or its context.
 
     This checks what the model's config says, before the engine starts; `check_shapes` checks the engine's layers.
+
+    Args:
+        name: The name of the adapter.
+        checkpoint: The prefix.
+        model: vLLM's `ModelConfig` of the base model, or of the draft model.
     """
-    model = vllm_config.model_config
     p = checkpoint.num_virtual_tokens
     if checkpoint.is_encoder_decoder:
         raise PrefixServeError(
@@ -81,14 +89,14 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             trained_on,
             model.model,
         )
-    largest = max(magnitude(tensor) for layer in checkpoint.layers.values() for tensor in layer)
+    largest = max(magnitude(tensor) for _, _, tensor in checkpoint.tensors())
     if not torch.tensor(largest, dtype=torch.float64).to(model.dtype).isfinite():
         raise PrefixServeError(
             f"Prefix adapter {name!r} holds values too large for {str(model.dtype).removeprefix('torch.')}; start with "
             "another --dtype."
         )
     shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
-    expected = (model.get_total_num_kv_heads(), model.get_head_size())
+    expected = (total_num_kv_heads(model), cache_layout(model).kv_lora_rank or model.get_head_size())
     if len(shapes) == 1 and shapes != {expected}:
         heads, size = shapes.pop()
         raise PrefixServeError(
@@ -96,11 +104,13 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, vllm_config: Any) -> 
             f"{expected[1]}: it was trained on another base model, or on one whose K/V vLLM keeps in another form, which "
             "cannot be served."
         )
+    if not model.is_hybrid:
+        check_states(name, checkpoint.state_shapes, ())
     num_layers = model.hf_text_config.num_hidden_layers
-    if max(checkpoint.layers) >= num_layers:
+    if (last := max([*checkpoint.layers, *checkpoint.states])) >= num_layers:
         raise PrefixServeError(
-            f"Prefix adapter {name!r} was trained on another base model: it has a layer {max(checkpoint.layers)}, the "
-            f"model has {num_layers} layers."
+            f"Prefix adapter {name!r} was trained on another base model: it has a layer {last}, the model has {num_layers} "
+            "layers."
         )
     # A request needs at least one prompt token and one output token.
     if p + 2 > model.max_model_len:
@@ -125,28 +135,32 @@ def check_shapes(name: str, shapes: LayerShapes, layers: LayerShapes, whole_mode
         )
 
 
+def check_states(
+    name: str, shapes: Iterable[StateShape], states: Iterable[StateShape], whole_model: bool = True
+) -> None:
+    """Raises `PrefixServeError` if the states of a prefix are not those of the model's recurrent layers.
+
+    Args:
+        name: The name of the adapter.
+        shapes: Its states. Without any, the recurrent layers start from zero, which is right in every model.
+        states: The states of the model, see `worker/state_layers.py`.
+        whole_model: Whether `states` are those of the whole model, and not of one pipeline stage.
+    """
+    shapes, states = list(shapes), list(states)
+    if not shapes:
+        return
+    if unverified := sorted({state.kind for state in states} - set(LayerState._fields)):
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} holds trained states of recurrent layers, and how vLLM keeps those of "
+            f"{', '.join(unverified)} was never verified; train a prefix for the attention layers only."
+        )
+    if found := compare_states(shapes, states, whole_model=whole_model):
+        raise PrefixServeError(f"Prefix adapter {name!r} was trained on another base model: {found[0]}.")
+
+
 def check_served_names(adapters: Iterable[str], served: Iterable[str]) -> None:
     """Raises `PrefixServeError` if an adapter has the name of another model on the server."""
     if taken := sorted(set(adapters) & set(served)):
         raise PrefixServeError(
             f"The prefix adapter name {taken[0]!r} is already the name of a model on this server; choose another name."
         )
-
-
-def _unsupported_logits_processors(vllm_config: Any) -> str | None:
-    """Returns a description of the custom logits processors that would see placeholders; None if none would.
-
-    In model runner V2 they read the runner's own buffers. In V1 `worker/logits_processors.py` shows them the real
-    prompt.
-    """
-    given = vllm_config.model_config.logits_processors or ()
-    names = [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in given]
-    names += [
-        f"{each.value}, of the entry points of an installed package" for each in entry_points(group=LOGITS_PROCESSORS)
-    ]
-    if not names or not vllm_config.use_v2_model_runner:
-        return None
-    return (
-        f"custom logits processors in model runner V2 ({'; '.join(names)}; with VLLM_USE_V2_MODEL_RUNNER=0 in the environment "
-        "they work)"
-    )

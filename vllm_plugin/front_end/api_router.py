@@ -32,6 +32,7 @@ class LoadPrefixAdapterRequest(BaseModel):
 
     prefix_name: str = _NAME
     prefix_path: str = _PATH
+    draft_path: str | None = None
     load_inplace: bool = False
 
 
@@ -61,7 +62,12 @@ def attach(app: FastAPI) -> None:
 async def load_prefix_adapter(request: LoadPrefixAdapterRequest, raw_request: Request) -> Response:
     """Loads an adapter. With `load_inplace`, replaces an adapter of that name."""
     return _response(
-        await _models(raw_request).load(request.prefix_name, request.prefix_path, replace=request.load_inplace)
+        await _models(raw_request).load(
+            request.prefix_name,
+            request.prefix_path,
+            draft_path=request.draft_path,
+            replace=request.load_inplace,
+        )
     )
 
 

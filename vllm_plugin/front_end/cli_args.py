@@ -48,7 +48,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Prefix adapters to serve. Each is a folder or a Hub repository, `owner/name[@revision]`; requests select one "
         'with "model": "NAME". The JSON form of --lora-modules works as well: \'{"name": "NAME", "path": "PATH_OR_REPO", '
-        '"base_model_name": "MODEL"}\'.',
+        '"base_model_name": "MODEL"}\'. NAME=PATH_OR_REPO,draft=PATH_OR_REPO, in JSON "draft_path", adds a prefix for the '
+        "draft model of --speculative-config.",
     )
     group.add_argument(
         "--enable-prefix-adapters",

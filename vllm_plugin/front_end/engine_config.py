@@ -9,6 +9,7 @@ from typing import Any
 from vllm_plugin.adapters.loading import open_adapters
 from vllm_plugin.adapters.options import AdapterOption, check_unique
 from vllm_plugin.adapters.registry import make_folder, registry_at
+from vllm_plugin.adapters.speculation import warn_of_drafts
 from vllm_plugin.adapters.validation import check_engine, check_served_names
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end.cpu_cores import keep_cores
@@ -75,9 +76,26 @@ def create(engine_args: Any, create_engine_config: Callable[[], Any]) -> Any:
     registry = registry_at(ours[REGISTRY])
     engine_args.kv_transfer_config = replace_settings(engine_args.kv_transfer_config, ours)
     vllm_config = create_engine_config()
+    _keep_embeddings_out(engine_args, vllm_config)
     check_engine(vllm_config)
     keep_cores(vllm_config)
     # Otherwise another process of this server has added them.
     if registry.is_new:
-        registry.add(open_adapters(adapters, vllm_config))
+        opened = open_adapters(adapters, vllm_config)
+        registry.add(opened)
+        warn_of_drafts((adapter.spec for adapter in opened), vllm_config)
     return vllm_config
+
+
+def _keep_embeddings_out(engine_args: Any, vllm_config: Any) -> None:
+    """Makes the server refuse embeddings of media from clients, as without prefixes, unless the operator wants them.
+
+    vLLM takes every KV consumer for the second half of a disaggregated server, whose first half has checked and run the
+    request. So it accepts embeddings from clients there, also without the tensors, which can crash an engine that runs
+    the request itself.
+    """
+    media = vllm_config.model_config.multimodal_config
+    if media is None or vllm_config.ec_transfer_config is not None:
+        return
+    media.allow_missing_mm_embeddings = False
+    media.enable_mm_embeds = bool(engine_args.enable_mm_embeds)

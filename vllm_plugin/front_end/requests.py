@@ -19,6 +19,9 @@ from vllm_plugin.adapters.spec import SALT_PREFIX, PrefixSpec, pack
 from vllm_plugin.kv_transfer_config import ADAPTERS, settings_in
 from vllm_plugin.request_errors import PrefixRequestError, PrefixUnavailableError
 
+# How vLLM calls prompt embeddings that stand among the text of a chat.
+PROMPT_EMBEDS = "prompt_embeds"
+
 
 class CheckedRequest(PrefixAdapterRequest):
     """Marks a call whose request and rendered prompt are checked already.
@@ -45,7 +48,7 @@ class Prompt(NamedTuple):
         return cls(
             num_tokens=None if token_ids is None else len(token_ids),
             cache_salt=prompt.get("cache_salt"),
-            has_embeds=prompt["type"] == "embeds",
+            has_embeds=prompt["type"] == "embeds" or PROMPT_EMBEDS in prompt.get("mm_placeholders", ()),
             has_media=prompt["type"] == "multimodal",
         )
 
@@ -55,7 +58,8 @@ class Prompt(NamedTuple):
         return cls(
             num_tokens=None if request.prompt_token_ids is None else len(request.prompt_token_ids),
             cache_salt=request.cache_salt,
-            has_embeds=request.prompt_embeds is not None,
+            has_embeds=request.prompt_embeds is not None
+            or any(feature.modality == PROMPT_EMBEDS for feature in request.mm_features or ()),
             has_media=bool(request.mm_features),
         )
 
@@ -125,17 +129,15 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
     if prompt is None:
         return
     if prompt.has_embeds or prompt.num_tokens is None:
-        raise PrefixRequestError(f"`prompt_embeds` are not supported with {adapter}; send text or token ids.")
-    if prompt.has_media:
-        raise PrefixRequestError(f"Images, audio and video are not supported with {adapter}; send text only.")
+        raise PrefixRequestError(f"`prompt_embeds` are not supported with {adapter}; send text, token ids or media.")
     if prompt.num_tokens == 0:
         raise PrefixRequestError(f"The prompt is empty; {adapter} needs at least one token after it.")
     remaining = max_model_len - spec.num_virtual_tokens - prompt.num_tokens
     if remaining < 1:
         raise PrefixRequestError(
-            f"The prompt has {prompt.num_tokens} tokens, which with the {spec.num_virtual_tokens} virtual tokens of "
-            f"{adapter} leave no room for an output token in a context of {max_model_len}; shorten the prompt to at "
-            f"most {max_model_len - spec.num_virtual_tokens - 1} tokens."
+            f"The prompt has {prompt.num_tokens} tokens, {'media included, ' if prompt.has_media else ''}which with the "
+            f"{spec.num_virtual_tokens} virtual tokens of {adapter} leave no room for an output token in a context of "
+            f"{max_model_len}; shorten the prompt to at most {max_model_len - spec.num_virtual_tokens - 1} tokens."
         )
     if getattr(params, "min_tokens", 0) > remaining:
         raise PrefixRequestError(

@@ -65,6 +65,11 @@ class PrefixModels:
         adapter = self._registry.get(name) if name else None
         return None if adapter is None else adapter.spec
 
+    def chat_template(self, name: str | None) -> str | None:
+        """Returns the chat template of the messages behind the adapter called `name`; None for the model's own."""
+        adapter = self._registry.get(name) if name else None
+        return None if adapter is None else adapter.chat_template
+
     def request(self, name: str | None) -> PrefixAdapterRequest | None:
         """Returns the `lora_request` for the adapter called `name`; None if there is none."""
         spec = self.spec(name)
@@ -101,12 +106,13 @@ class PrefixModels:
             for adapter in self._registry.adapters()
         ]
 
-    async def load(self, name: str, path: str, *, replace: bool) -> ErrorResponse | str:
+    async def load(self, name: str, path: str, *, draft_path: str | None = None, replace: bool) -> ErrorResponse | str:
         """Reads, checks and adds an adapter. If anything fails, nothing changes.
 
         Args:
             name: The name that requests use.
             path: Folder or Hub repository, as on the command line.
+            draft_path: The prefix for the draft model, if any.
             replace: Whether to replace an adapter that has this name.
         """
         if not name or not path:
@@ -124,9 +130,8 @@ class PrefixModels:
             check_name(name)
             # In a thread: it reads and hashes a file, or downloads it, and must not block running requests.
             async with self._load_limit:
-                adapter = await asyncio.to_thread(
-                    open_adapter, AdapterOption(name, path), self._config, self._registry.layers()
-                )
+                option = AdapterOption(name, path, draft_path=draft_path or None)
+                adapter = await asyncio.to_thread(open_adapter, option, self._config, self._registry)
             await base_lora.load(self._engine, [adapter.spec])
             if self._warms_up:
                 await warm_up(self._engine, [adapter.spec])

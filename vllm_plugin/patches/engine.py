@@ -33,6 +33,19 @@ def _handle_invalid_blocks(wrapped: Any, instance: Any, args: Any, kwargs: Any) 
     return load_failures.fail_requests(instance, invalid, functools.partial(wrapped, *args, **kwargs))
 
 
+def _num_blocks_to_allocate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> int:
+    """Counts the block that a load takes in recurrent layers.
+
+    vLLM caps what a request takes there at one block for the state that the step writes. The state behind the loaded tokens
+    has another one, so that the engine ended when the pool was just too small for both.
+    """
+    num_blocks: int = wrapped(*args, **kwargs)
+    loaded, found = (
+        argument(wrapped, args, kwargs, name) for name in ("total_computed_tokens", "num_local_computed_tokens")
+    )
+    return num_blocks + (instance.mamba_cache_mode == "align" and loaded > found)
+
+
 def _register_add_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     index = wrapped(*args, **kwargs)
     logits_processors.show_real_prompt(instance, argument(wrapped, args, kwargs, "request"))
@@ -60,6 +73,12 @@ ENGINE_PATCHES = (
     ),
     MethodPatch(_SCHEDULER, "Scheduler.__init__", ("vllm_config",), _new_scheduler),
     MethodPatch(_SCHEDULER, "Scheduler._handle_invalid_blocks", ("invalid_block_ids",), _handle_invalid_blocks),
+    MethodPatch(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "MambaManager.get_num_blocks_to_allocate",
+        ("total_computed_tokens", "num_local_computed_tokens"),
+        _num_blocks_to_allocate,
+    ),
     MethodPatch(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch._register_add_request",

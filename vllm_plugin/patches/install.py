@@ -161,6 +161,16 @@ async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any
     return refuse_lora(request, getattr(instance, "prefix_models", None)) or await wrapped(*args, **kwargs)
 
 
+def _build_custom_logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Shows real prompts to the logits processors of model runner V2, which exist before the connector does."""
+    vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    if settings_in(vllm_config.kv_transfer_config) is None:
+        return wrapped(*args, **kwargs)
+    from vllm_plugin.worker.logits_processors_v2 import build
+
+    return build(wrapped, *args, **kwargs)
+
+
 _ARGS = "vllm.engine.arg_utils"
 START_PATCHES = (
     MethodPatch(_ARGS, "EngineArgs.add_cli_args", ("parser",), _add_cli_args),
@@ -172,5 +182,11 @@ START_PATCHES = (
         "OpenAIServingModels.load_lora_adapter",
         ("request",),
         _load_lora_adapter,
+    ),
+    MethodPatch(
+        "vllm.v1.worker.gpu.sample.logits_processor.loader",
+        "build_custom_logits_processors",
+        ("vllm_config", "req_states"),
+        _build_custom_logits_processors,
     ),
 )

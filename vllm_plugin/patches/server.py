@@ -21,6 +21,10 @@ class TrustedPromptLimit(int):
     """
 
 
+class TrustedTemplate(str):
+    """The chat template of the messages behind a prefix, which the operator's adapter brings. Clients cannot forge it either."""
+
+
 def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Checks the request before the stream starts: once a response streams, its status can no longer be 400."""
     config = instance.vllm_config
@@ -63,8 +67,8 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
 async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Adds the prefixes to the message that lists the available models.
 
-    It also truncates the prompt to the context if the client asks for it: vLLM's own limit does not count virtual
-    tokens.
+    It also truncates the prompt to the context if the client asks for it, since vLLM's own limit does not count virtual
+    tokens, and notes the chat template of a prefix that stands for the opening of a chat.
     """
     request = kwargs["request"] if "request" in kwargs else args[0]
     prefixes = getattr(instance.models, "prefix_models", None)
@@ -76,6 +80,9 @@ async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> A
             request.truncate_prompt_tokens = limit
         elif hasattr(request, "truncation"):
             request.prefix_prompt_limit = limit
+        template = instance.models.prefix_models.chat_template(request.model)
+        if template is not None and hasattr(request, "build_chat_params"):
+            request.prefix_chat_template = TrustedTemplate(template)
     refusal = await wrapped(*args, **kwargs)
     return refusal if refusal is None or prefixes is None else prefixes.with_names(refusal)
 
@@ -87,6 +94,14 @@ def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> An
     if isinstance(limit, TrustedPromptLimit) and params.truncate_prompt_tokens == -1:
         return dataclasses.replace(params, truncate_prompt_tokens=limit)
     return params
+
+
+def _build_chat_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Renders the messages behind the opening of a chat, which the prefix stands for, without it."""
+    template = getattr(instance, "prefix_chat_template", None)
+    if not isinstance(template, TrustedTemplate):
+        return wrapped(*args, **kwargs)
+    return wrapped(**{**all_arguments(wrapped, args, kwargs), "default_template": str(template)})
 
 
 def _is_model_supported(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
@@ -156,6 +171,14 @@ SERVER_PATCHES = (
         "ResponsesRequest.build_tok_params",
         ("model_config",),
         _build_tok_params,
+    ),
+    *(
+        MethodPatch(module, f"{request}.build_chat_params", ("default_template",), _build_chat_params)
+        for module, request in (
+            ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
+            ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+            ("vllm.entrypoints.serve.tokenize.protocol", "TokenizeChatRequest"),
+        )
     ),
     MethodPatch("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", ("sockets",), _startup),
     # vLLM's hook for endpoints loads only plugins that VLLM_PLUGINS lists, and then no others.

@@ -15,6 +15,7 @@ from vllm_plugin.adapters.spec import PrefixSpec, unpack
 from vllm_plugin.kv_transfer_config import ADAPTERS
 from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import PrefixStats
+from vllm_plugin.scheduler import media
 from vllm_plugin.scheduler.load_failures import BlockIds, RecentBlocks
 from vllm_plugin.scheduler.other_connectors import OtherConnectors
 from vllm_plugin.scheduler.prefill_stats import RealPrefillStats
@@ -62,12 +63,12 @@ class PrefixScheduler:
         if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
             # Each real token has to run, whatever the client asks for.
             request.skip_reading_prefix_cache = True
-        request.block_hashes[:] = self._prefix_hashes(request, p)
-        # The placeholders repeat the request's own first token. So the set of prompt tokens, which the repetition
-        # penalty uses, stays the same, and every kernel that reads prompt ids gets a valid one.
         prompt = request.prompt_token_ids
         assert prompt is not None
-        placeholders = [prompt[0]] * p
+        placeholders = [media.placeholder(prompt, request.mm_features)] * p
+        # Before anything is hashed: the hash of a block says which media stand in it, and where.
+        request.mm_features = media.moved(request.mm_features, p)
+        request.block_hashes[:] = self._prefix_hashes(request, p)
         request._all_token_ids[:0] = placeholders
         # A new list: an engine in the front end's process shares the prompt with it.
         request.prompt_token_ids = placeholders + prompt
@@ -163,8 +164,8 @@ class PrefixScheduler:
     def _prefix_hashes(self, request: Request, p: int) -> tuple[Any, ...]:
         """Returns the hashes of the blocks that a prefix fills, computed by vLLM once per prefix and salt.
 
-        They are computed for a constant token, so that all requests with the same salt share the blocks. A LoRA adapter
-        separates them as well, since vLLM hashes its name into each block.
+        They are computed for a constant token and without media, so that all requests with the same salt share the
+        blocks. A LoRA adapter separates them as well, since vLLM hashes its name into each block.
         """
         lora = request.lora_request
         key = request.cache_salt, p, lora and (lora.lora_name, lora.lora_path)
@@ -172,7 +173,7 @@ class PrefixScheduler:
         if hashes is None:
             prefix_only: Any = copy.copy(request)
             prefix_only._all_token_ids = prefix_only.all_token_ids = [0] * p
-            prefix_only.block_hashes = []
+            prefix_only.block_hashes, prefix_only.mm_features = [], []
             prefix_only.update_block_hashes()
             hashes = self._hashes[key] = tuple(prefix_only.block_hashes)
             if len(self._hashes) > MAX_HASHED_PREFIXES:

@@ -13,13 +13,12 @@ import torch
 
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
-from vllm_plugin.metadata import PrefixLoad
+from vllm_plugin.metadata import NULL_BLOCK, PrefixLoad
 from vllm_plugin.metrics import RESIDENT, PrefixStats
 from vllm_plugin.worker.cache_layers import CacheLayer, LayerStack
 from vllm_plugin.worker.prefix_manager import PrefixKV, PrefixManager
+from vllm_plugin.worker.state_writer import StateWriter
 
-# vLLM's block id for positions that have left a sliding window.
-NULL_BLOCK = 0
 # The loads of a step are gathered for as many layers at a time as fit into this.
 GATHERED_BYTES = 64 << 20
 
@@ -29,14 +28,15 @@ class PrefixWriter:
 
     Args:
         manager: Provides the prefixes.
-        modules: vLLM's attention modules by layer name.
+        modules: vLLM's modules by layer name.
+        states: Writes the states of recurrent layers, if the model has any.
 
     Raises:
         PrefixServeError: If the cache of a layer cannot be written.
     """
 
-    def __init__(self, manager: PrefixManager, modules: dict[str, Any]) -> None:
-        self._manager, self._device = manager, manager.device
+    def __init__(self, manager: PrefixManager, modules: dict[str, Any], states: StateWriter | None = None) -> None:
+        self._manager, self._device, self._states = manager, manager.device, states
         self._stacks = [
             (stack, [_checked_module(layer, modules) for layer in stack.layers]) for stack in manager.stacks
         ]
@@ -57,6 +57,8 @@ class PrefixWriter:
         try:
             for index, (stack, modules) in enumerate(self._stacks):
                 self._write_stack(index, stack, modules, ready)
+            if self._states is not None:
+                self._states.write(ready)
         except torch.OutOfMemoryError:
             logger.exception(
                 "Out of memory while copying prefixes into the KV cache; the requests that wait for them fail."
@@ -91,13 +93,14 @@ class PrefixWriter:
             keys = _joined([key[layers, first:stop].to(self._device) for key, _, first, stop in sources])
             values = _joined([value[layers, first:stop].to(self._device) for _, value, first, stop in sources])
             for module, key_NHD, value_NHD in zip(modules[layers], keys, values, strict=True):
-                # The backend's own method: only the backend knows the layout, packing and scales of its cache.
-                module.impl.do_kv_cache_update(module, key_NHD, value_NHD, module.kv_cache, slots_N)
+                _update_cache(layer, module, key_NHD, value_NHD, slots_N)
 
     def _give_up(self, load: PrefixLoad) -> None:
         """Marks all blocks from the first one of the load: those after it are computed from it in this step."""
         for stack, _ in self._stacks:
             self._unwritten.update(load.block_ids[stack.group][load.start // stack.block_size :])
+        if self._states is not None:
+            self._unwritten.update(self._states.blocks(load))
         self._unwritten.discard(NULL_BLOCK)
 
 
@@ -117,6 +120,19 @@ def cache_slots(load: PrefixLoad, group: int, block_size: int) -> tuple[int, np.
 
 def _joined(parts_LNHD: list[torch.Tensor]) -> torch.Tensor:
     return parts_LNHD[0] if len(parts_LNHD) == 1 else torch.cat(parts_LNHD, dim=1)
+
+
+def _update_cache(
+    layer: CacheLayer, module: Any, key_NHD: torch.Tensor, value_NHD: torch.Tensor, slots_N: torch.Tensor
+) -> None:
+    """Writes one layer by the backend's own method: only the backend knows the packing and scales of its cache."""
+    if layer.layout.kv_lora_rank is None:
+        module.impl.do_kv_cache_update(module, key_NHD, value_NHD, module.kv_cache, slots_N)
+    else:
+        # As `MLAAttention` calls it: the latent has no dimension for heads, the rotated part of the keys has one.
+        module.impl.do_kv_cache_update(
+            key_NHD[:, 0], value_NHD, module.kv_cache, slots_N, module.kv_cache_dtype, module._k_scale
+        )
 
 
 def _checked_module(layer: CacheLayer, modules: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Custom logits processors see a request's real prompt, without the placeholders of its prefix.
 
 vLLM's model runner V1 passes them the prompt of each request that joins the batch, and the placeholders are removed
-there. `adapters/validation.py` refuses them in model runner V2.
+there. `logits_processors_v2.py` is for model runner V2.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ def show_real_prompt(batch: Any, request: Any) -> None:
         batch: vLLM's `InputBatch`, whose last added entry is this request.
         request: vLLM's `CachedRequestState`.
     """
-    extra_args = getattr(request.sampling_params, "extra_args", None) or {}
+    if p := num_placeholders(request.sampling_params):
+        added = batch.batch_update_builder.added
+        index, params, prompt, output = added[-1]
+        added[-1] = index, params, prompt[p:], output
+
+
+def num_placeholders(sampling_params: Any) -> int:
+    """Returns how many placeholders precede the prompt of a request: p, and 0 without a prefix."""
+    extra_args = getattr(sampling_params, "extra_args", None) or {}
     packed = (extra_args.get("kv_transfer_params") or {}).get(ADAPTERS)
-    if packed is None:
-        return
-    added = batch.batch_update_builder.added
-    index, params, prompt, output = added[-1]
-    added[-1] = index, params, prompt[unpack(packed).num_virtual_tokens :], output
+    return 0 if packed is None else unpack(packed).num_virtual_tokens

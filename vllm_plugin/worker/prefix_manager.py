@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from peft_prefix_ext.checkpoint.format import WEIGHTS_NAME
+from peft_prefix_ext.checkpoint.format import WEIGHTS_NAME, LayerState, state_shapes_of
 from vllm_plugin.adapters.loading import reload
 from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.adapters.validation import check_states
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 from vllm_plugin.worker.cache_layers import LayerStack, shard
+from vllm_plugin.worker.state_layers import StateLayer, model_states
+from vllm_plugin.worker.state_layout import part_of_rank
 
 # Host memory for prefixes that are not on the device, as a multiple of the device memory for prefixes.
 HOST_FACTOR = 8
@@ -28,17 +31,28 @@ HOST_FACTOR = 8
 
 @dataclass(frozen=True, slots=True)
 class PrefixKV:
-    """The K/V of one prefix on one worker, in the model's dtype: per stack, `[L, P, H, D]`."""
+    """One prefix on one worker.
+
+    Args:
+        keys_LPHD: Keys in the model's dtype, per stack.
+        values_LPHD: Values in the model's dtype, per stack.
+        states: For each recurrent layer, one block of each of its cache tensors; empty if they start from zero.
+    """
 
     keys_LPHD: tuple[torch.Tensor, ...]
     values_LPHD: tuple[torch.Tensor, ...]
+    states: tuple[tuple[torch.Tensor, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys_LPHD, *self.values_LPHD))
+        return sum(tensor.nbytes for tensors in (self.keys_LPHD, self.values_LPHD, *self.states) for tensor in tensors)
 
     def to(self, device: torch.device) -> PrefixKV:
-        return PrefixKV(*(tuple(tensor.to(device) for tensor in kind) for kind in (self.keys_LPHD, self.values_LPHD)))
+        keys, values, *states = (
+            tuple(tensor.to(device) for tensor in tensors)
+            for tensors in (self.keys_LPHD, self.values_LPHD, *self.states)
+        )
+        return PrefixKV(keys, values, tuple(states))
 
 
 class LRUPool:
@@ -96,6 +110,8 @@ class PrefixManager:
         device: The device of the KV cache.
         device_memory: Memory for prefixes there, in bytes. A prefix that does not fit is copied from the host each
             time.
+        state_layers: The recurrent layers on this worker.
+        without: What becomes of the requests of a prefix that cannot be read, for the log.
     """
 
     def __init__(
@@ -107,10 +123,14 @@ class PrefixManager:
         dtype: torch.dtype,
         device: torch.device,
         device_memory: int,
+        state_layers: Sequence[StateLayer] = (),
+        without: str = "its requests fail",
     ) -> None:
         self.stacks, self.device = stacks, device
+        self._state_layers = state_layers
         self._tp_rank, self._tp_size = tp_rank, tp_size
         self._dtype = dtype
+        self._without = without
         self._on_device = LRUPool(device_memory)
         # On CPU, the device is the host.
         self._on_host = LRUPool(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
@@ -146,12 +166,24 @@ class PrefixManager:
             ]
             keys.append(torch.stack([part.key for part in parts]).to(self._dtype))
             values.append(torch.stack([part.value for part in parts]).to(self._dtype))
+        states = self._states(spec.name, checkpoint.states) if checkpoint.states else ()
         # The digest was computed just before the copy.
         if _state_of(spec) != before:
             raise PrefixServeError(
                 f"The weights of prefix adapter {spec.name!r} in {spec.path} changed while being read."
             )
-        return PrefixKV(tuple(keys), tuple(values))
+        return PrefixKV(tuple(keys), tuple(values), states)
+
+    def _states(self, name: str, states: Mapping[int, LayerState]) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Returns the states of a prefix as this worker's cache has them."""
+        # Other workers may have other layers of the prefix.
+        own = {layer.index: states[layer.index] for layer in self._state_layers if layer.index in states}
+        check_states(name, state_shapes_of(own), model_states(self._state_layers))
+        return tuple(
+            part_of_rank(own[layer.index], layer.layout, layer.shapes, layer.dtypes, self._tp_rank, self._tp_size)
+            for layer in self._state_layers
+            if layer.layout is not None
+        )
 
     def _get(self, spec: PrefixSpec, keep: Container[str]) -> PrefixKV | None:
         prefix = self._on_device.get(spec.digest)
@@ -164,11 +196,11 @@ class PrefixManager:
                 if self._on_host.make_room(prefix.nbytes, keep):
                     self._on_host.put(spec.digest, prefix)
         except PrefixServeError as error:
-            logger.error("%s Its requests fail.", error)
+            logger.error("%s %s.", error, self._without.capitalize())
             return None
         except Exception:
             # Any error affects only requests with this prefix. The engine continues.
-            logger.exception("Prefix adapter %r cannot be read; its requests fail.", spec.name)
+            logger.exception("Prefix adapter %r cannot be read; %s.", spec.name, self._without)
             return None
         if self._on_device.make_room(prefix.nbytes, keep):
             try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ CONTEXT = max(LENGTHS) + max(PROMPT_LENGTHS) + NEW_TOKENS
 SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": CONTEXT}
 Request = tuple[str | None, list[int]]
 Answer = tuple[list[int], list[float]]
+# Returns the answer to a prompt.
+Reference = Callable[[list[int]], Answer]
 
 
 class Served:
@@ -38,6 +41,10 @@ class Served:
         settings: Settings of the engine.
     """
 
+    prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
+    # Of log-probabilities.
+    tolerance = 2e-3
+
     def __init__(self, name: str, folder: Path, config: dict[str, Any], **settings: Any) -> None:
         fields = {key: value for key, value in {**SIZES, **config}.items() if value is not ...}
 
@@ -45,32 +52,42 @@ class Served:
             return tiny_model(name, attention="eager", **fields)
 
         base().save_pretrained(folder / "base")
-        models: dict[str | None, Any] = {None: base()}
-        for length in LENGTHS:
-            models[f"p{length}"] = with_prefix(base(), seed=length, num_virtual_tokens=length)
-            models[f"p{length}"].save_pretrained(folder / f"p{length}")
+        references = self.references(base, folder)
         self.requests: list[Request] = [
             (adapter, random_ids(length, seed=length + number).tolist())
-            for number, adapter in enumerate(models)
-            for length in PROMPT_LENGTHS
+            for number, adapter in enumerate(references)
+            for length in self.prompt_lengths
         ]
-        self.expected = [_generate(models[adapter], prompt) for adapter, prompt in self.requests]
-        adapters = prefix_adapters({f"p{length}": str(folder / f"p{length}") for length in LENGTHS})
+        self.expected = [references[adapter](prompt) for adapter, prompt in self.requests]
+        adapters = prefix_adapters({name: str(folder / name) for name in references if name is not None})
         fixed = {"num_gpu_blocks_override": 256, "max_model_len": CONTEXT, **adapters}
         with ExitStack() as stack:
             stack.enter_context(_unchanged(type(base().base_model)))
             self.llm = start(folder / "base", **{**fixed, **settings})
             self._classes = stack.pop_all()
 
-    def answers(self) -> list[Answer]:
-        """Returns the tokens of every request and their log-probabilities."""
-        outputs = self.llm.generate(
+    def references(self, base: Callable[[], Any], folder: Path) -> dict[str | None, Reference]:
+        """Saves the prefixes in folders of their names, and returns the reference of each, and of the base model."""
+        references: dict[str | None, Reference] = {None: partial(generate, base())}
+        for length in LENGTHS:
+            model = with_prefix(base(), seed=length, num_virtual_tokens=length)
+            model.save_pretrained(folder / f"p{length}")
+            references[f"p{length}"] = partial(generate, model)
+        return references
+
+    def outputs(self) -> list[Any]:
+        """Returns vLLM's outputs of all requests, in one batch."""
+        outputs: list[Any] = self.llm.generate(
             [{"prompt_token_ids": prompt} for _, prompt in self.requests],
             SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0),
             lora_request=[name and PrefixAdapterRequest(name) for name, _ in self.requests],
             use_tqdm=False,
         )
-        return [_answer(output.outputs[0]) for output in outputs]
+        return outputs
+
+    def answers(self) -> list[Answer]:
+        """Returns the tokens of every request and their log-probabilities."""
+        return [_answer(output.outputs[0]) for output in self.outputs()]
 
     def check(self) -> None:
         """Compares every token and log-probability with `PeftModel.generate`."""
@@ -79,7 +96,11 @@ class Served:
             self.requests, answers, self.expected, strict=True
         ):
             assert tokens == expected, (adapter, len(prompt))
-            assert logprobs == pytest.approx(theirs, abs=2e-3), (adapter, len(prompt))
+            assert logprobs == pytest.approx(theirs, abs=self.tolerance), (adapter, len(prompt))
+
+    def num_preemptions(self) -> int:
+        """Returns how often a request was preempted so far."""
+        return sum(int(metric.value) for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -112,7 +133,8 @@ def forget_engine() -> None:
 
 
 @torch.no_grad()
-def _generate(model: PeftModel, prompt: list[int]) -> Answer:
+def generate(model: PeftModel, prompt: list[int]) -> Answer:
+    """Returns the greedy tokens of `generate` and their log-probabilities."""
     ids = torch.tensor([prompt])
     output = model.generate(
         input_ids=ids,

@@ -44,10 +44,19 @@ class Engine:
     @property
     def writer(self) -> Any:
         """The plugin's part of the worker."""
+        return self._worker_connector.writer
+
+    @property
+    def draft_writer(self) -> Any:
+        """The plugin's part of the worker for the draft model's prefixes; None without a draft model."""
+        return self._worker_connector.draft_writer
+
+    @property
+    def _worker_connector(self) -> Any:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         connector = get_kv_transfer_group()
-        return getattr(connector, "sub_connectors", [connector])[0].writer
+        return getattr(connector, "sub_connectors", [connector])[0]
 
     def register(self, name: str, path: Path) -> None:
         """Loads the adapter in `path` under `name`, as a server does with `load_inplace`."""
@@ -58,7 +67,7 @@ class Engine:
         config = self.llm.llm_engine.vllm_config
         registry = registry_in(config.kv_transfer_config)
         assert registry is not None
-        registry.add([open_adapter(AdapterOption(name, str(path)), config, registry.layers())], replace=True)
+        registry.add([open_adapter(AdapterOption(name, str(path)), config, registry)], replace=True)
 
     def counts(self, count: str) -> dict[str, int]:
         """Returns a count per adapter from vLLM's Prometheus registry, since `forget_counts`."""
@@ -164,14 +173,20 @@ def make_engine(
     lengths: tuple[int, ...] = LENGTHS,
     kv_transfer_config: Any = None,
     *,
-    more: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
+    prepare: Callable[[Path], None] | None = None,
     **overrides: Any,
 ) -> Engine:
-    """Starts an offline engine with one adapter per length, named `p<length>`, and `more` that exist already."""
+    """Starts an offline engine with one adapter per length, named `p<length>`, and `more` that exist already.
+
+    `prepare` changes the saved model before the engine starts.
+    """
     from vllm_plugin import prefix_adapters
 
     if not (folder / "model").exists():
         support.write_model(folder / "model", config)
+    if prepare is not None:
+        prepare(folder / "model")
     prefixes = {f"p{length}": support.random_prefix(config, length, seed=length) for length in lengths}
     paths = {name: str(support.write_adapter(folder / name, config, kv)) for name, kv in prefixes.items()}
     llm = start(folder / "model", **prefix_adapters({**paths, **(more or {})}, kv_transfer_config), **overrides)

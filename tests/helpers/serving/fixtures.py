@@ -28,7 +28,10 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """The log. vLLM's logger does not propagate by default."""
+    """The log. vLLM's logger does not propagate by default, and is configured again with the first engine."""
+    from vllm.logger import DEFAULT_LOGGING_CONFIG
+
+    monkeypatch.setitem(DEFAULT_LOGGING_CONFIG["loggers"]["vllm"], "propagate", True)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
 

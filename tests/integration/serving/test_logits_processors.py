@@ -1,10 +1,13 @@
-"""Custom logits processors, given by name or by entry points of an installed package, see real prompts only."""
+"""Custom logits processors, given by name or by entry points of an installed package, see real prompts only.
+
+`test_runner_v2.py` runs these tests again with model runner V2, which has processors of another kind.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,20 +16,19 @@ import torch
 from helpers.serving import support
 from helpers.serving.engines import Engine, Pool
 from helpers.serving.support import prompt_ids
-from vllm_plugin import prefix_adapters
-from vllm_plugin.adapters.validation import check_engine
-from vllm_plugin.errors import PrefixServeError
 
 # The forbidden tokens depend on the whole prompt. Requests opt in to the second processor.
-MODULE = """
+RULES = """
 import torch
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 def by_length(prompt):
     return torch.arange(128) % 3 == len(prompt) % 3
 
 def by_content(prompt):
     return torch.arange(128) % 5 == sum(prompt) % 5
+"""
+V1 = """
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 class ByLength(AdapterLogitsProcessor):
     forbidden = staticmethod(by_length)
@@ -52,13 +54,50 @@ class ByContent(ByLength):
     def applies(self, params):
         return (params.extra_args or {}).get("by_content", False)
 """
+# These also compare what else they can read with the prompt: lengths, positions and the tokens so far.
+V2 = """
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+
+class ByLength(LogitsProcessor):
+    forbidden = staticmethod(by_length)
+
+    def __init__(self, vllm_config, req_states):
+        self.states, self.tokens, self.applied = req_states, req_states.all_token_ids.gpu, {}
+
+    def applies(self, params):
+        return True
+
+    def add_request(self, req_idx, params):
+        self.applied[req_idx] = self.applies(params)
+        return self.applied[req_idx]
+
+    def apply(self, logits, ctx):
+        for row, slot in enumerate(ctx.expanded_idx_mapping.tolist()):
+            total = int(self.states.total_len.gpu[slot])
+            if not self.applied[slot] or ctx.pos[row] + 1 < self.states.prefill_len.np[slot]:
+                continue
+            assert ctx.pos[row] == total - 1 == ctx.seq_lens_upper_bound_np[row] - 1
+            assert ctx.input_ids[row] == self.tokens[slot, total - 1]
+            assert self.states.prompt_len.gpu[slot] == self.states.prompt_len.np[slot]
+            prompt = self.tokens[slot, : self.states.prompt_len.np[slot]].tolist()
+            logits[row, self.forbidden(prompt)] = float("-inf")
+        return logits
+
+class ByContent(ByLength):
+    forbidden = staticmethod(by_content)
+
+    def applies(self, params):
+        return (params.extra_args or {}).get("by_content", False)
+"""
 
 
 @pytest.fixture(scope="module")
 def processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A module with two processors, one of them an entry point of an installed package."""
     folder = tmp_path_factory.mktemp("package")
-    (folder / "prompt_processors.py").write_text(MODULE)
+    (folder / "prompt_processors.py").write_text(
+        RULES + (V2 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else V1)
+    )
     info = folder / "prompt_processors-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: prompt-processors\nVersion: 1.0\n")
@@ -101,29 +140,3 @@ def test_processors_see_the_prompts_of_clients(engine: Engine, processors: Any) 
         for _ in range(2):
             outputs = engine.generate(names, prompts, extra_args={"by_content": by_content})
             assert [list(output.outputs[0].token_ids) for output in outputs] == answers
-
-
-def test_model_runner_v2_does_not_start_with_them(
-    processors: Any, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    settings = {"model": str(model), "skip_tokenizer_init": True, "max_model_len": 256, "dtype": "float32"}
-    config = EngineArgs(**settings, **prefix_adapters(one=str(adapter))).create_engine_config()
-    for v2, given, named in (
-        ("0", ["x:Y"], None),
-        ("1", None, ""),
-        ("1", ["x:Y"], "x:Y; "),
-        ("1", [processors.ByContent], "prompt_processors:ByContent; "),
-    ):
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", v2)
-        config.model_config.logits_processors = given
-        if named is None:
-            check_engine(config)
-            continue
-        with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
-            check_engine(config)
-        assert (
-            f"do not support custom logits processors in model runner V2 ({named}prompt_processors:ByLength, of the entry "
-            "points of an installed package; with VLLM_USE_V2_MODEL_RUNNER=0 in the environment they work) yet"
-        ) in str(caught.value)

@@ -20,6 +20,9 @@ ALL = [
     f"{ENGINES}/test_requests.py",
     f"{ENGINES}/test_offline_loading.py",
     f"{ENGINES}/test_isolation.py",
+    f"{ENGINES}/test_hybrids.py",
+    f"{ENGINES}/test_architectures.py::test_same_tokens_after_chunks_preemption_and_reset",
+    f"{ENGINES}/test_logits_processors.py",
     f"{UNIT}/front_end/test_prompt_logprobs.py",
     f"{UNIT}/scheduler/test_scheduler.py",
 ]
@@ -28,6 +31,7 @@ SHORT = [
     f"{ENGINES}/test_engine.py::test_a_reset_with_requests_running_loads_again",
     f"{ENGINES}/test_load_failures.py::test_a_failed_load_fails_only_its_requests_and_leaves_nothing_in_the_cache",
     f"{ENGINES}/test_load_failures.py::test_aborted_requests_of_a_failed_load_leave_nothing_in_the_cache",
+    f"{ENGINES}/test_logits_processors.py",
 ]
 
 

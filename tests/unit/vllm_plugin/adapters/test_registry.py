@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_prefix_ext.checkpoint.compatibility import StateShape
 from vllm_plugin.adapters.registry import Adapter, NameTakenError, Registry
 from vllm_plugin.adapters.spec import PrefixSpec
 
@@ -138,6 +140,17 @@ def test_shapes_written_by_the_engine(folder: Path) -> None:
     rows = [{"index": 0, "num_kv_heads": 2, "key_size": 32, "value_size": 16}]
     (folder / "layers.json").write_text(json.dumps(rows))
     assert registry.layers() == ((0, 2, 32, 16),)
+
+
+def test_states_of_adapters_and_of_the_engine(folder: Path) -> None:
+    registry = Registry(folder)
+    states = [(StateShape(layer, "conv", 0, (8, 3)), StateShape(layer, "recurrent", 0, (2, 4, 4))) for layer in (0, 2)]
+    registry.add([dataclasses.replace(adapter("one"), states=states[0])])
+    assert Registry(folder).get("one").states == states[0]
+    # Two pipeline stages, in any order and more than once.
+    for stage in (1, 0, 1):
+        registry.add_layers(((stage + 4, 2, 32, 16),), 32, states[stage])
+    assert Registry(folder).states() == (*states[0], *states[1])
 
 
 def test_the_folder_is_private_and_goes_with_the_process_that_made_it() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 
+from peft_prefix_ext.checkpoint.compatibility import StateShape
 from vllm_plugin.adapters.registry import Adapter
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.startup_log import MAX_LINES, log_adapters, log_cache
@@ -33,6 +35,12 @@ def test_one_line_per_adapter_and_better_lengths(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_prefix_for_the_draft_model(caplog: pytest.LogCaptureFixture) -> None:
+    draft = PrefixSpec("a", "", "", 64, "")
+    (line,) = lines(caplog, Adapter(PrefixSpec("a", "", "", 64, "", draft=draft), None, SHAPES))
+    assert line.endswith("aligned, with a prefix for the draft model.")
+
+
 def test_many_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
     first, second = lines(caplog, *(adapter(33, str(number)) for number in range(MAX_LINES + 1)))
     assert first == "21 prefix adapters: 693 virtual tokens, 0.30 MiB."
@@ -44,7 +52,18 @@ def test_aligned_adapters_need_no_advice(caplog: pytest.LogCaptureFixture) -> No
     assert len(lines(caplog, adapter(32))) == 1
 
 
+def test_states(caplog: pytest.LogCaptureFixture) -> None:
+    states = tuple(StateShape(layer, kind, 0, (64, 2048)) for layer in (0, 2) for kind in ("conv", "recurrent"))
+    (message,) = lines(caplog, dataclasses.replace(adapter(32), states=states))
+    assert message == "Prefix adapter 'p32': 32 virtual tokens, 2 layers and the states of 2, 1.01 MiB, aligned."
+
+
 def test_the_size_of_a_block(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vllm.prefix_adapters"):
         log_cache(128)
-    assert caplog.messages == ["Blocks of the KV cache hold 128 tokens (--block-size)."]
+        log_cache(528, is_hybrid=True)
+    assert caplog.messages == [
+        "Blocks of the KV cache hold 128 tokens (--block-size).",
+        "Blocks of the KV cache hold 528 tokens (--block-size, raised by vLLM until a block is as large as the state of a "
+        "recurrent layer).",
+    ]

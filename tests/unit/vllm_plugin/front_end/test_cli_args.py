@@ -26,6 +26,7 @@ from vllm_plugin.patches.install import SharedFolder
     [
         *("one", "one=", "=path", "a b=path", "-x=path", "../x=path", "x" * 257 + "=path"),
         *('{"name": "a"', '{"name": "a"}', '{"name": "a", "path": 7}', '{"name": "a", "path": "/x", "rank": "8"}'),
+        *("one=path,draft=", "one=,draft=path", '{"name": "a", "path": "/x", "draft_path": ""}'),
         *('{"name": "a b", "path": "/x"}', '{"name": "a", "path": ""}', '{"name": null, "path": "/x"}'),
     ],
 )
@@ -47,12 +48,30 @@ def parsed(*options: str) -> argparse.Namespace:
 def test_options_add_up_and_names_are_unique() -> None:
     in_json = '{"name": "d", "path": "/w", "base_model_name": "base"}'
     options = parsed("--prefix-adapter", "a=/x", "b=org/repo", "--prefix-adapter", "c=/y=z", in_json).prefix_adapter
-    assert options == [("a", "/x", None), ("b", "org/repo", None), ("c", "/y=z", None), ("d", "/w", "base")]
+    assert options == [
+        AdapterOption(*each) for each in (("a", "/x"), ("b", "org/repo"), ("c", "/y=z"), ("d", "/w", "base"))
+    ]
     check_unique(options)
     with pytest.raises(PrefixServeError, match="'a' is given twice"):
         check_unique([*options, AdapterOption("a", "/z")])
     with pytest.raises(PrefixServeError, match="at least one"):
         prefix_adapters()
+
+
+def test_a_prefix_for_the_draft_model() -> None:
+    in_json = '{"name": "b", "path": "/y", "draft_path": "/z"}'
+    options = parsed("--prefix-adapter", "a=/x,y,draft=org/repo@v1", in_json).prefix_adapter
+    assert options == [AdapterOption("a", "/x,y", None, "org/repo@v1"), AdapterOption("b", "/y", None, "/z")]
+    offline = prefix_adapters(
+        {"a": {"path": Path("/x,y"), "draft_path": "org/repo@v1"}}, b={"path": "/y", "draft_path": "/z"}
+    )
+    named = offline["kv_transfer_config"].kv_connector_extra_config["prefix_adapters"]
+    assert [AdapterOption(**fields) for fields in named] == options
+    for source in ({}, {"draft_path": "/z"}, {"path": "/y", "draft": "/z"}):
+        with pytest.raises(
+            PrefixServeError, match="'a' needs a path, or a mapping with `path` and, optionally, `draft_path`"
+        ):
+            prefix_adapters(a=source)
 
 
 @pytest.mark.parametrize("gib", ["-1", "all", "inf", "nan"])

@@ -13,6 +13,8 @@ from vllm.utils import cpu_resource_utils
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from helpers.serving import support
+from helpers.serving.vision_models import VISION_MODELS
+from helpers.tiny import tiny_config
 from vllm_plugin import prefix_adapters
 from vllm_plugin.adapters.validation import check_engine
 from vllm_plugin.errors import PrefixServeError
@@ -126,10 +128,6 @@ def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path)
         ({"max_model_len": 5}, "has 4 virtual tokens, which leaves no room in a context of 5"),
         ({"served_model_name": ["base", "one"]}, "'one' is already the name of a model"),
         ({"runner": "pooling"}, "do not support pooling models"),
-        (
-            {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}},
-            "do not support speculative decoding other than by n-grams",
-        ),
         ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "do not support context parallelism"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size replaces the KV connector"),
         (
@@ -139,8 +137,6 @@ def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path)
     ],
 )
 def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, Any], message: str) -> None:
-    if draft := settings.get("speculative_config"):
-        settings = {"speculative_config": {**draft, "model": str(model)}}
     refused(model, adapter, message, **settings)
 
 
@@ -156,15 +152,77 @@ def test_whisper_is_refused(adapter: Path, tmp_path: Path) -> None:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
     whisper = WhisperConfig(**sizes, decoder_attention_heads=1, architectures=["WhisperForConditionalGeneration"])
     whisper.save_pretrained(tmp_path / "whisper")
-    refused(
-        tmp_path / "whisper", adapter, "do not support encoder-decoder models nor multimodal models", max_model_len=128
-    )
+    refused(tmp_path / "whisper", adapter, "do not support encoder-decoder models yet", max_model_len=128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "enabled", "may_be_missing"),
+    [
+        ({}, False, False),
+        ({"enable_mm_embeds": True}, True, False),
+        (
+            {
+                "ec_transfer_config": {
+                    "ec_connector": "ECExampleConnector",
+                    "ec_role": "ec_consumer",
+                    "engine_id": "one",
+                }
+            },
+            True,
+            True,
+        ),
+    ],
+)
+def test_embeddings_of_media_are_accepted_if_the_operator_asks(
+    tmp_path: Path, settings: dict[str, Any], enabled: bool, may_be_missing: bool
+) -> None:
+    config = VISION_MODELS["qwen2_5_vl"].config()
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.save_pretrained(tmp_path / "model")
+    adapter = support.write_adapter(tmp_path / "adapter", config, support.random_prefix(config.text_config, 4))
+    media = engine_config(tmp_path / "model", adapter, **settings).model_config.multimodal_config
+    assert (media.enable_mm_embeds, media.allow_missing_mm_embeddings) == (enabled, may_be_missing)
 
 
 def test_mamba_is_refused(adapter: Path, tmp_path: Path) -> None:
     mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
     AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
-    refused(tmp_path / "mamba", adapter, "do not support models with Mamba or linear-attention layers")
+    refused(tmp_path / "mamba", adapter, "do not support models without attention layers")
+
+
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "architectures": ["DeepseekV3ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "environment", "message"),
+    [
+        (
+            "deepseek_v3",
+            LATENT,
+            {"VLLM_MLA_DISABLE": "1"},
+            "do not support VLLM_MLA_DISABLE=1 with latent attention (MLA)",
+        ),
+        ("deepseek_v3", {**LATENT, "rope_interleave": False}, {}, 'do not support "rope_interleave": false'),
+        ("deepseek_v3", {**LATENT, "index_topk": 32}, {}, "do not support sparse attention with an indexer"),
+        ("deepseek_v3", LATENT, {}, "has 2 KV heads of size 32, and vLLM's cache has 1 of size 512"),
+    ],
+)
+def test_latents_that_are_not_those_of_a_prefix(
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    config: dict[str, Any],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    base = tiny_config(name, **config)
+    base.save_pretrained(tmp_path / name)
+    # With the fingerprint of the model, so that only its heads tell the adapter from one of this model.
+    prefix = support.random_prefix(CONFIG, 4)
+    refused(tmp_path / name, support.write_adapter(tmp_path / "one", base, prefix), message)
 
 
 def test_another_connector_runs_after_ours(model: Path, adapter: Path) -> None:

@@ -23,8 +23,9 @@ def checks() -> list[tuple[Callable[[], requests.Prompt], Callable[[], Any], str
         (prompt(), PoolingParams, "pooling requests cannot use the prefix adapter 'p7'"),
         (prompt(has_embeds=True), SamplingParams, "`prompt_embeds` are not supported"),
         (prompt(num_tokens=None), SamplingParams, "`prompt_embeds` are not supported"),
-        (prompt(has_media=True), SamplingParams, "Images, audio and video are not supported"),
         (prompt(num_tokens=0), SamplingParams, "The prompt is empty"),
+        (prompt(num_tokens=505), SamplingParams, "has 505 tokens, which with the 7 virtual tokens"),
+        (prompt(num_tokens=505, has_media=True), SamplingParams, "has 505 tokens, media included, which with the 7"),
         (
             prompt(),
             lambda: SamplingParams(prompt_logprob_token_ids=[[5, 6]] * 4, max_tokens=1),

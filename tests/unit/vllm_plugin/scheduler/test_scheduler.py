@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreRequest
@@ -56,6 +57,38 @@ def make() -> Iterator[Callable[..., Request]]:
 
 def lora(name: str) -> LoRARequest:
     return LoRARequest(name, 1, "/lora")
+
+
+def pictures(*identifiers: str) -> list[MultiModalFeatureSpec]:
+    """One of 20 tokens every 30 tokens."""
+    return [
+        MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(offset=5 + 30 * number, length=20))
+        for number, identifier in enumerate(identifiers)
+    ]
+
+
+@pytest.mark.parametrize("p", SPECS)
+@pytest.mark.parametrize("pictures_first", [True, False])
+def test_pictures_stand_behind_the_prefix_and_in_the_hashes_of_their_own_blocks(
+    make: Any, p: int, pictures_first: bool
+) -> None:
+    scheduler = PrefixScheduler(BLOCK_SIZE)
+    prompt = prompt_ids(100)
+    requests = {
+        names: make(prompt, SPECS[p], mm_features=pictures(*names))
+        for names in (((), ("a", "b"), ("b", "a"), ("a", "c"))[:: -1 if pictures_first else 1])
+    }
+    for names, request in requests.items():
+        scheduler.add_placeholders(request)
+        assert [feature.mm_position.offset for feature in request.mm_features] == [
+            p + 5 + 30 * number for number, _ in enumerate(names)
+        ]
+    full = p // BLOCK_SIZE
+    assert len({tuple(request.block_hashes[:full]) for request in requests.values()}) == 1
+    assert len({request.block_hashes[-1] for request in requests.values()}) == len(requests)
+    # Up to the last block before the second picture.
+    shared = (p + 35) // BLOCK_SIZE
+    assert requests["a", "b"].block_hashes[:shared] == requests["a", "c"].block_hashes[:shared]
 
 
 @pytest.mark.parametrize("p", SPECS)

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     MLAAttentionSpec,
+    SinkFullAttentionSpec,
     SlidingWindowSpec,
 )
 
 from peft_prefix_ext.checkpoint.format import LayerKV
+from vllm_plugin.adapters.cache_layout import AS_TRANSFORMERS, CacheLayout, halves_to_pairs
 from vllm_plugin.adapters.registry import Registry
 from vllm_plugin.adapters.validation import check_shapes
 from vllm_plugin.errors import PrefixServeError
@@ -36,6 +39,19 @@ def test_each_rank_has_its_heads(heads: int, tp_size: int, value_size: int) -> N
         assert together.equal(kv[kind].repeat_interleave(max(1, tp_size // 2), 0))
     # The model has two heads, whatever the number of ranks.
     assert model_shapes([own], tp_size, 2) == ((0, 2, 32, value_size),)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_each_rank_has_the_whole_latent(tp_size: int) -> None:
+    kv, layout = LayerKV(torch.randn(1, 4, 32), torch.randn(1, 4, 16)), CacheLayout(32, reorder_value=halves_to_pairs)
+    (own,) = cache_layers(config_of(([0], latent_spec())), layout)
+    assert (own.num_kv_heads, own.key_size, own.value_size) == (1, 32, 16)
+    assert model_shapes([own], tp_size, 1) == ((0, 1, 32, 16),)
+    for rank in range(tp_size):
+        part = shard("one", kv, own, rank, tp_size)
+        assert part.key.equal(kv.key.transpose(0, 1))
+        assert part.value[..., 0::2].equal(kv.value[..., :8].transpose(0, 1))
+        assert part.value[..., 1::2].equal(kv.value[..., 8:].transpose(0, 1))
 
 
 @pytest.mark.parametrize(("other", "tp_size"), [(layer(0, 2), 2), (layer(0, 2, 64), 1), (layer(0, value_size=16), 1)])
@@ -73,6 +89,11 @@ def config_of(*groups: tuple[list[int], Any]) -> KVCacheConfig:
     return KVCacheConfig(8, [], [KVCacheGroupSpec(*group) for group in names])
 
 
+def latent_spec() -> MLAAttentionSpec:
+    """Returns the cache of a latent of 32 numbers and 16 rotated ones."""
+    return MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=48, dtype=torch.bfloat16)
+
+
 def test_layers_of_a_kv_cache_config() -> None:
     sizes = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
     full = FullAttentionSpec(**sizes)
@@ -84,14 +105,32 @@ def test_layers_of_a_kv_cache_config() -> None:
     ]
 
 
+def test_chunked_layers() -> None:
+    sizes = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
+    # Without the hybrid KV cache manager, vLLM keeps all chunks, in the cache of a full layer.
+    for spec in (ChunkedLocalAttentionSpec, FullAttentionSpec):
+        assert cache_layers(config_of(([0], spec(**sizes, attention_chunk_size=64)))) == [layer(0)]
+
+
+def test_layers_with_two_attention_modules_are_two_layers() -> None:
+    names = [f"model.layers.{index}.self_attn.{module}.attn" for index in (0, 1) for module in (0, 1)]
+    config = KVCacheConfig(8, [], [KVCacheGroupSpec(names, latent_spec())])
+    layers = cache_layers(config, CacheLayout(32, attentions_per_layer=2))
+    assert [each.index for each in layers] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
-    ("groups", "message"),
+    ("groups", "layout", "message"),
     [
-        ([([0], MLAAttentionSpec)], "plain attention layers only.* of type MLAAttentionSpec"),
-        ([([0], FullAttentionSpec), ([0], FullAttentionSpec)], "one KV cache per layer; .* share one layer number"),
+        ([([0], SinkFullAttentionSpec)], AS_TRANSFORMERS, "chunked or latent; .* of type SinkFullAttentionSpec"),
+        ([([0], MLAAttentionSpec)], AS_TRANSFORMERS, "chunked or latent; .* of type MLAAttentionSpec"),
+        ([([0], FullAttentionSpec)], CacheLayout(16), "chunked or latent; .* of type FullAttentionSpec"),
+        ([([0], FullAttentionSpec), ([0], FullAttentionSpec)], AS_TRANSFORMERS, "one KV cache per layer; .* share one"),
     ],
 )
-def test_layers_of_another_kind_are_refused(groups: list[tuple[list[int], Any]], message: str) -> None:
+def test_layers_of_another_kind_are_refused(
+    groups: list[tuple[list[int], Any]], layout: CacheLayout, message: str
+) -> None:
     sizes = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": torch.bfloat16}
     with pytest.raises(PrefixServeError, match=message):
-        cache_layers(config_of(*((indices, spec(**sizes)) for indices, spec in groups)))
+        cache_layers(config_of(*((indices, spec(**sizes)) for indices, spec in groups)), layout)

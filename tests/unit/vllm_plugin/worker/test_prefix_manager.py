@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers.serving import support
+from vllm_plugin.adapters.cache_layout import CacheLayout, halves_to_pairs
 from vllm_plugin.adapters.loading import digest_of
 from vllm_plugin.adapters.loading import load as load_adapter
 from vllm_plugin.adapters.spec import PrefixSpec
@@ -122,6 +123,49 @@ def test_values_may_be_narrower_than_keys(tmp_path: Path, value_sizes: tuple[int
     assert worker.holds(prefix, [3, 1], 0, 6)
     assert worker.holds(prefix, [3, 6], 4, 6)
     assert worker.manager._on_device.used == 6 * 4 * 2 * (2 * 32 + sum(value_sizes))
+
+
+class LatentCache:
+    """A latent layer with a cache by slot, `[NUM_BLOCKS * BLOCK_SIZE, D]`, written as `MLAAttention` writes it."""
+
+    kv_cache_dtype, _k_scale = "fp8", torch.tensor(0.5)
+
+    def __init__(self) -> None:
+        self.impl = self
+        self.kv_cache = torch.full((NUM_BLOCKS * BLOCK_SIZE, 32 + 8), torch.nan)
+        self.written_with: list[tuple[str, torch.Tensor]] = []
+
+    def do_kv_cache_update(
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: Any,
+        dtype: str,
+        scale: torch.Tensor,
+    ) -> None:
+        assert kv_c.shape[1:] == (32,)
+        assert k_pe.shape[1:] == (1, 8)
+        self.written_with.append((dtype, scale))
+        kv_cache[slots] = torch.cat([kv_c, k_pe[:, 0]], dim=-1)
+
+
+def test_a_latent_is_written_with_the_dtype_and_the_scale_of_its_cache(tmp_path: Path) -> None:
+    latents = [(torch.randn(1, 6, 32), torch.randn(1, 6, 8)) for _ in range(2)]
+    folder = support.write_adapter(tmp_path / "one", CONFIG, latents)
+    spec = PrefixSpec("one", str(folder), str(folder), 6, digest_of(load_adapter("one", str(folder))))
+    layout = CacheLayout(32, reorder_value=halves_to_pairs)
+    layers = [CacheLayer(str(index), index, 0, BLOCK_SIZE, 1, 32, 8, layout) for index in (0, 1)]
+    caches = {layer.name: LatentCache() for layer in layers}
+    manager = PrefixManager(
+        stacks_of(layers), tp_rank=1, tp_size=2, dtype=torch.float32, device=CPU, device_memory=1 << 20
+    )
+    PrefixWriter(manager, caches).write([load(spec, [3, 1]), load(spec, [3, 6], start=4)])
+    for (kv_c, k_pe), cache in zip(latents, caches.values(), strict=True):
+        rows = torch.cat([kv_c, k_pe[..., [0, 4, 1, 5, 2, 6, 3, 7]]], dim=-1)[0]
+        assert cache.kv_cache[[12, 13, 14, 15, 4, 5]].equal(rows)
+        assert cache.kv_cache[[24, 25]].equal(rows[4:])
+        assert cache.written_with == [("fp8", LatentCache._k_scale)]
 
 
 def test_layers_of_a_sliding_window_skip_what_has_left_it(adapters: Any) -> None:

@@ -1,0 +1,1 @@
+"""A long context as a prefix: exactly (`compile`), so that no request tokenizes or prefills it again."""

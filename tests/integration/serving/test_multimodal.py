@@ -1,0 +1,93 @@
+"""Vision-language models with prefixes: text, and pictures behind the prefix, token by token as in `PeftModel.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.serving.architectures import forget_engine
+from helpers.serving.engines import Pool
+from helpers.serving.vision import ServedVision
+
+# Served with pictures; the first also outside of the soak. `vision_models.py` has qwen3_5 as well, with recurrent layers.
+PICTURES = ["qwen3_vl", "qwen2_5_vl", "mistral3"]
+# Served with text alone. `vision_models.py` has qwen3_5 and llama4 as well.
+TEXT = [*PICTURES, "llava", "idefics3", "smolvlm", "internvl", "gemma3", "gemma4"]
+# Chunks of 32 tokens, which end within pictures, and too few blocks for all requests at once.
+CRAMPED = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "num_gpu_blocks_override": 10}
+
+
+@pytest.fixture
+def serve(pool: Pool, tmp_path: Path):
+    """Starts a separate engine, and stops the shared one."""
+    pool.close()
+    forget_engine()
+    served: list[ServedVision] = []
+
+    def start(name: str, **settings: Any) -> ServedVision:
+        served.append(ServedVision(name, tmp_path, **settings))
+        return served[0]
+
+    yield start
+    for one in served:
+        one.close()
+    forget_engine()
+
+
+def check_cold_warm_and_after_reset(served: ServedVision) -> None:
+    served.check_cases_differ()
+    served.check()
+    served.check()
+    assert served.llm.reset_prefix_cache()
+    served.check()
+
+
+@pytest.mark.parametrize("name", [PICTURES[0], *(pytest.param(name, marks=pytest.mark.soak) for name in PICTURES[1:])])
+def test_pictures_in_chunks_and_preempted(name: str, serve: Callable[..., ServedVision]) -> None:
+    served = serve(name, pictures=True, **CRAMPED)
+    split, preempted = watch(served.scheduler)
+    check_cold_warm_and_after_reset(served)
+    assert split
+    assert preempted
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("qwen3_vl", {}), ("qwen2_5_vl", {"mm_processor_cache_gb": 0}), ("mistral3", {"enable_prefix_caching": False})],
+)
+def test_pictures(name: str, settings: dict[str, Any], serve: Callable[..., ServedVision]) -> None:
+    check_cold_warm_and_after_reset(serve(name, pictures=True, **settings))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", TEXT)
+def test_text_alone(name: str, serve: Callable[..., ServedVision]) -> None:
+    check_cold_warm_and_after_reset(serve(name, pictures=False))
+
+
+def watch(scheduler: Any) -> tuple[list[str], list[str]]:
+    """Returns the ids of requests that stopped within a picture, and of preempted ones, as the engine schedules them."""
+    split: list[str] = []
+    preempted: list[str] = []
+    schedule, preempt = scheduler.schedule, scheduler._preempt_request
+
+    def watched_schedule(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        split.extend(
+            request.request_id
+            for request in scheduler.running
+            for where in (feature.mm_position for feature in request.mm_features)
+            if where.offset < request.num_computed_tokens < where.offset + where.length
+        )
+        return output
+
+    def watched_preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler.schedule, scheduler._preempt_request = watched_schedule, watched_preempt
+    return split, preempted
