@@ -81,9 +81,7 @@ class MixerCall:
             parts = [getattr(view, f"{kind}_states")[number] for view in self.views]
             if self.layout is not None:
                 pairs = zip(parts, self.layout, strict=True)
-                parts = [
-                    start[rows.rows.to(start.device)].to(part) if rows.is_empty else part for part, rows in pairs
-                ]
+                parts = [start[rows.rows.to(start.device)].to(part) if rows.is_empty else part for part, rows in pairs]
             if kind == "conv":
                 # With all new tokens, which a cache that can be cropped keeps.
                 width = max(part.shape[-1] for part in parts)
