@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_prefix_ext.architectures.encoder_decoder import PrefixStackHook, find_position_embedding
+from peft_prefix_ext.architectures.encoder_decoder import LAYER_CLASSES, PrefixStackHook, find_position_embedding
+from peft_prefix_ext.architectures.select import select_layer_class
 from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared_kv_layers
 from peft_prefix_ext.base_model.attention_implementation import attention_implementation
 from peft_prefix_ext.base_model.layers import ProbedLayer, ProbedModel, probe_model
@@ -23,7 +24,7 @@ from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook, without_pr
 from peft_prefix_ext.injection.layer import attention_arguments
 from peft_prefix_ext.injection.reparam import PrefixMLP, create_reparam
 from peft_prefix_ext.injection.state_layer import PrefixStateLayer
-from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
+from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer, PrefixWeightsLayer
 from peft_prefix_ext.tuner.other_adapters import warn_of_other_adapters
 from peft_prefix_ext.tuner.requirements import (
     check_attentions,
@@ -114,6 +115,26 @@ def create_hook(model: PreTrainedModel, stack: Any, plan: InjectionPlan) -> Pref
         SharedKVLayer(module, owner, hook) for module, owner in find_shared_kv_layers(model, plan.layers)
     ]
     return hook
+
+
+def create_layer(
+    module: nn.Module, parent: nn.Module, name: str, plan: InjectionPlan, hook: PrefixDecoderHook
+) -> PrefixWeightsLayer:
+    """Creates the layer of an attention module or a mixer, without any adapter.
+
+    Args:
+        module: The module.
+        parent: The module that it is a child of.
+        name: Its name in the model.
+        plan: The plan that it is part of.
+        hook: The hook of its stack.
+    """
+    if name in plan.states:
+        return PrefixStateLayer(module, parent, plan.states[name], hook)
+    probed = plan.layers[name]
+    is_encoder_decoder = isinstance(hook, PrefixStackHook)
+    kind = LAYER_CLASSES[probed.attention] if is_encoder_decoder else select_layer_class(module, probed)
+    return kind(module, probed, hook)
 
 
 def _first_device(plan: InjectionPlan) -> torch.device:

@@ -148,6 +148,8 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
         )
     for stack in find_live(model, adapter_name):
         saved |= _to_checkpoint(stack, config, adapter_name, state)
+    for row in config._saved_fields.get("prefix_states") or []:
+        row["dtype"] = str(saved[state_key(row["module"], row["kind"], row["number"])].dtype).removeprefix("torch.")
     return saved
 
 
