@@ -30,7 +30,9 @@ from peft_prefix_ext.injection.state_view import PrefixStateView
 from peft_prefix_ext.injection.tuner_layer import PrefixWeightsLayer
 
 # Beside an MLP a state is this many times its parameter, so that the learning rate of the MLP, about a tenth of what flat
-# parameters want, fits it too. A power of two, so that it starts exactly at the initial state.
+# parameters want, fits it too. A power of two, so that it starts exactly at the initial state. An MLP of their own did not
+# pay: 80 steps at 2e-3 brought the loss of a tiny Qwen3-Next to 0.486 so, 0.496 with an MLP and 0.495 without the factor,
+# and 0.529 without states.
 GAIN = 8.0
 
 
@@ -41,7 +43,7 @@ class PrefixStateLayer(PrefixWeightsLayer):
     tokens have padding on their left or are packed, the mixer reads them row by row, see `sequences.py`: the hook before
     its forward gives it the first rows, and one behind it runs the others and puts the outputs together.
 
-    States train as they are, without an MLP. `num_frozen_tokens` does not concern them: they have no tokens.
+    States train without an MLP. `num_frozen_tokens` does not concern them: they have no tokens.
 
     Args:
         mixer: The mixer.
