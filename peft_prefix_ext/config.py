@@ -29,6 +29,9 @@ INITS: dict[str, str | None] = {
 AUTO = "auto"
 # Data of the user, which is never saved with the adapter.
 UNSAVED_FIELDS = ("init_exemplars", "init_kv")
+# Fields that came with the states of recurrent layers, and are left out of a config that they say nothing in: an adapter
+# without states is the same file as before.
+STATE_FIELDS = {"state_prefix": True, "prefix_states": None}
 ADAPTER_PARTS = ("all", "keys")
 REPARAMS = ("none", "mlp")
 
@@ -77,12 +80,13 @@ class PrefixExtConfig(PeftConfig):
             `"all"`, or `"keys"` for the keys only, which transfer between tasks (arXiv:2508.17032), with random values of
             `init_std`.
         init_std (`float`):
-            The standard deviation of random K/V.
+            The standard deviation of random K/V and states.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer for text, rows and vocabulary; that of the base model by default.
         reparam (`str`):
             `"mlp"` trains an MLP whose output is the K/V, `"none"` trains the K/V themselves, which needs a learning rate
-            about ten times as high. Both start exactly at the initial K/V.
+            about ten times as high. Both start exactly at the initial K/V. States of recurrent layers have no MLP; beside one
+            they are scaled so that its learning rate fits them.
         reparam_residual (`bool`):
             Whether the output of the MLP is added to the initial K/V (its last layer is initialized to zero). Otherwise it is
             the K/V (its last layer is initialized by least squares, which needs a `reparam_hidden_size` well above the
@@ -102,17 +106,21 @@ class PrefixExtConfig(PeftConfig):
         reparam_joint_kv (`bool`):
             Whether keys and values share the hidden layers of the MLP.
         prefix_dropout (`float`):
-            The dropout probability of the elements of the trainable K/V. One mask is drawn per forward pass and shared by all
-            rows of a batch.
+            The dropout probability of the elements of the trainable K/V and states. One mask is drawn per forward pass and
+            shared by all rows of a batch.
         num_frozen_tokens (`int`):
-            The number of virtual tokens, from the first, that keep their initial K/V (an attention sink).
+            The number of virtual tokens, from the first, that keep their initial K/V (an attention sink). States of
+            recurrent layers have no tokens, and train as a whole.
         layers_to_train (`list[int]`, *optional*):
-            The indices of the layers whose K/V train; all by default. The others keep their initial K/V.
+            The indices of the layers whose K/V and states train; all by default. The others keep their initial ones.
         encoder_prefix (`bool`):
             Whether the encoder's self-attention of an encoder-decoder model also has a prefix. The decoder's self-attention
             always has one.
         cross_prefix (`bool`):
             Whether the cross-attention of an encoder-decoder model also has a prefix, before the encoder's output.
+        state_prefix (`bool`):
+            Whether the recurrent layers of a hybrid model, or of a model that has no others, also have a prefix: the states
+            that they start from. Otherwise they start as in the base model, and only attention layers have a prefix.
         modules_to_save (`list[str]`, *optional*):
             Modules of the base model to train and save besides the prefix, such as the head of a classifier. They must not
             contain an attention layer with a prefix. An adapter with such modules cannot be served.
@@ -129,6 +137,8 @@ class PrefixExtConfig(PeftConfig):
             Set by the tuner: what the prefix was initialized from.
         prefix_layers (`list[dict]`, *optional*):
             Set when saving: the index, attention module and K/V shapes of each layer.
+        prefix_states (`list[dict]`, *optional*):
+            Set when saving: the index, module, kind and shape of each state of a recurrent layer.
         base_fingerprint (`dict`, *optional*):
             Set when saving: the architecture of the base model.
         base_adapters (`list[dict]`, *optional*):
@@ -165,7 +175,7 @@ class PrefixExtConfig(PeftConfig):
     init_adapter_part: str = field(
         default="all", metadata={"help": f"What to take of `init_adapter`, one of {ADAPTER_PARTS}."}
     )
-    init_std: float = field(default=0.02, metadata={"help": "The standard deviation of random K/V."})
+    init_std: float = field(default=0.02, metadata={"help": "The standard deviation of random K/V and states."})
     tokenizer_name_or_path: str | None = field(
         default=None,
         metadata={"help": "The tokenizer for text, rows and vocabulary; that of the base model by default."},
@@ -200,6 +210,9 @@ class PrefixExtConfig(PeftConfig):
     cross_prefix: bool = field(
         default=False, metadata={"help": "Whether the cross-attention of an encoder-decoder model also has a prefix."}
     )
+    state_prefix: bool = field(
+        default=True, metadata={"help": "Whether recurrent layers also have a prefix: the states that they start from."}
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules of the base model to train and save besides the prefix, such as a classifier."},
@@ -220,6 +233,9 @@ class PrefixExtConfig(PeftConfig):
     prefix_layers: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "Set when saving: index, module and K/V shapes of each layer."}
     )
+    prefix_states: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Set when saving: index, module, kind and shape of each state."}
+    )
     base_fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Set when saving: the architecture of the base model."}
     )
@@ -234,6 +250,8 @@ class PrefixExtConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_EXT
+        if self.is_saved and not self.prefix_states:
+            self.state_prefix = False
         if isinstance(self.init_adapter, PathLike):
             self.init_adapter = str(self.init_adapter)
         elif isinstance(self.init_adapter, (list, tuple)):
@@ -291,7 +309,10 @@ class PrefixExtConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         shared = copy.copy(self)
         shared.forget_sources()
-        return {**super(PrefixExtConfig, shared).to_dict(), **self._saved_fields}
+        fields = {**super(PrefixExtConfig, shared).to_dict(), **self._saved_fields}
+        if fields["prefix_layers"] is not None and not fields["prefix_states"]:
+            del fields["state_prefix"]  # as no states were saved
+        return {name: value for name, value in fields.items() if STATE_FIELDS.get(name, ...) != value}
 
 
 def _init_of_source(config: PrefixExtConfig) -> str:

@@ -1,7 +1,8 @@
 """The name of the cache among the arguments of a module.
 
 transformers calls it `cache` since 5.24 and `past_key_values` before; models of other packages keep the old name, and a
-few attention modules have `layer_past`. The signature of each module tells, so that all of them work side by side.
+few attention modules have `layer_past`. The mixers of recurrent layers called it `cache_params` before 5.24. The signature
+of each module tells, so that all of them work side by side.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value", "cache_params")
 
 
 def cache_argument(module: nn.Module) -> str | None:

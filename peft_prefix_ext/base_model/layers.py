@@ -1,7 +1,7 @@
-"""The attention layers of a model, found by a probe: one forward pass with a cache that records what is written into it.
+"""The layers of a model that keep something of the text, found by a probe: one forward pass with a cache that records.
 
-For every layer that writes K/V, the probe gives the attention module, its index in the cache and the K/V themselves.
-With one token it finds the shapes, with a text it yields the K/V of that text. It replaces the model's config as the
+For every layer that writes K/V or states, the probe gives the module, its index in the cache and what it wrote. With one
+token it finds the shapes, with a text it yields the K/V and states of that text. It replaces the model's config as the
 source of shapes: configs are wrong or silent about them for many architectures (latent attention, multi-query
 attention, hybrid models).
 """
@@ -12,17 +12,19 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
 from peft_prefix_ext.base_model.offloaded import input_device
+from peft_prefix_ext.base_model.recording import RecordingCache, running_modules
 from peft_prefix_ext.base_model.rope_deltas import without_rope_deltas
+from peft_prefix_ext.base_model.states import ProbedState
 from peft_prefix_ext.base_model.supported import check_supported
 from peft_prefix_ext.base_model.tensor_parallel import (
     ShardedHeads,
@@ -70,38 +72,20 @@ class ProbedLayer:
         return key, value
 
 
-class _RecordingCache(DynamicCache):
-    """A cache that keeps the K/V that each layer writes, and the name of the module that wrote them."""
+class ProbedModel(NamedTuple):
+    """The attention layers and the recurrent layers of a model, each in order of their index."""
 
-    def __init__(self, config: Any, running: list[str]) -> None:
-        super().__init__(config=config)
-        self.running = running
-        self.written: dict[int, tuple[str, LayerKV]] = {}
-        self.has_states = False
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer_idx = len(self.written) if layer_idx is None else layer_idx  # encoders may not number their layers
-        if key_states.dim() != 4:
-            raise ValueError(
-                f"Layer {layer_idx} caches keys of shape {list(key_states.shape)}, which PREFIX_EXT does not support."
-            )
-        # A layer that shares the K/V of another one does not write; the first writer owns the cache.
-        self.written.setdefault(layer_idx, (self.running[-1], LayerKV(key_states[0], value_states[0])))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.has_states = True
-        return super().update_conv_state(*args, **kwargs)
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.has_states = True
-        return super().update_recurrent_state(*args, **kwargs)
+    layers: list[ProbedLayer]
+    states: list[ProbedState]
 
 
 def probe_layers(model: PreTrainedModel) -> list[ProbedLayer]:
-    """Returns the attention layers of `model`, in order of their index, with the K/V of one token.
+    """Returns the attention layers of `model`, as `probe_model` does."""
+    return probe_model(model).layers
+
+
+def probe_model(model: PreTrainedModel) -> ProbedModel:
+    """Returns the layers of `model`, with the K/V and the states of one token.
 
     Raises:
         ValueError: If the model is not causal, does not count positions from 0, or is not supported for another reason.
@@ -115,8 +99,8 @@ def probe_layers(model: PreTrainedModel) -> list[ProbedLayer]:
     zero = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     # The encoder input stays the same while the decoder input changes.
     encoder_input = {"input_ids": zero + first} if model.config.is_encoder_decoder else {}
-    layers = record_layers(model, [first])
-    at_position_0 = record_layers(model, [first], position_ids=zero)
+    probed = record(model, [first])
+    layers = probed.layers
     if len({layer.module for layer in layers}) < len(layers):
         raise ValueError(f"{name} runs one attention module as several layers, which PREFIX_EXT does not support.")
     # With activations in int8, the scales and so the K/V depend on the whole batch.
@@ -129,9 +113,10 @@ def probe_layers(model: PreTrainedModel) -> list[ProbedLayer]:
         tolerance,
     ):
         raise ValueError(f"{name} is not causal: its first token sees later ones, which PREFIX_EXT does not support.")
-    if not _same_first_token(layers, at_position_0, tolerance):
+    # Without attention nothing depends on positions, and the model may not take any.
+    if layers and not _same_first_token(layers, record_layers(model, [first], position_ids=zero), tolerance):
         raise ValueError(f"{name} does not count positions from 0, which PREFIX_EXT does not support.")
-    return layers
+    return probed
 
 
 def _same_first_token(some: list[ProbedLayer], others: list[ProbedLayer], tolerance: float) -> bool:
@@ -143,9 +128,14 @@ def _same_first_token(some: list[ProbedLayer], others: list[ProbedLayer], tolera
     return True
 
 
-@torch.no_grad()
 def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -> list[ProbedLayer]:
-    """Runs the frozen `model` on `token_ids` at positions 0, 1, ... and returns its layers with the K/V they write.
+    """Returns the attention layers of `model` with the K/V of a text, as `record` does."""
+    return record(model, token_ids, **inputs).layers
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -> ProbedModel:
+    """Runs the frozen `model` on `token_ids` at positions 0, 1, ... and returns its layers with what they keep of them.
 
     In an encoder-decoder model both the encoder and the decoder read the tokens. The layers are in order of their index:
     the decoder's self-attention, cross-attention, the encoder's self-attention.
@@ -156,22 +146,22 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
         inputs: Other arguments of the model's forward, which replace those made from `token_ids`.
 
     Raises:
-        ValueError: If the model has no attention layer with a KV cache.
+        ValueError: If the model has no layer with a KV cache or states.
     """
     cache_name = cache_argument(model) or "past_key_values"  # some models pass on arguments that they do not name
     ids = torch.tensor([token_ids], device=input_device(model))
     broadcast_to_tensor_parallel(model, ids)  # they may be random
-    with _running_modules(model) as running, ExitStack() as hooks:
+    with running_modules(model) as running, ExitStack() as hooks:
         if model.config.is_encoder_decoder:
             # The decoder has a config of its own: other numbers of layers (T5), sliding windows (T5Gemma).
             configs = {DECODER: model.get_decoder().config}
-            caches = {attention: _RecordingCache(configs.get(attention), running) for attention in ATTENTIONS}
+            caches = {attention: RecordingCache(configs.get(attention), running) for attention in ATTENTIONS}
             both = EncoderDecoderCache(caches[DECODER], caches[CROSS])
             inputs = {"input_ids": ids, "decoder_input_ids": ids, cache_name: both, **inputs}
             for module in _encoder_attentions(model):
                 hooks.callback(_pass_cache_to(module, caches[ENCODER]).remove)
         else:
-            caches = {DECODER: _RecordingCache(model.config, running)}
+            caches = {DECODER: RecordingCache(model.config, running)}
             inputs = {"input_ids": ids, cache_name: caches[DECODER], "use_cache": True, **inputs}
         try:
             with eval_mode(model):
@@ -179,12 +169,13 @@ def record_layers(model: PreTrainedModel, token_ids: list[int], **inputs: Any) -
                 (model.base_model if model.config.is_encoder_decoder else model)(**inputs)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{describe(model)} does not run with a cache that records: {error}") from error
-    if not caches[DECODER].written:
+    if not caches[DECODER].written and not caches[DECODER].mixers:
         raise ValueError(f"{describe(model)} has no attention layer with a KV cache to give a prefix to.")
-    return _layers_of(model, caches)
+    states = [ProbedState(module, index, states) for index, (module, states) in caches[DECODER].final_states().items()]
+    return ProbedModel(_layers_of(model, caches), states)
 
 
-def _layers_of(model: PreTrainedModel, caches: dict[str, _RecordingCache]) -> list[ProbedLayer]:
+def _layers_of(model: PreTrainedModel, caches: dict[str, RecordingCache]) -> list[ProbedLayer]:
     """Returns the layers that wrote into `caches`, one cache for each kind of attention."""
     layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     layers: list[ProbedLayer] = []
@@ -194,30 +185,12 @@ def _layers_of(model: PreTrainedModel, caches: dict[str, _RecordingCache]) -> li
             sliding_window = getattr(cache.layers[index], "sliding_window", None)
             is_chunked = attention == DECODER and layer_types[index : index + 1] == ["chunked_attention"]
             layers.append(
-                ProbedLayer(module, first + index, kv, sliding_window, attention, is_chunked, cache.has_states)
+                ProbedLayer(module, first + index, kv, sliding_window, attention, is_chunked, bool(cache.mixers))
             )
     if (mesh := tensor_parallel_mesh(model)) is None:
         return layers
     gathered = [gather_heads(model.get_submodule(layer.module), layer.kv, mesh) for layer in layers]
     return [replace(layer, kv=kv, heads=heads) for layer, (kv, heads) in zip(layers, gathered, strict=True)]
-
-
-@contextmanager
-def _running_modules(model: nn.Module) -> Iterator[list[str]]:
-    """Yields a list that holds, during a forward pass, the names of the modules that run, the innermost last."""
-    running: list[str] = []
-
-    def enter(name: str) -> Any:
-        return lambda module, args: running.append(name)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            hooks.callback(module.register_forward_pre_hook(enter(name)).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
-        yield running
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def compose(
             float32 for exactness), and if all sources are stock adapters.
 
     Raises:
-        ValueError: If the prefixes are of different base models, or the keys of the model cannot be shifted.
+        ValueError: If the prefixes are of different base models, one has states of recurrent layers, or the keys of the model cannot be shifted.
     """
     if positions not in POSITIONS:
         raise ValueError(f"`positions` must be one of {POSITIONS}, got {positions!r}.")
@@ -61,6 +61,12 @@ def compose(
             "`base_model` must be given with `positions='shift'`: the rotation of the keys is measured on it."
         )
     prefixes = [read_source(source) for source in sources]
+    for prefix in prefixes:
+        if prefix.states:
+            raise ValueError(
+                f"The prefix in {prefix.path} has states of recurrent layers, which cannot be put behind one another: train "
+                "prefixes to compose with `state_prefix=False`."
+            )
     modules, base_fingerprint = _common_base(prefixes, base_model)
     parts, length = [], 0
     for prefix in prefixes:

@@ -43,10 +43,11 @@ def check_fits(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> tuple[d
         PrefixCheckpointError: If the prefix was trained on another base model.
     """
     from peft_prefix_ext.base_model.compatibility import check_layers
-    from peft_prefix_ext.base_model.layers import probe_layers
+    from peft_prefix_ext.base_model.layers import probe_model
     from peft_prefix_ext.injection.decoder_hook import without_prefixes
 
     with without_prefixes(base_model):
-        layers = [layer for layer in probe_layers(base_model) if layer.attention in prefix.attentions.values()]
-    check_layers(prefix, base_model, layers)
+        probed = probe_model(base_model)
+    layers = [layer for layer in probed.layers if layer.attention in prefix.attentions.values()]
+    check_layers(prefix, base_model, probed._replace(layers=layers))
     return {layer.index: layer.module for layer in layers}, fingerprint(base_model.config)

@@ -41,7 +41,7 @@ def export_to_peft(
         task_type: PEFT's task type, which stock prefixes require, if the adapter has none.
 
     Raises:
-        ValueError: If stock PEFT cannot represent this prefix: layers that differ or are missing, values that are not as
+        ValueError: If stock PEFT cannot represent this prefix: states, layers that differ or are missing, values that are not as
             wide as keys, or shapes other than the base model's config says.
     """
     if peft_type not in STOCK_TYPES:
@@ -51,6 +51,10 @@ def export_to_peft(
         raise ValueError(
             f"The prefix in {prefix.path} cannot be exported to stock PEFT, where layers of an encoder-decoder model share "
             "their prefixes."
+        )
+    if prefix.states:
+        raise ValueError(
+            f"The prefix in {prefix.path} cannot be exported to stock PEFT, which has no states of recurrent layers."
         )
     if prefix.base_adapters:
         raise ValueError(

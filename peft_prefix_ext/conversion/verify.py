@@ -31,7 +31,8 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
 
     prefix = read_source(source)
     p, num_layers = prefix.num_virtual_tokens, len(prefix.layers)
-    yield f"the file is valid: {p} virtual tokens in {num_layers} layers, all finite"
+    states = f", states of {len(prefix.states)} recurrent layers" if prefix.states else ""
+    yield f"the file is valid: {p} virtual tokens in {num_layers} layers{states}, all finite"
 
     check_fits(prefix, base_model)
     compared = "architecture and shapes" if prefix.base_fingerprint else "shapes (the adapter records no architecture)"
@@ -50,11 +51,10 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
         path = prefix.path if prefix.peft_type not in STOCK_TYPES else import_from_peft(prefix, folder, base_model).path
         model = PeftModel.from_pretrained(base_model, path)
     used = read_source(model)
-    for index, layer in prefix.layers.items():
-        for kind, on_disk, in_use in zip(layer._fields, layer, used.layers[index], strict=True):
-            if not torch.equal(on_disk.to(in_use.dtype), in_use):
-                raise ValueError(f"The model does not use the {kind} of layer {index} that is in {prefix.path}.")
-    yield "the model loads it and uses exactly the K/V on disk"
+    for (index, kind, on_disk), (*_, in_use) in zip(prefix.tensors(), used.tensors(), strict=True):
+        if not torch.equal(on_disk.to(in_use.dtype), in_use):
+            raise ValueError(f"The model does not use the {kind} of layer {index} that is in {prefix.path}.")
+    yield f"the model loads it and uses exactly the K/V{' and states' if prefix.states else ''} on disk"
 
     logits = model(**inputs).logits.float()
     if not logits.isfinite().all():

@@ -11,7 +11,8 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from peft_prefix_ext.base_model.describe import describe
 from peft_prefix_ext.base_model.layers import ProbedLayer
 from peft_prefix_ext.base_model.rope_deltas import has_rope_deltas
-from peft_prefix_ext.checkpoint.format import CROSS, DECODER, LayerKV
+from peft_prefix_ext.base_model.states import ProbedState, states_of
+from peft_prefix_ext.checkpoint.format import CROSS, DECODER, LayerKV, LayerState
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.initialization.key_rotation import KeyRotationError, shift
 
@@ -68,6 +69,41 @@ def _given_kv(config: PrefixExtConfig, layers: list[ProbedLayer]) -> list[LayerK
                 raise ValueError(f"`init_kv` holds NaN or Inf in the {kind} of layer {layer.index}.")
             kv.append(tensor.detach().view(shape).to(layer.kv.key.device, layer.kv.key.dtype))
         initial.append(LayerKV(*kv))
+    return initial
+
+
+def states_from_past_key_values(config: PrefixExtConfig, probed: list[ProbedState]) -> list[LayerState] | None:
+    """Returns the states that the cache in `init_kv` holds for each recurrent layer; `None` if it holds none.
+
+    Raises:
+        ValueError: If they have other shapes or are not finite.
+    """
+    given = config.init_kv
+    has_states = [
+        isinstance(given, Cache)
+        and each.index < len(given)
+        and any(state is not None for state in getattr(given.layers[each.index], "conv_states", {}).values())
+        for each in probed
+    ]
+    if not probed or not all(has_states):
+        return None
+    initial = []
+    for each in probed:
+        states = states_of(given.layers[each.index])
+        if [tensor.shape for *_, tensor in states.numbered()] != [
+            tensor.shape for *_, tensor in each.states.numbered()
+        ]:
+            raise ValueError(f"The cache in `init_kv` has states of other shapes than the model in layer {each.index}.")
+        if not all(torch.isfinite(tensor).all() for *_, tensor in states.numbered()):
+            raise ValueError(f"`init_kv` holds NaN or Inf in the states of layer {each.index}.")
+        initial.append(
+            LayerState(
+                *(
+                    tuple(ours.detach().to(like.device, like.dtype) for ours, like in zip(*kinds, strict=True))
+                    for kinds in zip(states, each.states, strict=True)
+                )
+            )
+        )
     return initial
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from peft_prefix_ext.injection.position_ids import num_cached_tokens
+
 # The attribute of a cache that holds results for its decoding loop, and is freed with it.
 _MEMO = "_prefix_ext_memo"
 # The attribute of a cache that holds the number of virtual tokens before each of its rows.
@@ -53,7 +55,7 @@ def check_cache_offset(cache: Any, offsets: tuple[int, ...]) -> None:
         return
     # If `generate` repeated or dropped rows, which ones is unknown.
     may_continue = cached is None or (len(cached) != len(offsets) and set(offsets) <= set(cached))
-    if not may_continue and int(cache.get_seq_length()) > 0:
+    if not may_continue and num_cached_tokens(cache) > 0:
         raise ValueError(
             "The tokens in the cache were computed after a prefix of another length, or without one, so the new tokens "
             "would continue at wrong positions: start with an empty cache."

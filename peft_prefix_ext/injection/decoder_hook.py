@@ -38,6 +38,7 @@ from peft_prefix_ext.injection.position_ids import (
 )
 from peft_prefix_ext.injection.rank_sync import broadcast_frozen_tensors
 from peft_prefix_ext.injection.reparam_output import reparam_output, reparam_state
+from peft_prefix_ext.injection.sequences import find_packed_sequences
 
 
 class PrefixDecoderHook(AdapterSelection):
@@ -62,6 +63,7 @@ class PrefixDecoderHook(AdapterSelection):
         self.tested_attention = set(SUPPORTED_IMPLEMENTATIONS)
         self.test_attention: Callable[[Any], None] | None = None
         self.shared_kv_layers: list[Any] = []  # the hooks on layers that share K/V
+        self.has_states = False  # whether recurrent layers have states
         self._replay: CheckpointReplay | None = None
         self._parameter_names = list(inspect.signature(decoder.forward).parameters)
         self._num_positions = num_embedded_positions(decoder)
@@ -204,6 +206,7 @@ class PrefixDecoderHook(AdapterSelection):
             inputs.get("attention_mask"),
             is_flash=uses_flash(decoder.config),  # in each pass, as `set_attn_implementation` changes it
             dropout=PrefixDropout.draw(rate) if rate else None,
+            sequences=find_packed_sequences(inputs) if self.has_states else None,
         )
         if context.is_flash:
             check_flash_inputs(cache, inputs, context.positions)

@@ -38,6 +38,7 @@ class PrefixForwardContext:
         dropout: The dropout of the prefix, in training.
         projected: Under reentrant gradient checkpointing, the detached output of the reparameterization, which the
             residuals are views of, and the output that is to receive its gradient.
+        sequences: The packed sequence that each token is of, `[b or 1, q]`, where that matters; see `sequences.py`.
         is_running: Whether the forward pass has not ended yet.
     """
 
@@ -49,6 +50,7 @@ class PrefixForwardContext:
     residuals: dict[str, dict[str, LayerKV]] = field(default_factory=dict)
     dropout: PrefixDropout | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
+    sequences: torch.Tensor | None = None
     is_running: bool = True
     _masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
     _computed: dict[str, Any] = field(default_factory=dict)

@@ -20,12 +20,12 @@ from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.dropout import PrefixDropout
 from peft_prefix_ext.injection.forward_context import PrefixForwardContext
 from peft_prefix_ext.injection.prefix_tensors import PrefixTensors
-from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
+from peft_prefix_ext.injection.tuner_layer import PrefixWeightsLayer
 
 MASK_ARGUMENTS = ("attention_mask", "mask")
 
 
-class PrefixExtLayer(PrefixTunerLayer):
+class PrefixExtLayer(PrefixWeightsLayer):
     """A child of an attention module that acts in a hook before its forward, so that base parameters keep their names.
 
     The hook runs inside the checkpointed region, where there is no cache.
@@ -40,24 +40,16 @@ class PrefixExtLayer(PrefixTunerLayer):
     other_param_names = ("prefix_ext_frozen_key", "prefix_ext_frozen_value")
 
     def __init__(self, attention: nn.Module, probed: ProbedLayer, decoder_hook: PrefixDecoderHook) -> None:
-        super().__init__(probed.kv.key.device)
+        super().__init__(probed.kv.key.device, probed.module, probed.index, decoder_hook)
         self.prefix_ext_key = PrefixTensors(attention)
         self.prefix_ext_value = PrefixTensors(attention)
         self.prefix_ext_frozen_key = PrefixTensors(attention)
         self.prefix_ext_frozen_value = PrefixTensors(attention)
-        self.module_name = probed.module
-        self.index = probed.index
         self.attention = probed.attention
         self.sliding_window = probed.sliding_window
         self.heads = probed.heads
-        self.awaiting_weights: set[str] = set()
-        self._decoder_hook = (decoder_hook,)  # in a tuple, so as not to become a submodule of every layer
         self._parameter_names, self._cache_argument, self._mask_argument = attention_arguments(attention)
         self._handle = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-
-    @property
-    def decoder_hook(self) -> PrefixDecoderHook:
-        return self._decoder_hook[0]
 
     def update_layer(self, adapter_name: str, initial: LayerKV, config: PrefixExtConfig, has_reparam: bool) -> None:
         """Adds an adapter that starts at `initial`.
@@ -108,44 +100,6 @@ class PrefixExtLayer(PrefixTunerLayer):
             kv.append(join_frozen(frozen[adapter_name] if adapter_name in frozen else None, tensor))
         self.check_loaded(adapter_name, kv[0])
         return LayerKV(*(tensor if self.heads is None else self.heads.local(tensor) for tensor in kv))
-
-    def check_loaded(self, adapter_name: str, key: torch.Tensor) -> None:
-        """Checks that the weights of an adapter whose config is that of a saved one were loaded.
-
-        `load_state_dict` sets them in the form that they have here. transformers' own loading sets tensor by tensor and
-        knows the form on disk, where the output of a reparameterization is part of the K/V. Compiled graphs skip the check.
-
-        Raises:
-            ValueError: If they were not, or cannot be loaded in this way.
-        """
-        if adapter_name not in self.awaiting_weights or torch.compiler.is_compiling():
-            return
-        if key.is_meta or key.isnan().all():
-            raise ValueError(
-                f"Adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were never loaded; "
-                "use `PeftModel.from_pretrained` or `load_adapter`, or a fresh `PrefixExtConfig` to train anew."
-            )
-        if adapter_name in self.decoder_hook.prefix_ext_reparam:
-            raise ValueError(
-                f"Adapter {adapter_name!r} has a reparameterization, which transformers cannot load to continue training; "
-                "use `PeftModel.from_pretrained(..., is_trainable=True)`."
-            )
-        self.awaiting_weights.discard(adapter_name)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.awaiting_weights -= {
-            name for name in self.awaiting_weights if f"{prefix}prefix_ext_key.{name}" in state_dict
-        }
-
-    def copy_adapter_from(self, adapter_name: str, source_adapter: str) -> None:
-        super().copy_adapter_from(adapter_name, source_adapter)
-        if source_adapter not in self.awaiting_weights:
-            self.awaiting_weights.discard(adapter_name)
-
-    def drop_adapter(self, adapter_name: str) -> None:
-        super().drop_adapter(adapter_name)
-        self.awaiting_weights.discard(adapter_name)
 
     def detach(self) -> None:
         """Removes the hook from the attention module."""

@@ -22,7 +22,7 @@ def default_positions(tokens: torch.Tensor, cache: Any, mask: Any) -> torch.Tens
         mask: The `attention_mask` of the decoder.
     """
     num_new = tokens.shape[1]
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    past = num_cached_tokens(cache)
     text = text_columns(mask)
     # A static cache has more columns than tokens; a cache whose windows slid has fewer.
     if text is None or text.shape[1] < past + num_new:
@@ -53,6 +53,16 @@ def text_positions(
     if len(positions) == 4:
         return positions[0]
     return default_positions(tokens, cache, mask) + shift
+
+
+def num_cached_tokens(cache: Any) -> int:
+    """Returns how many tokens a cache, or `None`, holds; where all layers are recurrent, which keep no count, 1 for any."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(cache.has_previous_state())
 
 
 def text_columns(mask: Any) -> torch.Tensor | None:

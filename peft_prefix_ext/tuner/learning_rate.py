@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
+from peft_prefix_ext.injection.state_layer import PrefixStateLayer
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 # With and without an MLP: the rate below which to warn, and the one to recommend.
@@ -59,12 +60,13 @@ class _Watch:
 
 
 def _trained(model: nn.Module) -> dict[int, bool]:
-    """Maps the id of each trainable prefix parameter of `model` to whether it belongs to an MLP."""
+    """Maps the id of each trainable prefix parameter of `model` to whether it belongs to an MLP, or is scaled to fit one."""
     return {
         id(parameter): isinstance(module, PrefixDecoderHook)
+        or (isinstance(module, PrefixStateLayer) and module.has_reparam(name.rpartition(".")[2]))
         for module in model.modules()
         if isinstance(module, PrefixTunerLayer)
-        for parameter in module.parameters()
+        for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
 

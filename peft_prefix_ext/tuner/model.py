@@ -12,17 +12,15 @@ from peft import PeftModel, PeftType
 from peft.utils import register_peft_method
 from torch import nn
 
-from peft_prefix_ext.architectures.encoder_decoder import LAYER_CLASSES, PrefixStackHook
-from peft_prefix_ext.architectures.select import select_layer_class
 from peft_prefix_ext.attention.grouped_query import register_grouped_query_attention
-from peft_prefix_ext.checkpoint.format import is_of_prefix
+from peft_prefix_ext.checkpoint.format import DECODER, is_of_prefix
 from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook, decoder_hooks_of
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.tuner.adapter_names import use_adapter_names
-from peft_prefix_ext.tuner.injection_plan import InjectionPlan, create_hook, make_injection_plan
+from peft_prefix_ext.tuner.injection_plan import InjectionPlan, create_hook, create_layer, make_injection_plan
 from peft_prefix_ext.tuner.learning_rate import watch_learning_rate
 from peft_prefix_ext.tuner.other_adapters import active_base_adapters
 from peft_prefix_ext.tuner.peft_model import wrap_peft_model
@@ -153,7 +151,7 @@ class PrefixExtModel(UnmergeableTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         assert self._injection_plan is not None
-        return key in self._injection_plan.layers
+        return key in self._injection_plan.layers or key in self._injection_plan.states
 
     def _create_and_replace(
         self,
@@ -167,15 +165,16 @@ class PrefixExtModel(UnmergeableTuner):
     ) -> None:
         plan = self._injection_plan
         assert plan is not None
-        probed = plan.layers[current_key]
-        hook = self._get_or_create_hook(adapter_name, peft_config, plan, plan.stacks[probed.attention])
-        layer = getattr(target, "prefix_ext", None)
+        attention = plan.layers[current_key].attention if current_key in plan.layers else DECODER
+        hook = self._get_or_create_hook(adapter_name, peft_config, plan, plan.stacks[attention])
+        layer: Any = getattr(target, "prefix_ext", None)
         if layer is None:
-            is_encoder_decoder = isinstance(hook, PrefixStackHook)
-            kind = LAYER_CLASSES[probed.attention] if is_encoder_decoder else select_layer_class(target, probed)
-            layer = target.prefix_ext = kind(target, probed, hook)
-        has_reparam = adapter_name in hook.prefix_ext_reparam
-        layer.update_layer(adapter_name, plan.initial[current_key], peft_config, has_reparam)
+            layer = target.prefix_ext = create_layer(target, parent, current_key, plan, hook)
+        if current_key in plan.states:
+            layer.update_layer(adapter_name, plan.initial_states[current_key], peft_config)
+        else:
+            has_reparam = adapter_name in hook.prefix_ext_reparam
+            layer.update_layer(adapter_name, plan.initial[current_key], peft_config, has_reparam)
         if peft_config.is_saved:
             layer.awaiting_weights.add(adapter_name)
 

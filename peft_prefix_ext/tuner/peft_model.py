@@ -104,7 +104,7 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
         except (OSError, ValueError):
             saved = None  # weights alone
         if isinstance(saved, PrefixExtConfig):
-            check_saved_adapter(saved, model.get_base_model(), layers=None)
+            check_saved_adapter(saved, model.get_base_model(), live=None)
             if saved.base_adapters != live.base_adapters:  # otherwise the live one already warned
                 warn_of_other_adapters(saved, model)
     try:

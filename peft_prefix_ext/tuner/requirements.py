@@ -15,9 +15,9 @@ from peft_prefix_ext.architectures.alibi import takes_position_bias
 from peft_prefix_ext.architectures.encoder_decoder import supports_prefix_positions
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import ProbedLayer
+from peft_prefix_ext.base_model.layers import ProbedLayer, ProbedModel
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
-from peft_prefix_ext.checkpoint.format import CROSS, DECODER, ENCODER, FORMAT_VERSION
+from peft_prefix_ext.checkpoint.format import CROSS, DECODER, ENCODER, FORMAT_VERSION, STATES_VERSION, state_table
 from peft_prefix_ext.config import PrefixExtConfig
 
 # The names of the heads that PEFT trains with an adapter, by task type.
@@ -28,12 +28,14 @@ HEADS: dict[Any, tuple[str, ...]] = {
 }
 
 
-def find_decoder(model: PreTrainedModel, layers: list[ProbedLayer], attention: str) -> str:
+def find_decoder(model: PreTrainedModel, probed: ProbedModel, attention: str) -> str:
     """Returns the name of the innermost module around all layers of a kind that takes tokens, positions and the cache.
 
-    The encoder of an encoder-decoder model takes no cache, and both of its stacks compute positions themselves.
+    The encoder of an encoder-decoder model takes no cache, and both of its stacks compute positions themselves. A model
+    without attention needs no positions.
     """
-    names = [layer.module for layer in layers if layer.attention == attention]
+    names = [layer.module for layer in probed.layers if layer.attention == attention]
+    names = names or [each.module for each in probed.states]
     name = names[0]
     while name:
         name = name.rpartition(".")[0]
@@ -42,7 +44,7 @@ def find_decoder(model: PreTrainedModel, layers: list[ProbedLayer], attention: s
         holds_all = all(inner.startswith(f"{name}." if name else "") for inner in names)
         takes_input = "input_ids" in parameters and (attention == ENCODER or cache_argument(module))
         if holds_all and takes_input:
-            if "position_ids" in parameters:
+            if "position_ids" in parameters or not probed.layers:
                 return name
             attention_module = model.get_submodule(names[0])
             if model.config.is_encoder_decoder and supports_prefix_positions(module, attention_module):
@@ -113,21 +115,23 @@ def check_length(config: PrefixExtConfig, model: PreTrainedModel) -> None:
         )
 
 
-def check_layers_to_train(config: PrefixExtConfig, layers: list[ProbedLayer]) -> None:
-    indices = sorted({layer.index for layer in layers})
+def check_layers_to_train(config: PrefixExtConfig, probed: ProbedModel) -> None:
+    indices = sorted({layer.index for layer in probed.layers} | {each.index for each in probed.states})
     if unknown := sorted(set(config.layers_to_train or ()) - set(indices)):
         raise ValueError(f"`layers_to_train` must be among the layers with a prefix, {indices}, got {unknown}.")
 
 
-def model_record(config: PrefixExtConfig, model: PreTrainedModel, layers: list[ProbedLayer]) -> dict[str, Any]:
+def model_record(config: PrefixExtConfig, model: PreTrainedModel, probed: ProbedModel) -> dict[str, Any]:
     """Returns the config fields that describe the model, as they are saved with the adapter."""
     rows = []
-    for layer in layers:
+    for layer in probed.layers:
         key, value = layer.shapes(config.num_virtual_tokens)
         row = {"index": layer.index, "module": layer.module, "key_shape": key, "value_shape": value}
         rows.append(row if layer.attention == DECODER else {**row, "attention": layer.attention})
+    states = {each.index: each.states for each in probed.states}
     return {
         "prefix_layers": rows,
+        "prefix_states": state_table(states, {each.index: each.module for each in probed.states}) or None,
         "base_fingerprint": fingerprint(model.config),
-        "format_version": FORMAT_VERSION,
+        "format_version": STATES_VERSION if states else FORMAT_VERSION,
     }

@@ -1,8 +1,8 @@
 """The test that a model passes before it gets a prefix: the prefix of a short text must act like the text itself.
 
-It knows nothing of the architecture, so it finds all models whose positions, masks, caches or attention function a prefix
-would silently break. With recurrent layers a text does more than its K/V; there, only the passes with and without a cache
-must agree.
+It knows nothing of the architecture, so it finds all models whose positions, masks, caches, attention function or
+recurrent layers a prefix would silently break. Where recurrent layers have no prefix, a text does more than its K/V; there,
+only the passes with and without a cache must agree.
 """
 
 from __future__ import annotations
@@ -20,31 +20,35 @@ from peft_prefix_ext.architectures.shared_kv import SharedKVLayer, find_shared_k
 from peft_prefix_ext.base_model.attention_implementation import attention_implementation
 from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import ProbedLayer, eval_mode, record_layers
+from peft_prefix_ext.base_model.layers import ProbedLayer, eval_mode, record
 from peft_prefix_ext.base_model.offloaded import input_device
+from peft_prefix_ext.base_model.states import ProbedState
 from peft_prefix_ext.base_model.supported import check_supported
-from peft_prefix_ext.checkpoint.format import LayerKV
+from peft_prefix_ext.checkpoint.format import LayerKV, LayerState
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.caller_positions import enclosing_models
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.layer import PrefixExtLayer
+from peft_prefix_ext.injection.state_layer import PrefixStateLayer
 
 NUM_TEXT, NUM_NEW, NUM_PADDING = 4, 4, 3
 _NAME = "self_test"
 
 
 @torch.no_grad()
-def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> None:
+def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module, with_states: bool = False) -> None:
     """Compares the outputs of a frozen model for a few tokens after a text with those after the prefix of that text.
 
     Args:
         model: The model.
         decoder: The module within it that takes the cache.
+        with_states: Whether its recurrent layers have a prefix, too.
 
     Raises:
         ValueError: If they differ.
     """
     name = describe(model)
+    remedy = ", unless `state_prefix` is False" if with_states else ""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = [token for token in range(NUM_TEXT + NUM_NEW + 1) if token != padding][: NUM_TEXT + NUM_NEW]
     outputs: list[torch.Tensor] = []
@@ -57,8 +61,11 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
     cache_name = cache_argument(model) or cache_argument(decoder)
     assert cache_name is not None  # checked by `find_decoder`
     try:
-        layers = record_layers(model, ids)
-        with eval_mode(model), _prefix_of_text(model, decoder, layers):
+        states = record(model, ids[:NUM_TEXT]).states if with_states else []
+        outputs.clear()
+        layers = record(model, ids).layers
+        is_text = bool(states) or not any(layer.in_hybrid for layer in layers)
+        with eval_mode(model), _prefix_of_text(model, decoder, layers, states):
             model(input_ids=new, use_cache=False)
             model(input_ids=new[:, :-1], **{cache_name: cache}, use_cache=True)
             model(input_ids=new[:, -1:], **{cache_name: cache}, use_cache=True)
@@ -68,7 +75,9 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
             model(input_ids=padded, attention_mask=mask, use_cache=False)
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} does not run with a prefix, so PREFIX_EXT does not support it: {reason}") from error
+        raise ValueError(
+            f"{name} does not run with a prefix, so PREFIX_EXT does not support it{remedy}: {reason}"
+        ) from error
     finally:
         handle.remove()
     text, at_once, prefill, decoded, behind_padding, alone, alone_padded = outputs
@@ -76,17 +85,17 @@ def check_prefix_matches_text(model: PreTrainedModel, decoder: nn.Module) -> Non
     # Half precision and quantized weights round: then one token that is routed to another expert must not matter.
     is_exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
     pairs = [(in_steps, at_once)]
-    if not layers[0].in_hybrid:
+    if is_text:
         pairs += [(at_once, text[:, NUM_TEXT:]), (in_steps, text[:, NUM_TEXT:])]
     limit = 0.01 if is_exact else 0.15
     # Only in models that count distances in columns does padding change the outputs without a prefix as well.
-    if not layers[0].in_hybrid and _difference(alone_padded[:, NUM_PADDING:], alone, is_exact) <= limit:
+    if is_text and _difference(alone_padded[:, NUM_PADDING:], alone, is_exact) <= limit:
         pairs += [(behind_padding[:, NUM_PADDING:], at_once)]
     difference = max(_difference(some, others, is_exact) for some, others in pairs)
     if difference > limit:
         raise ValueError(
             f"{name} gives other logits after a prefix than after the text it stands for (by {difference:.0%}), so "
-            "PREFIX_EXT does not support it."
+            f"PREFIX_EXT does not support it{remedy}."
         )
 
 
@@ -97,7 +106,8 @@ def check_decoder_matches_text(decoder: PreTrainedModel) -> None:
         ValueError: As `check_prefix_matches_text`, or if the implementation is known not to work.
     """
     check_supported(decoder)
-    check_prefix_matches_text(decoder, decoder)
+    has_states = any(isinstance(module, PrefixStateLayer) for module in decoder.modules())
+    check_prefix_matches_text(decoder, decoder, with_states=has_states)
 
 
 def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> float:
@@ -107,14 +117,16 @@ def _difference(some: torch.Tensor, others: torch.Tensor, is_exact: bool) -> flo
 
 
 @contextmanager
-def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[ProbedLayer]) -> Iterator[None]:
-    """Gives `model` the prefix of the text in `layers`, by hooks only: no module is added to it."""
+def _prefix_of_text(
+    model: PreTrainedModel, decoder: nn.Module, layers: list[ProbedLayer], states: list[ProbedState]
+) -> Iterator[None]:
+    """Gives `model` the prefix of the text in `layers` and `states`, by hooks only: no module is added to it."""
     config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
     hook = PrefixDecoderHook(decoder, enclosing_models(decoder, model))
     hook.num_virtual_tokens[_NAME] = NUM_TEXT
     hook.prefix_dropout[_NAME] = 0.0
     hook.tested_attention.add(attention_implementation(model.config))  # by this very test
-    hooked: list[PrefixDecoderHook | PrefixExtLayer] = [hook]
+    hooked: list[PrefixDecoderHook | PrefixExtLayer | PrefixStateLayer] = [hook]
     for probed in layers:
         attention = model.get_submodule(probed.module)
         layer = select_layer_class(attention, probed)(attention, probed, hook)
@@ -124,6 +136,12 @@ def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[Pro
         own = LayerKV(*(probed.local_heads(state) for state in kv))
         layer.materialize = functools.partial(_return_kv, own)  # type: ignore[method-assign]
         hooked.append(layer)
+    for each in states:
+        parent, mixer = model.get_submodule(each.module.rpartition(".")[0]), model.get_submodule(each.module)
+        state_layer = PrefixStateLayer(mixer, parent, each, hook)
+        state_layer.update_layer(_NAME, each.states, config)
+        state_layer.materialize = functools.partial(_return_states, each.states)  # type: ignore[method-assign]
+        hooked.append(state_layer)
     by_module = {layer.module: layer for layer in layers}
     hook.shared_kv_layers = [
         SharedKVLayer(module, owner, hook) for module, owner in find_shared_kv_layers(model, by_module)
@@ -140,3 +158,7 @@ def _prefix_of_text(model: PreTrainedModel, decoder: nn.Module, layers: list[Pro
 
 def _return_kv(kv: LayerKV, *args: object) -> LayerKV:
     return kv
+
+
+def _return_states(states: LayerState, *args: object) -> LayerState:
+    return states

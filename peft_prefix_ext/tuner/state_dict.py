@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from peft_prefix_ext.base_model.zero3 import is_partitioned
-from peft_prefix_ext.checkpoint.format import ENCODER, LayerKV, is_of_prefix, layer_key
+from peft_prefix_ext.checkpoint.format import ENCODER, LayerKV, is_of_prefix, layer_key, state_key
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.layer import PrefixExtLayer, join_frozen
 from peft_prefix_ext.injection.reparam import PrefixMLP
+from peft_prefix_ext.injection.state_layer import PrefixStateLayer
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 WRAPPED = "base_model.model."  # the prefix of the base model's names in a `PeftModel`
@@ -34,12 +35,14 @@ class LiveStack(NamedTuple):
         hook_name: The name of the hook in the model's state dict.
         hook: The hook.
         layers: The layers by their names in the state dict.
+        state_layers: Those of recurrent layers.
         reparam: The name of the reparameterization in the file.
     """
 
     hook_name: str
     hook: PrefixDecoderHook
     layers: dict[str, PrefixExtLayer]
+    state_layers: dict[str, PrefixStateLayer]
     reparam: str
 
 
@@ -56,8 +59,15 @@ def find_live(model: nn.Module, adapter_name: str) -> list[LiveStack]:
                 and layer.decoder_hook is hook
                 and adapter_name in layer.prefix_ext_key
             }
+            state_layers = {
+                name: layer
+                for name, layer in modules.items()
+                if isinstance(layer, PrefixStateLayer)
+                and layer.decoder_hook is hook
+                and layer.has_adapter(adapter_name)
+            }
             is_encoder = any(layer.attention == ENCODER for layer in layers.values())
-            stacks.append(LiveStack(hook_name, hook, layers, REPARAM + "_encoder" * is_encoder))
+            stacks.append(LiveStack(hook_name, hook, layers, state_layers, REPARAM + "_encoder" * is_encoder))
     return stacks
 
 
@@ -138,11 +148,13 @@ def to_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str, 
         )
     for stack in find_live(model, adapter_name):
         saved |= _to_checkpoint(stack, config, adapter_name, state)
+    for row in config._saved_fields.get("prefix_states") or []:
+        row["dtype"] = str(saved[state_key(row["module"], row["kind"], row["number"])].dtype).removeprefix("torch.")
     return saved
 
 
 def _to_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str, state: State) -> State:
-    hook_name, hook, layers, reparam = stack
+    hook_name, hook, layers, state_layers, reparam = stack
     saved: State = {}
     residuals: dict[str, LayerKV] = {}
     if adapter_name in hook.prefix_ext_reparam:
@@ -162,6 +174,11 @@ def _to_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str,
             layer.check_loaded(adapter_name, full)
             if residual is not None and config.save_reparam and config.reparam_residual:
                 saved[layer_key(layer.module_name, f"init_{kind}")] = trained
+    for name, state_layer in state_layers.items():
+        for tensor_name, (kind, number) in zip(state_layer.adapter_layer_names, state_layer.states, strict=True):
+            full = state[f"{name}.{tensor_name}.{adapter_name}"] * state_layer.gains[adapter_name]
+            saved[state_key(state_layer.module_name, kind, number)] = full
+            state_layer.check_loaded(adapter_name, full)
     return saved
 
 
@@ -178,7 +195,7 @@ def from_checkpoint(model: nn.Module, config: PrefixExtConfig, adapter_name: str
 
 
 def _from_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: str, saved: State) -> State:
-    hook_name, hook, layers, reparam = stack
+    hook_name, hook, layers, state_layers, reparam = stack
     state: State = {}
     frozen, starts = {}, {}
     for layer in layers.values():
@@ -197,6 +214,16 @@ def _from_checkpoint(stack: LiveStack, config: PrefixExtConfig, adapter_name: st
             state[f"{name}.prefix_ext_{kind}.{adapter_name}"] = starts[layer.module_name][number]
             if (frozen_kv := frozen[layer.module_name]) is not None:
                 state[f"{name}.prefix_ext_frozen_{kind}.{adapter_name}"] = frozen_kv[number]
+    for name, state_layer in state_layers.items():
+        for tensor_name, (kind, number) in zip(state_layer.adapter_layer_names, state_layer.states, strict=True):
+            like = getattr(state_layer, tensor_name)[adapter_name]
+            tensor = _checked(
+                saved.get(state_key(state_layer.module_name, kind, number)),
+                list(like.shape),
+                adapter_name,
+                f"{kind} state {number} of layer {state_layer.index}",
+            )
+            state[f"{name}.{tensor_name}.{adapter_name}"] = tensor / state_layer.gains[adapter_name]
     return state
 
 
@@ -207,14 +234,15 @@ def _full_kv(layer: PrefixExtLayer, config: PrefixExtConfig, adapter_name: str, 
         num_heads, _, head_dim = getattr(layer, f"prefix_ext_{kind}")[adapter_name].shape
         expected = [num_heads, config.num_virtual_tokens, head_dim]
         full = saved.get(layer_key(layer.module_name, kind))
-        if full is None or list(full.shape) != expected:
-            found = "nothing" if full is None else list(full.shape)
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} has {found} for the {kind} of layer {layer.index}, "
-                f"expected {expected}."
-            )
-        states.append(full)
+        states.append(_checked(full, expected, adapter_name, f"{kind} of layer {layer.index}"))
     return LayerKV(*states)
+
+
+def _checked(tensor: torch.Tensor | None, expected: list[int], adapter_name: str, what: str) -> torch.Tensor:
+    if tensor is None or list(tensor.shape) != expected:
+        found = "nothing" if tensor is None else list(tensor.shape)
+        raise ValueError(f"The checkpoint of adapter {adapter_name!r} has {found} for the {what}, expected {expected}.")
+    return tensor
 
 
 def _resume(

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 WINDOW = 24
-HYBRIDS = "Hybrids with recurrent layers; their attention layers have the prefix"
+HYBRIDS = "Hybrids; their recurrent layers have a prefix, too"
+MAMBA_1 = "Hybrids with Mamba-1; only their attention layers have the prefix"
+RECURRENT = "Recurrent layers alone"
 
 _SLIDING = {"sliding_window": WINDOW}
 _SLIDING_AND_FULL = {**_SLIDING, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
@@ -172,12 +174,6 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "bamba": {**_MAMBA, "attn_layer_indices": [1], "num_hidden_layers": 3},
         "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "num_hidden_layers": 2},
         "granitemoehybrid": {**_MAMBA, **_RECURRENT_AND_FULL, "num_hidden_layers": 4, "shared_intermediate_size": 32},
-        "jamba": {
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 8,
-            "base_lacks": {"chunked prefill", "conversation"},
-        },
         "kimi_linear": {
             **_MLA,
             **_RECURRENT_AND_FULL,
@@ -203,16 +199,34 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "qwen3_5": {"model_type": "qwen3_5_text", **_RECURRENT_AND_FULL, "num_hidden_layers": 4},
         "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", **_RECURRENT_AND_FULL, "num_hidden_layers": 4},
         "qwen3_next": {**_RECURRENT_AND_FULL, "num_hidden_layers": 4},
-        "zamba": {
-            "base_lacks": {"chunked prefill", "conversation"},
-            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-            "num_hidden_layers": 4,
-        },
         "zamba2": {
             "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
             "num_hidden_layers": 4,
             "n_mamba_heads": 4,
             "mamba_d_state": 16,
+        },
+    },
+    MAMBA_1: {
+        "jamba": {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "base_lacks": {"chunked prefill", "conversation"},
+        },
+        "zamba": {
+            "base_lacks": {"chunked prefill", "conversation"},
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "num_hidden_layers": 4,
+        },
+    },
+    RECURRENT: {
+        "mamba2": {
+            "num_heads": 8,
+            "state_size": 16,
+            "n_groups": 1,
+            "head_dim": 16,
+            "chunk_size": 16,
+            "base_lacks": {"chunked prefill", "conversation"},
         },
     },
 }
@@ -255,7 +269,7 @@ MULTIMODAL = {
     "voxtral": "audio",
 }
 # Whether the recurrent layers of a kind start from states that train with the K/V.
-STATES = {HYBRIDS: "no"}
+STATES = {HYBRIDS: "yes", MAMBA_1: "no", RECURRENT: "yes"}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))

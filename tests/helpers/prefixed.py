@@ -8,7 +8,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from helpers.tiny import tiny_model
 from peft_prefix_ext import PrefixExtConfig
+from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.injection.layer import PrefixExtLayer
+from peft_prefix_ext.injection.state_layer import PrefixStateLayer
 
 
 def with_prefix(
@@ -58,13 +60,23 @@ def prefix_layers(model: torch.nn.Module) -> list[PrefixExtLayer]:
     return sorted(layers, key=lambda layer: layer.index)
 
 
+def state_layers(model: torch.nn.Module) -> list[PrefixStateLayer]:
+    """The recurrent layers of a model with a prefix, in order of their index."""
+    layers = [module for module in model.modules() if isinstance(module, PrefixStateLayer)]
+    return sorted(layers, key=lambda layer: layer.index)
+
+
 @torch.no_grad()
 def with_prefix_of(model: PreTrainedModel, token_ids: list[int], **config: object) -> PeftModel:
     """Gives `model` the prefix that its own cache says `token_ids` are."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([token_ids]), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([token_ids]), use_cache=True, **{cache_argument(model) or "past_key_values": cache})
     prefixed = with_prefix(model, num_virtual_tokens=len(token_ids), **config)
     for layer in prefix_layers(prefixed):
         layer.prefix_ext_key["default"].copy_(cache.layers[layer.index].keys[0])
         layer.prefix_ext_value["default"].copy_(cache.layers[layer.index].values[0])
+    for layer in state_layers(prefixed):
+        for kind, number in layer.states:
+            state = getattr(cache.layers[layer.index], f"{kind}_states")[number][0]
+            layer.state(kind, number)["default"].copy_(state[:, 1:] if kind == "conv" else state)
     return prefixed

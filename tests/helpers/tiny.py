@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from helpers.architectures import ARCHITECTURES, HYBRIDS, REFUSED
+from helpers.architectures import ARCHITECTURES, MAMBA_1, REFUSED
 
 VOCABULARY = 128
 # Each config takes what it knows of it.
@@ -71,7 +71,8 @@ STOCK = [
     ),
     *("opt", "falcon", "cohere2", "gpt_oss"),
 ]
-RECURRENT = list(ARCHITECTURES[HYBRIDS])
+# Hybrids whose recurrent layers cannot have a prefix.
+STATELESS = list(ARCHITECTURES[MAMBA_1])
 
 
 def tiny_config(name: str, **overrides: object) -> PreTrainedConfig:

@@ -25,7 +25,7 @@ class ServedHybrid(Served):
     def references(self, base: Callable[[], Any], folder: Path) -> dict[str | None, Reference]:
         references: dict[str | None, Reference] = {None: partial(generate, base())}
         for length in LENGTHS:
-            model = with_prefix(base(), seed=length, num_virtual_tokens=length)
+            model = with_prefix(base(), seed=length, num_virtual_tokens=length, state_prefix=False)
             model.save_pretrained(folder / f"p{length}")
             references[f"p{length}"] = partial(generate, model)
             states = random_states(base(), seed=length)

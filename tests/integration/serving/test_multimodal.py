@@ -11,7 +11,7 @@ import pytest
 from helpers.serving.architectures import forget_engine
 from helpers.serving.cpu_defects import avoid_defects
 from helpers.serving.engines import Pool
-from helpers.serving.served import MULTIMODAL_IMAGES
+from helpers.serving.served import MULTIMODAL_IMAGES, MULTIMODAL_TEXT
 from helpers.serving.vision import ServedVision
 
 # Chunks of 32 tokens, which end within pictures, and too few blocks for all requests at once.

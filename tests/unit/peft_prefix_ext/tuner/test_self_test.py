@@ -9,9 +9,14 @@ import transformers
 from helpers.prefixed import with_prefix
 from helpers.tiny import REFUSED, tiny_model
 from peft_prefix_ext.base_model.describe import describe
+from peft_prefix_ext.base_model.states import map_states
 from peft_prefix_ext.injection.batch import BatchAdapters
 from peft_prefix_ext.injection.layer import PrefixExtLayer
 from peft_prefix_ext.tuner import self_test
+
+
+def zeros_like(states):
+    return map_states(states, torch.zeros_like)
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
@@ -38,6 +43,7 @@ def test_errors_name_the_model_and_the_transformers_release(llama):
         ("llama", lambda patch: patch.setattr(PrefixExtLayer, "_mask", lambda layer, step, mask, k: None)),
         ("bloom", lambda patch: patch.setattr(self_test, "select_layer_class", lambda *args: PrefixExtLayer)),
         ("gemma4", lambda patch: patch.setattr(self_test, "find_shared_kv_layers", lambda *args: [])),
+        ("bamba", lambda patch: patch.setattr(self_test, "_return_states", lambda states, *args: zeros_like(states))),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
