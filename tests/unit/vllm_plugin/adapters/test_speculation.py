@@ -31,7 +31,7 @@ def methods(literal: Any) -> Iterator[str]:
 METHODS = sorted({*methods(SpeculativeMethod), "a_method_of_tomorrow"})
 
 
-def drafts(*adapters: PrefixSpec, **fields: Any) -> SimpleNamespace:
+def drafts(**fields: Any) -> SimpleNamespace:
     return SimpleNamespace(speculative_config=SimpleNamespace(rejection_sample_method="standard", **fields))
 
 
