@@ -114,26 +114,14 @@ def model_inputs(processor: Any, prompt: Prompt) -> Any:
 
 
 @torch.no_grad()
-def generate(model: Any, inputs: Any, max_new_tokens: int, **options: Any) -> Answer:
-    """Returns the greedy tokens of a model, with or without a prefix, and their log-probabilities.
-
-    Args:
-        model: A model, or a `PeftModel`.
-        inputs: What its processor returns.
-        max_new_tokens: How many tokens it generates.
-        options: Further options of `generate`.
-    """
+def generate(model: Any, inputs: Any, max_new_tokens: int) -> Answer:
+    """Returns the greedy tokens of a model, with or without a prefix, and their log-probabilities."""
     for module in model.modules():
         # What the model kept of the last prompt with pictures.
         if hasattr(module, "rope_deltas"):
             module.rope_deltas = None
     output = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     rows = zip(output.logits, tokens, strict=True)
