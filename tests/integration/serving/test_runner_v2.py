@@ -20,6 +20,7 @@ ALL = [
     f"{ENGINES}/test_requests.py",
     f"{ENGINES}/test_offline_loading.py",
     f"{ENGINES}/test_isolation.py",
+    f"{ENGINES}/test_multimodal.py",
     f"{UNIT}/front_end/test_prompt_logprobs.py",
     f"{UNIT}/scheduler/test_scheduler.py",
 ]
