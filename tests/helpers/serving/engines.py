@@ -16,19 +16,16 @@ from helpers.serving import support
 LENGTHS = (1, 7, 32, 33, 130)
 
 
-@dataclass
-class Engine:
-    """An offline engine, the model it runs, and its adapters."""
+class RunningEngine:
+    """An offline engine with prefixes, seen from within.
 
-    llm: Any
-    model: Path
-    config: Any
-    prefixes: dict[str, support.Prefix]
-    reference: support.Reference = field(init=False)
-    _counted: Counter[tuple[str, str]] = field(init=False, default_factory=Counter)
+    Args:
+        llm: vLLM's `LLM`, in this process.
+    """
 
-    def __post_init__(self) -> None:
-        self.reference = support.Reference(self.model)
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self._counted: Counter[tuple[str, str]] = Counter()
         self.forget_counts()
 
     @property
@@ -87,6 +84,26 @@ class Engine:
             }
         )
 
+    def block_ids(self) -> dict[str, list[int]]:
+        """Returns the block ids of each running request in the first KV cache group."""
+        manager = self.scheduler.kv_cache_manager
+        return {request.request_id: manager.get_block_ids(request.request_id)[0] for request in self.scheduler.running}
+
+
+@dataclass
+class Engine(RunningEngine):
+    """An offline engine, the model it runs, and its adapters."""
+
+    llm: Any
+    model: Path
+    config: Any
+    prefixes: dict[str, support.Prefix]
+    reference: support.Reference = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.llm)
+        self.reference = support.Reference(self.model)
+
     def generate(
         self, names: list[str | None], prompts: list[list[int]], max_tokens: int = 10, **params: Any
     ) -> list[Any]:
@@ -128,11 +145,6 @@ class Engine:
                 assert token in row
                 best = {id for id, entry in row.items() if entry.rank == 1}
                 assert best <= {int(expected.argmax())}
-
-    def block_ids(self) -> dict[str, list[int]]:
-        """Returns the block ids of each running request in the first KV cache group."""
-        manager = self.scheduler.kv_cache_manager
-        return {request.request_id: manager.get_block_ids(request.request_id)[0] for request in self.scheduler.running}
 
 
 def start(model: Path, **settings: Any) -> Any:

@@ -39,7 +39,7 @@ class ServedVision:
     """
 
     def __init__(self, name: str, folder: Path, *, pictures: bool, **settings: Any) -> None:
-        self.prompts = _with_pictures(name) if pictures else _text_only()
+        self.prompts = with_pictures(name) if pictures else _text_only()
         save(name, folder / "base")
         self._processor = processor(name) if pictures else None
         models: dict[str | None, Any] = {None: vision_model(name)}
@@ -145,7 +145,7 @@ def _text_only() -> list[Prompt]:
     return [Prompt(_words(length, seed=length), ()) for length in (3, 40, 71)]
 
 
-def _with_pictures(name: str) -> list[Prompt]:
+def with_pictures(name: str) -> list[Prompt]:
     """Returns prompts of the same text with other pictures, or the same pictures swapped, and one of text alone."""
     marker = VISION_MODELS[name].marker
     prompts = [Prompt(_words(40, seed=40), ())]
