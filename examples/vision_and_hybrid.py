@@ -29,6 +29,7 @@ from serve import BASE, MAX_NEW_TOKENS, Answer, Question, Server
 from tiny_models import save_hybrid, save_vision_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from peft_prefix_ext import PrefixExtConfig
 
@@ -53,6 +54,7 @@ class Task:
 
 def main() -> int:
     args = parse_args()
+    disable_progress_bar()
     output: Path = args.output.absolute()
     pictures = [[chat(image_part(colour), "What colour has this ?")] for colour in COLOURS]
     things = [[chat(f"What colour has {thing} ?")] for thing in THINGS]
@@ -74,7 +76,7 @@ def main() -> int:
         options = () if task.sees_images else HYBRID_OPTIONS
         with Server(str(task.model), {NAME: folder}, output / f"{name}.log", options) as server:
             served = server.ask(questions, "over HTTP")
-        expected = [generate(task, folder, question) for question in tqdm(questions, desc="PeftModel.generate")]
+        expected = generate(task, folder, questions)
         equal = sum(one.token_ids == other.token_ids for one, other in zip(served, expected, strict=True))
         count = len(task.answers)
         base, prefixed = ([answer.text for answer in part] for part in (served[:count], served[count:]))
@@ -171,16 +173,20 @@ def train(task: Task, folder: Path, steps: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def generate(task: Task, folder: Path, question: Question) -> Answer:
-    """Returns PEFT's answer, with the prefix or without it."""
+def generate(task: Task, folder: Path, questions: Sequence[Question]) -> list[Answer]:
+    """Returns PEFT's answers, with the prefix or without it."""
     model = PeftModel.from_pretrained(load(task), folder).eval()
-    inputs = encode(task, question.messages)
-    with model.disable_adapter() if question.model == BASE else nullcontext():
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-    prompt = inputs["input_ids"][0].tolist()
-    token_ids = output[0, len(prompt) :].tolist()
-    text = str(AutoTokenizer.from_pretrained(task.model).decode(token_ids, skip_special_tokens=True))
-    return Answer(text.strip(), tuple(token_ids), tuple(prompt))
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    answers = []
+    for question in tqdm(questions, desc="PeftModel.generate"):
+        inputs = encode(task, question.messages)
+        with model.disable_adapter() if question.model == BASE else nullcontext():
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        prompt = inputs["input_ids"][0].tolist()
+        token_ids = output[0, len(prompt) :].tolist()
+        text = str(tokenizer.decode(token_ids, skip_special_tokens=True))
+        answers.append(Answer(text.strip(), tuple(token_ids), tuple(prompt)))
+    return answers
 
 
 def count_right(answers: Sequence[str], task: Task) -> int:
@@ -191,7 +197,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vision", metavar="MODEL", help="a vision-language model (default: a tiny random one)")
     parser.add_argument("--hybrid", metavar="MODEL", help="a model with recurrent layers (default: a tiny random one)")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each prefix (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each prefix (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(".demo/vision-and-hybrid"), help="where to write")
     return parser.parse_args()
 
