@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from helpers.prefixed import with_prefix
-from helpers.serving.architectures import SIZES, forget_engine, generate
+from helpers.serving import vision_models
+from helpers.serving.architectures import CONTEXT, SIZES, forget_engine, generate
 from helpers.serving.chaos import Chaos, Content
 from helpers.serving.cpu_defects import avoid_defects
 from helpers.serving.engines import Pool, RunningEngine, start
@@ -60,7 +61,7 @@ def of_text(name: str, config: dict[str, Any], num_blocks: int) -> Kind:
         lambda folder: base().save_pretrained(folder),
         [{"type": "token", "prompt_token_ids": prompt} for prompt in TEXTS],
         lambda model, number: generate(model, TEXTS[number])[0],
-        {"num_gpu_blocks_override": num_blocks},
+        {"num_gpu_blocks_override": num_blocks, "max_model_len": CONTEXT},
     )
 
 
@@ -73,6 +74,7 @@ def of_pictures(name: str, num_blocks: int) -> Kind:
         lambda model, number: generate_with_pictures(model, model_inputs(reader, prompts[number]), 12)[0],
         {
             "num_gpu_blocks_override": num_blocks,
+            "max_model_len": vision_models.CONTEXT,
             "skip_tokenizer_init": False,
             "limit_mm_per_prompt": {"image": 2, "video": 0},
         },
