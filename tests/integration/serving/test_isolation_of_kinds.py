@@ -41,6 +41,7 @@ class Kind:
         prompts: Prompts in vLLM's form.
         answer: Returns the tokens of a model, with a prefix or without, for the prompt of a number.
         settings: Settings of the engine: too few blocks for all requests, and chunks.
+        resets: Whether the prefix cache is reset while requests run.
     """
 
     base: Callable[[], Any]
@@ -48,6 +49,7 @@ class Kind:
     prompts: list[dict[str, Any]]
     answer: Callable[[Any, int], list[int]]
     settings: dict[str, Any]
+    resets: bool = True
 
 
 def of_text(name: str, config: dict[str, Any], num_blocks: int) -> Kind:
@@ -78,6 +80,8 @@ def of_pictures(name: str, num_blocks: int) -> Kind:
             "skip_tokenizer_init": False,
             "limit_mm_per_prompt": {"image": 2, "video": 0},
         },
+        # vLLM 0.32 ends then, without any prefix: the images of running requests are no longer there.
+        resets=False,
     )
 
 
@@ -116,6 +120,6 @@ def test_every_answer_is_its_own(kind: Kind, tmp_path: Path) -> None:
     adapters = prefix_adapters({name: str(versions[0].path) for name, versions in contents.items()})
     llm = start(tmp_path / "base", max_num_batched_tokens=48, max_num_seqs=8, **kind.settings, **adapters)
     try:
-        Chaos(RunningEngine(llm), kind.prompts, contents, base, random.Random(5)).run(1000)
+        Chaos(RunningEngine(llm), kind.prompts, contents, base, random.Random(5), kind.resets).run(1000)
     finally:
         llm.llm_engine.engine_core.shutdown()
