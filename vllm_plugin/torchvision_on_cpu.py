@@ -22,7 +22,7 @@ import sys
 from types import ModuleType
 
 # Not `__name__`, which is another one when this module is run.
-_MODULE = "vllm_plugin.torchvision_on_cpu"
+_PACKAGE, _MODULE = "vllm_plugin", "vllm_plugin.torchvision_on_cpu"
 _REGISTRY = "vllm.model_executor.models.registry"
 
 
@@ -63,7 +63,10 @@ def main() -> None:
     from pathlib import Path
 
     path = Path(sysconfig.get_path("purelib")) / "torchvision_on_cpu.pth"
-    path.write_text(f"import {_MODULE}\n", encoding="utf-8")
+    # Nothing where this package is no longer installed, or stands aside for an older one.
+    path.write_text(
+        f"import importlib.util as u; u.find_spec({_PACKAGE!r}) and u.find_spec({_MODULE!r}) and __import__({_MODULE!r})\n"
+    )
     print(f"Python imports torchvision beside a CPU build of torch from now on: {path}")
 
 
