@@ -63,9 +63,12 @@ def main() -> None:
     from pathlib import Path
 
     path = Path(sysconfig.get_path("purelib")) / "torchvision_on_cpu.pth"
-    # Nothing where this package is no longer installed, or stands aside for an older one.
+    # Nothing where this package is no longer installed. Afterwards it is as if it had not been imported, so that a process
+    # finds it where its own path says, which may be elsewhere.
     path.write_text(
-        f"import importlib.util as u; u.find_spec({_PACKAGE!r}) and u.find_spec({_MODULE!r}) and __import__({_MODULE!r})\n"
+        f"import sys, importlib.util as u; u.find_spec({_PACKAGE!r}) and u.find_spec({_MODULE!r}) and __import__({_MODULE!r}); "
+        f"list(map(sys.modules.pop, {{{_PACKAGE!r}, {_MODULE!r}}} & sys.modules.keys()))\n",
+        encoding="utf-8",
     )
     print(f"Python imports torchvision beside a CPU build of torch from now on: {path}")
 

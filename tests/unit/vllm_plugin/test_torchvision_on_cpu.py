@@ -63,7 +63,11 @@ def test_every_process_of_an_environment(
     torchvision_on_cpu.main()
     written = tmp_path / "torchvision_on_cpu.pth"
     assert str(written) in capsys.readouterr().out
-    code = f"import site, sys; site.addsitedir({str(tmp_path)!r}); sys.exit({torchvision_on_cpu.__name__!r} in sys.modules)"
+    finder = torchvision_on_cpu.BeforeOperatorsAreDescribed.__name__
+    code = (
+        f"import site, sys; site.addsitedir({str(tmp_path)!r}); assert 'vllm_plugin' not in sys.modules; "
+        f"sys.exit(sum(type(each).__name__ == {finder!r} for each in sys.meta_path))"
+    )
     # The second environment no longer has this package.
     for paths, imported in ((environment(), 1), ({}, 0)):
         done = subprocess.run(
