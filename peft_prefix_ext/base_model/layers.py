@@ -79,11 +79,6 @@ class ProbedModel(NamedTuple):
     states: list[ProbedState]
 
 
-def probe_layers(model: PreTrainedModel) -> list[ProbedLayer]:
-    """Returns the attention layers of `model`, as `probe_model` does."""
-    return probe_model(model).layers
-
-
 def probe_model(model: PreTrainedModel) -> ProbedModel:
     """Returns the layers of `model`, with the K/V and the states of one token.
 
