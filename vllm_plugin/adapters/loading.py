@@ -80,16 +80,8 @@ def _open_adapter(option: AdapterOption, vllm_config: Any, registry: Registry | 
     if registry is not None and (layers := registry.layers()) is not None:
         check_shapes(name, checkpoint.layer_shapes, layers)
         check_states(name, checkpoint.state_shapes, registry.states())
-    spec = PrefixSpec(
-        name=name,
-        source=option.path,
-        # Links are resolved now: their target may be another adapter later.
-        path=str(checkpoint.path.resolve()),
-        num_virtual_tokens=checkpoint.num_virtual_tokens,
-        digest=digest_of(checkpoint),
-        draft=None if option.draft_path is None else _open_draft(option, checkpoint.num_virtual_tokens, vllm_config),
-        **find_base_lora(name, checkpoint, vllm_config),
-    )
+    draft = None if option.draft_path is None else _open_draft(option, checkpoint.num_virtual_tokens, vllm_config)
+    spec = _spec(name, option.path, checkpoint, draft=draft, **find_base_lora(name, checkpoint, vllm_config))
     return Adapter(
         spec, option.base_model_name, checkpoint.layer_shapes, checkpoint.state_shapes, checkpoint.chat_template
     )
@@ -121,12 +113,18 @@ def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any
             f"Prefix adapter {name!r} has {num_virtual_tokens} virtual tokens, and its prefix for the draft model in {path} "
             f"has {checkpoint.num_virtual_tokens}; train both with the same number."
         )
+    return _spec(name, path, checkpoint)
+
+
+def _spec(name: str, source: str, checkpoint: PrefixCheckpoint, **more: Any) -> PrefixSpec:
     return PrefixSpec(
         name=name,
-        source=path,
+        source=source,
+        # Links are resolved now: their target may be another adapter later.
         path=str(checkpoint.path.resolve()),
-        num_virtual_tokens=num_virtual_tokens,
+        num_virtual_tokens=checkpoint.num_virtual_tokens,
         digest=digest_of(checkpoint),
+        **more,
     )
 
 
