@@ -1,0 +1,57 @@
+"""Batches of prompts with answers, and the logits that predict the answers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_prefix_ext.distillation.generation import TokenIds
+
+IGNORED = -100  # the label of what is no token of an answer
+
+
+def pad_answers(prompts: Sequence[TokenIds], answers: Sequence[TokenIds], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Returns prompts and answers behind one another, padded on the right.
+
+    Returns:
+        `input_ids` and `attention_mask`, `[b, length]`, and `labels`, `[b, n]`, for the n last columns: those from the
+        start of the first answer on.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    length, first = max(map(len, rows)), min(map(len, prompts))
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full((len(rows), length), IGNORED)
+    for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+        labels[index, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels[:, first:]}
+
+
+def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the logits that predict `labels`, `[b, n, vocab_size]`, of a batch from `pad_answers`.
+
+    Those before the first answer are not computed, where the model can leave them out: with a large vocabulary they take
+    more time and memory than all else.
+    """
+    num_kept = batch["labels"].shape[1]
+    length = batch["input_ids"].shape[1]
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    can_leave_out = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
+    if can_leave_out:
+        inputs["logits_to_keep"] = torch.arange(length - num_kept - 1, length - 1, device=inputs["input_ids"].device)
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits if can_leave_out else logits[:, length - num_kept - 1 : length - 1]
+
+
+def _innermost(model: Any) -> nn.Module:
+    """Returns the model of transformers within wrappers such as DDP and PEFT."""
+    while hasattr(model, "module"):
+        model = model.module
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
