@@ -26,11 +26,13 @@ class Context:
     Args:
         token_ids: Its token ids, with the beginning-of-sequence token if the tokenizer adds one.
         sources: The SHA-256 of each source by name, in hex.
+        messages: The opening of a chat; empty if the context is no chat.
         chat_template: What renders the messages after the opening of a chat; `None` if the context is no chat.
     """
 
     token_ids: list[int]
     sources: dict[str, str] = field(default_factory=dict)
+    messages: Messages = field(default_factory=list)
     chat_template: str | None = None
 
 
@@ -69,7 +71,7 @@ def chat_context(tokenizer: PreTrainedTokenizerBase, messages: Messages, name: s
     rendered = render_opening(tokenizer, messages)
     ids = tokenizer(rendered, add_special_tokens=False).input_ids
     template = continuation_template(tokenizer, messages, rendered)
-    return Context(ids, _hashes([json.dumps(messages, sort_keys=True)], [name]), template)
+    return Context(ids, _hashes([json.dumps(messages, sort_keys=True)], [name]), messages, template)
 
 
 def read_messages(path: str | Path) -> Messages:

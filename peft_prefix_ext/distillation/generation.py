@@ -17,10 +17,12 @@ class TopLogprobs:
     Args:
         ids: Their token ids, `[num_tokens, k]`.
         logprobs: Their log-probabilities, `[num_tokens, k]`.
+        answer: The log-probabilities of the answer's own tokens, `[num_tokens]`.
     """
 
     ids: list[list[int]]
     logprobs: list[list[float]]
+    answer: list[float]
 
 
 class Generator(Protocol):

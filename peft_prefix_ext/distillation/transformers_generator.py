@@ -85,7 +85,7 @@ class TransformersGenerator:
         self, prompts: Sequence[TokenIds], answers: Sequence[TokenIds], *, top_k: int, prefix: str | None = None
     ) -> list[TopLogprobs]:
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        scores: list[TopLogprobs] = [TopLogprobs([], []) for _ in prompts]
+        scores: list[TopLogprobs] = [TopLogprobs([], [], []) for _ in prompts]
         with self._active(prefix):
             for part in self._batches(lengths, "Scoring"):
                 chosen = [prompts[index] for index in part], [answers[index] for index in part]
@@ -96,8 +96,10 @@ class TransformersGenerator:
                 k = min(top_k, logits.shape[-1])
                 for row, index in enumerate(part):
                     start = len(prompts[index]) - min(map(len, chosen[0]))
-                    own = logits[row, start : start + len(answers[index])].log_softmax(dim=-1).topk(k)
-                    scores[index] = TopLogprobs(own.indices.tolist(), own.values.tolist())
+                    logprobs = logits[row, start : start + len(answers[index])].log_softmax(dim=-1)
+                    answer = logprobs.gather(-1, torch.tensor(answers[index], device=self._device)[:, None])[:, 0]
+                    top = logprobs.topk(k)
+                    scores[index] = TopLogprobs(top.indices.tolist(), top.values.tolist(), answer.tolist())
         return scores
 
     @property

@@ -97,6 +97,9 @@ def test_scores_are_log_probabilities_of_the_model(folders, name):
     for prompt, answer, found in zip(PROMPTS, answers, scores, strict=True):
         with torch.no_grad():
             logits = alone(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(dim=-1).topk(5)
+        logprobs = logits.log_softmax(dim=-1)
+        expected = logprobs.topk(5)
         assert found.ids == expected.indices.tolist()
         torch.testing.assert_close(torch.tensor(found.logprobs), expected.values, atol=1e-5, rtol=0)
+        own = logprobs[torch.arange(len(answer)), answer]
+        torch.testing.assert_close(torch.tensor(found.answer), own, atol=1e-5, rtol=0)
