@@ -108,6 +108,10 @@ class PrefixExtConfig(PeftConfig):
         prefix_dropout (`float`):
             The dropout probability of the elements of the trainable K/V and states. One mask is drawn per forward pass and
             shared by all rows of a batch.
+        token_dropout (`float`):
+            The probability that a whole virtual token is masked in a forward pass while training (CT-KV, arXiv:2507.04221).
+            One draw per forward pass holds for all rows of a batch and all layers; nothing is rescaled, and positions stay.
+            Frozen tokens are never masked, and states of recurrent layers never dropped.
         num_frozen_tokens (`int`):
             The number of virtual tokens, from the first, that keep their initial K/V (an attention sink). States of
             recurrent layers have no tokens, and train as a whole.
@@ -198,6 +202,7 @@ class PrefixExtConfig(PeftConfig):
         default=True, metadata={"help": "Whether keys and values share the hidden layers of the MLP."}
     )
     prefix_dropout: float = field(default=0.0, metadata={"help": "The dropout probability of the elements of the K/V."})
+    token_dropout: float = field(default=0.0, metadata={"help": "The probability that a virtual token is masked."})
     num_frozen_tokens: int = field(
         default=0, metadata={"help": "The number of virtual tokens, from the first, that keep their initial K/V."}
     )
@@ -277,7 +282,7 @@ class PrefixExtConfig(PeftConfig):
             _check_at_least(name, getattr(self, name), 1)
         if self.reparam_activation not in ACT2FN:
             raise ValueError(f"`reparam_activation` must be one of {sorted(ACT2FN)}, got {self.reparam_activation!r}.")
-        for name in ("reparam_dropout", "prefix_dropout"):
+        for name in ("reparam_dropout", "prefix_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.layers_to_train is not None:

@@ -50,6 +50,7 @@ class ChunkedPrefix(PrefixExtLayer):
             kv_length,
             kv_offset,
             self.sliding_window or 1,
+            context.kept_tokens,
         )
 
 
@@ -61,6 +62,7 @@ def chunked_mask(
     kv_length: int,
     kv_offset: int,
     chunk_size: int,
+    kept_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns which columns of prefix and cache the new tokens see, `[b or 1, 1, q, p + k]`.
 
@@ -73,6 +75,7 @@ def chunked_mask(
         kv_length: k.
         kv_offset: How many real tokens have left the cache.
         chunk_size: How many positions a chunk has.
+        kept_tokens: Which virtual tokens are not dropped, `[p]`; `None` if all are kept.
     """
     q, device = positions.shape[-1], positions.device
     columns = torch.arange(kv_length, device=device) + kv_offset
@@ -91,7 +94,8 @@ def chunked_mask(
         key_positions = columns[None] + num_virtual_tokens
     virtual = torch.arange(num_virtual_tokens, device=device).expand(len(key_positions), -1)
     all_positions = torch.cat([virtual, key_positions], dim=-1)
-    visible = torch.cat([visible.new_ones(*visible.shape[:-1], num_virtual_tokens), visible], dim=-1)
+    kept = visible.new_ones(num_virtual_tokens) if kept_tokens is None else kept_tokens.to(device)
+    visible = torch.cat([kept.expand(*visible.shape[:-1], -1), visible], dim=-1)
     return (visible & (all_positions[:, None] // chunk_size == positions[..., None] // chunk_size))[:, None]
 
 

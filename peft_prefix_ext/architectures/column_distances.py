@@ -51,16 +51,16 @@ def column_order(context: PrefixForwardContext) -> torch.Tensor | None:
     padding_mask, batch = context.padding_mask, context.batch
     if padding_mask is None or (batch.lengths is None and bool(padding_mask[:, 0].all())):
         return None
-    return put_prefix_behind_padding(context.is_prefix_seen(len(padding_mask)), padding_mask)
+    return put_prefix_behind_padding(context.prefix_columns(len(padding_mask)), padding_mask)
 
 
-def put_prefix_behind_padding(is_prefix_seen: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+def put_prefix_behind_padding(prefix_columns: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
     """Returns the order of columns, `[b, p + k]`, in which the prefix stands between a row's left padding and its text.
 
     Args:
-        is_prefix_seen: Which virtual tokens a row sees, `[b, p]`.
+        prefix_columns: Which columns are virtual tokens of a row, `[b, p]`.
         padding_mask: The model's mask of two dimensions, `[b, k]`.
     """
     is_text = padding_mask.cumsum(dim=-1) > 0
-    rank = torch.cat([torch.where(is_prefix_seen, 2, 0), torch.where(is_text, 3, 1)], dim=-1)
+    rank = torch.cat([torch.where(prefix_columns, 2, 0), torch.where(is_text, 3, 1)], dim=-1)
     return rank.argsort(dim=-1, stable=True)

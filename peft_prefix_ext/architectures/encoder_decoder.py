@@ -62,12 +62,20 @@ class DecoderPrefix(PrefixExtLayer):
 class EncoderPrefix(DecoderPrefix):
     """The prefix of the encoder's self-attention, which is not causal and has no cache."""
 
+    def _put_prefix(self, attention: Any, context: PrefixForwardContext, arguments: dict[str, Any]) -> None:
+        put_needed_mask(context, arguments, self._mask_argument)
+        super()._put_prefix(attention, context, arguments)
+
     def _mask(self, context: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         return None if mask is None else super()._mask(context, mask, kv_length)
 
 
 class CrossPrefix(PrefixExtLayer):
     """The prefix of cross-attention, which has no positions."""
+
+    def _put_prefix(self, attention: Any, context: PrefixForwardContext, arguments: dict[str, Any]) -> None:
+        put_needed_mask(context, arguments, self._mask_argument)
+        super()._put_prefix(attention, context, arguments)
 
     def _mask(self, context: PrefixForwardContext, mask: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
         return None if mask is None else super()._mask(context, mask, kv_length)
@@ -122,6 +130,27 @@ class _WrittenLayer:
     @property
     def values(self) -> torch.Tensor:
         return prepend(self.prefix.value, self.written.values)
+
+
+def put_needed_mask(context: PrefixForwardContext, arguments: dict[str, Any], mask_argument: str) -> None:
+    """Puts a mask that shows all real tokens where there is none, if token dropout needs one to hide virtual tokens in.
+
+    Args:
+        context: The forward pass.
+        arguments: The arguments of an attention module that is not causal.
+        mask_argument: The name of the mask among them.
+    """
+    if context.kept_tokens is None or arguments.get(mask_argument) is not None:
+        return
+    queries, keys = arguments["hidden_states"], arguments.get("key_value_states")
+    batch_size, kv_length = (queries if keys is None else keys).shape[:2]
+
+    def make_mask() -> torch.Tensor:
+        if context.is_flash:
+            return queries.new_ones(batch_size, kv_length, dtype=torch.long)
+        return queries.new_zeros(1, 1, 1, kv_length)  # not bool, which eager attention cannot add to the scores
+
+    arguments[mask_argument] = context.compute_once("mask of all real tokens", make_mask)
 
 
 def relative_bias(

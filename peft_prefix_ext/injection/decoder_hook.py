@@ -18,11 +18,12 @@ from peft_prefix_ext.base_model.attention_implementation import (
 )
 from peft_prefix_ext.base_model.cache_argument import find_cache
 from peft_prefix_ext.checkpoint.format import LayerKV
+from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.adapter_selection import AdapterSelection
 from peft_prefix_ext.injection.batch import BatchAdapters
 from peft_prefix_ext.injection.caller_positions import CallerPositions
 from peft_prefix_ext.injection.decode_memo import check_cache_offset
-from peft_prefix_ext.injection.dropout import PrefixDropout
+from peft_prefix_ext.injection.dropout import PrefixDropout, draw_kept_tokens
 from peft_prefix_ext.injection.forward_context import CONTEXT, PrefixForwardContext
 from peft_prefix_ext.injection.gradient_checkpointing import (
     CheckpointReplay,
@@ -57,7 +58,7 @@ class PrefixDecoderHook(AdapterSelection):
     def __init__(self, decoder: Any, enclosing: Sequence[nn.Module] = ()) -> None:
         super().__init__(decoder.get_input_embeddings().weight.device)
         self.prefix_ext_reparam = nn.ModuleDict()
-        self.prefix_dropout: dict[str, float] = {}
+        self.configs: dict[str, PrefixExtConfig] = {}
         self.layer_names: dict[str, list[str]] = {}  # of the layers that train
         # The attention functions that a prefix was tested with, and the test of any other.
         self.tested_attention = set(SUPPORTED_IMPLEMENTATIONS)
@@ -88,7 +89,7 @@ class PrefixDecoderHook(AdapterSelection):
 
     def drop_adapter(self, adapter_name: str) -> None:
         super().drop_adapter(adapter_name)
-        self.prefix_dropout.pop(adapter_name, None)
+        self.configs.pop(adapter_name, None)
         self.layer_names.pop(adapter_name, None)
         self._broadcast_adapters.discard(adapter_name)
 
@@ -137,7 +138,7 @@ class PrefixDecoderHook(AdapterSelection):
         check_num_positions(text, self._num_positions, batch.num_virtual_tokens)
         self._broadcast_before_training(decoder, batch)
         is_reentrant = self._uses_reentrant_checkpointing(decoder)
-        context = self._build_context(decoder, inputs, cache, batch, text, is_reentrant)
+        context = self._build_context(decoder, inputs, len(tokens), cache, batch, text, is_reentrant)
         setattr(positions, CONTEXT, context)
         self._thread_state.context = context
         self._prepare_checkpointing(decoder, inputs, context, is_reentrant)
@@ -193,19 +194,22 @@ class PrefixDecoderHook(AdapterSelection):
         self,
         decoder: Any,
         inputs: dict[str, Any],
+        batch_size: int,
         cache: Any,
         batch: BatchAdapters,
         positions: torch.Tensor,
         is_reentrant: bool,
     ) -> PrefixForwardContext:
-        rate = self.prefix_dropout[batch.adapters[0]] if self.training else 0.0
+        config = self.configs[batch.adapters[0]]
         context = PrefixForwardContext(
             batch,
+            batch_size,
             positions,
             {name: self._reparam_state(name) for name in batch.adapters},
             inputs.get("attention_mask"),
             is_flash=uses_flash(decoder.config),  # in each pass, as `set_attn_implementation` changes it
-            dropout=PrefixDropout.draw(rate) if rate else None,
+            dropout=PrefixDropout.draw(config.prefix_dropout) if self.training and config.prefix_dropout else None,
+            kept_tokens=draw_kept_tokens(config, positions.device) if self.training and config.token_dropout else None,
             sequences=find_packed_sequences(inputs) if self.has_states else None,
         )
         if context.is_flash:

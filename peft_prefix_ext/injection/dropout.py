@@ -1,4 +1,7 @@
-"""Prefix dropout: zeroes elements of the K/V in training, as the code of Li & Liang (2021) does."""
+"""Dropout in training: of elements of the K/V, as the code of Li & Liang (2021) does, and of whole virtual tokens.
+
+A virtual token is dropped by hiding it in the attention mask. Zeroed, its key would still take a share of the softmax.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+
+from peft_prefix_ext.config import PrefixExtConfig
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,11 @@ class PrefixDropout:
         generator = torch.Generator(tensor.device).manual_seed(self.seed ^ zlib.crc32(name.encode()))
         kept = torch.rand(tensor.shape, generator=generator, device=tensor.device) >= self.rate
         return tensor * kept / (1 - self.rate)
+
+
+@torch.compiler.disable  # a compiled graph draws other numbers
+def draw_kept_tokens(config: PrefixExtConfig, device: torch.device) -> torch.Tensor:
+    """Returns which virtual tokens a new forward pass keeps, `[num_virtual_tokens]`, drawn from torch's random state."""
+    kept = torch.rand(config.num_virtual_tokens) >= config.token_dropout
+    kept[: config.num_frozen_tokens] = True
+    return kept.to(device)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from peft_prefix_ext.attention.flash import flash_mask
+from peft_prefix_ext.attention.flash import check_token_dropout, flash_mask
 from peft_prefix_ext.attention.flex import prepend_prefix_blocks
 from peft_prefix_ext.attention.masks import prepend_prefix
 from peft_prefix_ext.checkpoint.format import LayerKV
@@ -30,12 +30,14 @@ class PrefixForwardContext:
 
     Args:
         batch: The prefix of each row.
+        batch_size: b.
         positions: The positions of the new tokens, `[b or 1, q]`, counted from the first virtual token.
         reparam_state: What the output of each adapter's reparameterization depends on, see `memoize_for_decoding`.
         decoder_mask: The `attention_mask` of the decoder.
         is_flash: Whether the model runs flash attention.
         residuals: What the reparameterization adds to the K/V, by adapter and attention module; empty without one.
-        dropout: The dropout of the prefix, in training.
+        dropout: The dropout of elements of the prefix, in training.
+        kept_tokens: Which virtual tokens token dropout keeps, `[p]`; `None` without it.
         projected: Under reentrant gradient checkpointing, the detached output of the reparameterization, which the
             residuals are views of, and the output that is to receive its gradient.
         sequences: The packed sequence that each token is of, `[b or 1, q]`, where that matters; see `sequences.py`.
@@ -43,12 +45,14 @@ class PrefixForwardContext:
     """
 
     batch: BatchAdapters
+    batch_size: int
     positions: torch.Tensor
     reparam_state: dict[str, Any]
     decoder_mask: Any = None
     is_flash: bool = False
     residuals: dict[str, dict[str, LayerKV]] = field(default_factory=dict)
     dropout: PrefixDropout | None = None
+    kept_tokens: torch.Tensor | None = None
     projected: tuple[torch.Tensor, torch.Tensor] | None = None
     sequences: torch.Tensor | None = None
     is_running: bool = True
@@ -71,14 +75,23 @@ class PrefixForwardContext:
         mask = self.decoder_mask
         return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
-    def is_prefix_seen(self, batch_size: int) -> torch.Tensor:
-        """Returns which virtual tokens each row sees, `[b, p]`."""
+    @property
+    def visible_tokens(self) -> torch.Tensor | None:
+        """Which virtual tokens the queries see, `[b or 1, p]`; `None` if all see all."""
+        kept = self.kept_tokens
+        if self.batch.lengths is None:
+            return None if kept is None else kept[None]
+        columns = self.prefix_columns(len(self.batch.lengths))
+        return columns if kept is None else columns & kept
+
+    def prefix_columns(self, batch_size: int) -> torch.Tensor:
+        """Returns which columns are virtual tokens of a row, dropped or not, `[b, p]`."""
         columns = torch.arange(self.batch.num_virtual_tokens, device=self.positions.device).expand(batch_size, -1)
         return columns >= 0 if self.batch.lengths is None else columns < self.batch.lengths
 
     def token_columns(self, batch_size: int, kv_length: int) -> torch.Tensor:
         """Returns which columns are virtual tokens or text of a row, and not padding, `[b, p + k]`."""
-        prefix = self.is_prefix_seen(batch_size)
+        prefix = self.prefix_columns(batch_size)
         text = prefix.new_ones(batch_size, kv_length) if self.padding_mask is None else self.padding_mask
         return torch.cat([prefix.long(), text.long()], dim=-1)
 
@@ -89,22 +102,28 @@ class PrefixForwardContext:
             mask: The mask that the model passes to the layer.
             kv_length: k.
             sliding_window: How many positions a query sees, itself included; `None` for all.
+
+        Raises:
+            ValueError: If the attention function cannot hide single virtual tokens, as token dropout does.
         """
         for layer_mask, window, extended in self._masks:
             if layer_mask is mask and window == sliding_window:
                 return extended
-        lengths = self.batch.lengths
+        p, visible = self.batch.num_virtual_tokens, self.visible_tokens
         if self.is_flash:
-            by_row = lengths if mask is None else mask
-            extended = flash_mask(mask, None if by_row is None else self.is_prefix_seen(len(by_row)), kv_length)
+            if self.kept_tokens is not None:
+                check_token_dropout(p + kv_length, sliding_window)
+            if visible is None and mask is not None:
+                visible = self.prefix_columns(self.batch_size)
+            extended = flash_mask(mask, None if visible is None else visible.expand(self.batch_size, p), kv_length)
         elif isinstance(mask, BlockMask):
-            extended = prepend_prefix_blocks(
-                mask, self.batch.num_virtual_tokens, self.positions, sliding_window, lengths
-            )
+            if self.kept_tokens is not None:
+                raise ValueError(
+                    "`token_dropout` is not supported with flex attention; use attn_implementation='sdpa'."
+                )
+            extended = prepend_prefix_blocks(mask, p, self.positions, sliding_window, self.batch.lengths)
         else:
-            extended = prepend_prefix(
-                mask, self.batch.num_virtual_tokens, self.positions, kv_length, sliding_window, lengths
-            )
+            extended = prepend_prefix(mask, p, self.positions, kv_length, sliding_window, visible)
         self._masks.append((mask, sliding_window, extended))
         return extended
 

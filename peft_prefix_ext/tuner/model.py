@@ -193,7 +193,7 @@ class PrefixExtModel(UnmergeableTuner):
         if adapter_name in hook.num_virtual_tokens:
             return hook
         hook.num_virtual_tokens[adapter_name] = config.num_virtual_tokens
-        hook.prefix_dropout[adapter_name] = config.prefix_dropout
+        hook.configs[adapter_name] = config
         hook.layer_names[adapter_name] = [
             layer.module
             for layer in plan.layers.values()

@@ -124,7 +124,7 @@ def _prefix_of_text(
     config = PrefixExtConfig(num_virtual_tokens=NUM_TEXT)
     hook = PrefixDecoderHook(decoder, enclosing_models(decoder, model))
     hook.num_virtual_tokens[_NAME] = NUM_TEXT
-    hook.prefix_dropout[_NAME] = 0.0
+    hook.configs[_NAME] = config
     hook.tested_attention.add(attention_implementation(model.config))  # by this very test
     hooked: list[PrefixDecoderHook | PrefixExtLayer | PrefixStateLayer] = [hook]
     for probed in layers:
