@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+from transformers import Cache
 
 from peft_prefix_ext.distillation.generation import TokenIds
 
@@ -33,20 +35,27 @@ def pad_answers(prompts: Sequence[TokenIds], answers: Sequence[TokenIds], pad_to
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels[:, first:]}
 
 
-def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def answer_logits(model: nn.Module, batch: Mapping[str, torch.Tensor], cache: Cache | None = None) -> torch.Tensor:
     """Returns the logits that predict `labels`, `[b, n, vocab_size]`, of a batch from `pad_answers`.
 
     Those before the first answer are not computed, where the model can leave them out: with a large vocabulary they take
     more time and memory than all else.
+
+    Args:
+        model: The model, in whatever wrapper.
+        batch: The batch.
+        cache: The cache of tokens that stand before it, `None` if there are none.
     """
-    num_kept = batch["labels"].shape[1]
-    length = batch["input_ids"].shape[1]
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    can_leave_out = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
-    if can_leave_out:
-        inputs["logits_to_keep"] = torch.arange(length - num_kept - 1, length - 1, device=inputs["input_ids"].device)
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    return logits if can_leave_out else logits[:, length - num_kept - 1 : length - 1]
+    num_kept = batch["labels"].shape[1] + 1  # and the one before the first answer
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if cache is not None:
+        inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (cache.get_seq_length(), 0), value=1)
+        inputs["past_key_values"] = cache
+    # As a number: a tensor of indices would be divided among devices like a batch.
+    if "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters:
+        inputs["logits_to_keep"] = num_kept
+    logits: torch.Tensor = model(**inputs, use_cache=cache is not None).logits
+    return logits[:, -num_kept:-1]
 
 
 def _innermost(model: Any) -> nn.Module:

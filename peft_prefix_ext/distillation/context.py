@@ -35,6 +35,11 @@ class Context:
     messages: Messages = field(default_factory=list)
     chat_template: str | None = None
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256, in hex, of what the model reads and how it goes on."""
+        return hashlib.sha256(json.dumps([self.token_ids, self.chat_template]).encode()).hexdigest()
+
 
 def text_context(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str] = ()) -> Context:
     """Returns the context of one text, or of several documents with a blank line between them.

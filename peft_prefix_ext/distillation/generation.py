@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from transformers import PreTrainedTokenizerBase
+
 TokenIds = list[int]
 
 
@@ -57,3 +59,9 @@ class Generator(Protocol):
         self, prompts: Sequence[TokenIds], answers: Sequence[TokenIds], *, top_k: int, prefix: str | None = None
     ) -> list[TopLogprobs]:
         """Returns the most probable tokens where each token of each answer stands, given the prompt and the answer so far."""
+
+
+def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the token for padding, which masks hide: any, if the tokenizer has none."""
+    found: int | None = tokenizer.pad_token_id
+    return 0 if found is None else found

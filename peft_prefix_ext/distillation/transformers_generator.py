@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from peft_prefix_ext.base_model.layers import eval_mode
 from peft_prefix_ext.distillation.batching import answer_logits, pad_answers
-from peft_prefix_ext.distillation.generation import TokenIds, TopLogprobs
+from peft_prefix_ext.distillation.generation import TokenIds, TopLogprobs, pad_token_of
 
 
 class TransformersGenerator:
@@ -41,8 +41,7 @@ class TransformersGenerator:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         ends: Any = base.generation_config.eos_token_id
         self.eos_token_ids: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
-        candidates: list[Any] = [tokenizer.pad_token_id, *self.eos_token_ids, 0]
-        self.pad_token_id: int = next(each for each in candidates if each is not None)
+        self.pad_token_id = pad_token_of(tokenizer)
 
     def add_prefix(self, name: str, folder: str | Path) -> None:
         if not isinstance(self.model, PeftModel):
@@ -53,6 +52,12 @@ class TransformersGenerator:
         was_training = self.model.training
         self.model.load_adapter(str(folder), adapter_name=name)
         self.model.train(was_training)  # PEFT switches to eval mode
+
+    def close(self) -> None:
+        """Takes all prefixes off the model again."""
+        if isinstance(self.model, PeftModel):
+            unloaded: Any = self.model.unload()
+            self.model = unloaded
 
     @torch.no_grad()
     def generate(

@@ -1,0 +1,118 @@
+"""The work folder of a distillation: what each stage made, so that a run that was stopped goes on where it was.
+
+inputs.json             what the questions and the teacher's answers depend on
+context/                the compiled context, an adapter like any other
+questions.jsonl         the questions
+targets.jsonl           the teacher's answers, with their most probable tokens
+student-HASH-SEED/      a student, with the checkpoints of its training; HASH is of the settings that it depends on
+seconds.json            how long each stage took
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft_prefix_ext.distillation.questions import Question, read_questions
+
+_INPUTS, _QUESTIONS, _SECONDS, _RESULT = "inputs.json", "questions.jsonl", "seconds.json", "result.json"
+
+
+class WorkFolder:
+    """Reads and writes the files of the stages; each appears whole or not at all.
+
+    Args:
+        path: The folder; it is created if needed.
+        inputs: What the questions and answers depend on, as JSON.
+
+    Raises:
+        ValueError: If the folder has been made from other inputs.
+    """
+
+    def __init__(self, path: str | Path, inputs: dict[str, Any]) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file: name a folder to work in.")
+        found = _read_json(self.path / _INPUTS)
+        if found is None:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ValueError(f"{self.path} holds something else: name an empty folder, or a new one, to work in.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self.path / _INPUTS, inputs)
+        elif found != inputs:
+            changed = sorted(name for name in found.keys() | inputs.keys() if found.get(name) != inputs.get(name))
+            raise ValueError(
+                f"{self.path} holds questions and answers that were made from other inputs ({', '.join(changed)}): name "
+                "another folder to work in, or remove this one."
+            )
+
+    @property
+    def context(self) -> Path:
+        return self.path / "context"
+
+    @property
+    def targets(self) -> Path:
+        return self.path / "targets.jsonl"
+
+    def student(self, settings: dict[str, Any], seed: int) -> Path:
+        """Returns the folder of a student with these settings and this seed."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return self.path / f"student-{digest}-{seed}"
+
+    def questions(self) -> list[Question] | None:
+        """Returns the questions of an earlier run, `None` if there are none."""
+        path = self.path / _QUESTIONS
+        return read_questions(path) if path.exists() else None
+
+    def write_questions(self, questions: Sequence[Question]) -> None:
+        rows = (
+            json.dumps({"messages": [*each.messages, *_assistant(each.reference)]}, ensure_ascii=False)
+            for each in questions
+        )
+        _write(self.path / _QUESTIONS, "\n".join(rows) + "\n")
+
+    def result(self, student: Path) -> dict[str, Any] | None:
+        """Returns what was recorded of a student whose training ended, else `None`."""
+        found: dict[str, Any] | None = _read_json(student / _RESULT)
+        return found
+
+    def write_result(self, student: Path, result: dict[str, Any]) -> None:
+        _write_json(student / _RESULT, result)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time that the context takes to that of a stage, also if it ends with an error."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = _read_json(self.path / _SECONDS) or {}
+            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
+            _write_json(self.path / _SECONDS, seconds)
+
+    def seconds(self) -> dict[str, float]:
+        """Returns how long each stage took, in all runs together."""
+        return _read_json(self.path / _SECONDS) or {}
+
+
+def _assistant(reference: str | None) -> list[dict[str, str]]:
+    return [] if reference is None else [{"role": "assistant", "content": reference}]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
