@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
+    from peft_prefix_ext.distillation.context import Context
 
 EXIT_CODES = "exit codes: 0 success; 1 refused, with the reason on stderr; 2 wrong usage"
 PATH = "a local folder, or owner/name[/folder][@revision] on the Hub"
@@ -57,6 +58,48 @@ def add_base(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default="float32",
         help="the dtype to load the base model in (default: %(default)s, which is exact)",
     )
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="text files, or one .json file with messages")
+    parser.add_argument(
+        "--tokenizer", metavar="MODEL", help="where to load the tokenizer from (default: the base model)"
+    )
+
+
+def load_context(args: argparse.Namespace, *, chat: bool) -> tuple[PreTrainedTokenizerBase, Context]:
+    """Returns the tokenizer and the context of `add_context`.
+
+    Args:
+        args: The arguments, with those of `add_base`.
+        chat: Whether text files are the system message of a chat. A file of messages is a chat in any case.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    from peft_prefix_ext.distillation.context import SEPARATOR, chat_context, read_messages, read_text, text_context
+
+    files = [source for source in args.sources if source.endswith(".json")]
+    if files and (getattr(args, "system", False) or len(args.sources) > 1):
+        args.parser.error("a .json file is a whole chat: give it alone, without --system")
+    tokenizer = _load_tokenizer(args.tokenizer or args.base)
+    if files:
+        return tokenizer, chat_context(tokenizer, read_messages(files[0]), files[0])
+    texts = [read_text(path) for path in args.sources]
+    if not chat:
+        return tokenizer, text_context(tokenizer, texts, args.sources)
+    system = {"role": "system", "content": SEPARATOR.join(texts)}
+    return tokenizer, chat_context(tokenizer, [system], " ".join(args.sources))
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        return tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no tokenizer at {source!r}; give --tokenizer MODEL.") from error
 
 
 def load_base(args: argparse.Namespace) -> PreTrainedModel:

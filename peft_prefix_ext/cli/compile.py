@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from peft_prefix_ext.cli.common import add_base, add_command, load_base, print_summary
+from peft_prefix_ext.cli.common import add_base, add_command, add_context, load_base, load_context, print_summary
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,43 +22,18 @@ def add_parser(subparsers: Any) -> None:
         examples="  prefix-ext compile handbook.txt --base HuggingFaceTB/SmolLM2-135M-Instruct --out ./handbook --system\n"
         "  prefix-ext compile opening.json --base HuggingFaceTB/SmolLM2-135M-Instruct --out ./examples",
     )
-    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="text files, or one .json file with messages")
+    add_context(parser)
     parser.add_argument("--out", required=True, help="the folder to write to")
     parser.add_argument("--system", action="store_true", help="take the text as the system message of a chat")
-    parser.add_argument(
-        "--tokenizer", metavar="MODEL", help="where to load the tokenizer from (default: the base model)"
-    )
     add_base(parser, required=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    chats = [source for source in args.sources if source.endswith(".json")]
-    if chats and (args.system or len(args.sources) > 1):
-        args.parser.error("a .json file is a whole chat: give it alone, without --system")
     from peft_prefix_ext.checkpoint.writer import check_place
     from peft_prefix_ext.distillation.compile import compile_context
-    from peft_prefix_ext.distillation.context import SEPARATOR, chat_context, read_messages, read_text, text_context
 
     check_place(args.out, ["PREFIX_EXT"])
-    tokenizer = _load_tokenizer(args.tokenizer or args.base)
-    if chats:
-        context = chat_context(tokenizer, read_messages(chats[0]), chats[0])
-    else:
-        texts = [read_text(path) for path in args.sources]
-        if args.system:
-            system = {"role": "system", "content": SEPARATOR.join(texts)}
-            context = chat_context(tokenizer, [system], " ".join(args.sources))
-        else:
-            context = text_context(tokenizer, texts, args.sources)
+    _, context = load_context(args, chat=args.system)
     prefix = compile_context(load_base(args), context, args.out)
     print_summary(prefix)
     print(f"  {'saves':<12}{prefix.num_virtual_tokens} tokens to send, tokenize and prefill in each request")
-
-
-def _load_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"There is no tokenizer at {source!r}; give --tokenizer MODEL.") from error

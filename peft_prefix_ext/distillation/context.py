@@ -90,12 +90,16 @@ def read_messages(path: str | Path) -> Messages:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from error
     messages: Any = found.get("messages") if isinstance(found, dict) else found
-    well_formed = isinstance(messages, list) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) and "content" in each for each in messages
-    )
-    if not well_formed:
+    if not are_messages(messages):
         raise ValueError(f'{path} must hold messages, [{{"role": ..., "content": ...}}, ...].')
     return list(messages)
+
+
+def are_messages(value: Any) -> bool:
+    """Whether these are messages: a list of dicts with `role` and `content`."""
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and "content" in each for each in value
+    )
 
 
 def read_text(path: str | Path) -> str:

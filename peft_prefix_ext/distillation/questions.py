@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_prefix_ext.distillation.context import Messages, read_text
+from peft_prefix_ext.distillation.context import Messages, are_messages, read_text
 from peft_prefix_ext.distillation.generation import TokenIds
 
 
@@ -52,7 +52,7 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises:
         ValueError: If a line is something else, or there is none.
     """
-    lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     is_json = str(path).endswith((".json", ".jsonl"))
     questions = list(_parse(path, lines)) if is_json else [_of_text(line.strip()) for _, line in lines]
     if not questions:
@@ -64,7 +64,7 @@ def _parse(path: str | Path, lines: list[tuple[int, str]]) -> Iterator[Question]
     for number, line in lines:
         try:
             yield _of_json(json.loads(line))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f'{path}, line {number} is no question: give {{"question": ..., "answer": ...}}, {{"messages": [...]}} or a '
                 "string."
@@ -76,11 +76,15 @@ def _of_json(row: Any) -> Question:
         return _of_text(row)
     if "messages" not in row:
         return _of_text(row["question"], row.get("answer"))
-    messages: Messages = [{**message, "role": str(message["role"])} for message in row["messages"]]
-    reference = str(messages.pop()["content"]) if messages[-1]["role"] == "assistant" else None
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError("the last message must be the user's")
-    return Question(messages, reference)
+    messages = row["messages"]
+    if not are_messages(messages):
+        raise ValueError("each message has a role and a content")
+    *_, before, last = [None, *(message["role"] for message in messages)]
+    if (before, last) == ("user", "assistant"):
+        return Question(messages[:-1], str(messages[-1]["content"]))
+    if last != "user":
+        raise ValueError("the last message must be the user's, or the answer to it")
+    return Question(messages)
 
 
 def _of_text(text: str, reference: str | None = None) -> Question:

@@ -1,103 +1,68 @@
-"""`DistillationSettings`: everything that the result of a distillation depends on."""
+"""`DistillationSettings`: everything that the result of a distillation depends on, besides model, context and questions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 INITS = ("first", "sampled")
-ENGINES = ("auto", "transformers", "vllm")
+REPARAMS = ("mlp", "none")
+# Settings that the questions and the teacher's answers depend on. Others can change without these being made again.
+OF_TARGETS = ("num_questions", "max_new_tokens", "temperature", "top_k", "seed")
+
+
+def _setting(default: Any, help: str, *, least: int | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """
-    The settings of [`distill`].
+    """The settings of a [`Distillation`]. Each is an option of `prefix-ext distill` as well, whose help describes it."""
 
-    Args:
-        num_virtual_tokens (`int`):
-            The length p of the student. It must be shorter than the context.
-        num_questions (`int`):
-            How many questions the base model writes, if none are given.
-        num_held_out (`int`):
-            How many questions are not trained on: for early stopping and for the report. At most a third of all.
-        max_new_tokens (`int`):
-            The length of the longest answer.
-        temperature (`float`):
-            The temperature of the teacher's answers; 0 for greedy ones.
-        top_k (`int`):
-            How many of the teacher's most probable tokens are stored for each token of an answer.
-        init (`str`):
-            What the student starts from: the `"first"` tokens of the context, or chunks of it, `"sampled"` at random.
-        reparam (`str`):
-            As in [`PrefixExtConfig`].
-        num_frozen_tokens (`int`):
-            How many tokens of the student keep their initial K/V: the first one takes up attention that nothing needs.
-        token_dropout (`float`):
-            As in [`PrefixExtConfig`].
-        learning_rate (`float`, *optional*):
-            2e-3 with an MLP and 2e-2 without one by default.
-        num_epochs (`float`):
-            How often each question is trained on.
-        batch_size (`int`):
-            Questions in a batch.
-        patience (`int`):
-            How many evaluations may go by without progress on the held-out questions until training stops; there are five in
-            an epoch.
-        seeds (`int`):
-            How many students are trained, each with a seed of its own. The report gives their spread; the one that is
-            nearest to the teacher on the held-out questions is kept.
-        on_policy_rounds (`int`):
-            How many times the student then answers questions and learns from what the teacher says of its answers.
-        seed (`int`):
-            The seed of everything that is drawn at random.
-    """
-
-    num_virtual_tokens: int = 64
-    num_questions: int = 128
-    num_held_out: int = 32
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 20
-    init: str = "first"
-    reparam: str = "mlp"
-    num_frozen_tokens: int = 1
-    token_dropout: float = 0.0
-    learning_rate: float | None = None
-    num_epochs: float = 3.0
-    batch_size: int = 4
-    patience: int = 5
-    seeds: int = 1
-    on_policy_rounds: int = 0
-    seed: int = 0
+    num_virtual_tokens: int = _setting(64, "the length of the prefix, less than that of the context", least=1)
+    num_questions: int = _setting(128, "how many questions the base model writes, if none are given", least=3)
+    num_held_out: int = _setting(
+        32, "how many questions are kept for early stopping and the report, a third of all at most", least=1
+    )
+    max_new_tokens: int = _setting(128, "the length of the longest answer, in tokens", least=1)
+    temperature: float = _setting(0.0, "the temperature of the teacher's answers; 0 for greedy ones")
+    top_k: int = _setting(20, "how many log-probabilities are stored for each token of an answer", least=1)
+    init: str = _setting("first", "start from the first tokens of the context, or from sampled chunks", choices=INITS)
+    reparam: str = _setting("mlp", "train an MLP whose output is the prefix, or the prefix itself", choices=REPARAMS)
+    num_frozen_tokens: int = _setting(
+        1, "how many tokens, from the first, are not trained: they take up attention that nothing needs", least=0
+    )
+    token_dropout: float = _setting(0.0, "the probability that a virtual token is masked in a training step")
+    learning_rate: float | None = _setting(None, "the learning rate; 2e-3 with an MLP and 2e-2 without by default")
+    num_epochs: float = _setting(3.0, "how often each question is trained on")
+    batch_size: int = _setting(4, "how many questions are in a batch", least=1)
+    patience: int = _setting(
+        5, "how many evaluations without progress, five in an epoch, until training stops", least=1
+    )
+    seeds: int = _setting(1, "how many students are trained; the report gives their spread, the best is saved", least=1)
+    on_policy_rounds: int = _setting(
+        0,
+        "how many times the student then answers questions and learns from the teacher's view of its answers",
+        least=0,
+    )
+    seed: int = _setting(0, "the seed of all random draws", least=0)
 
     def __post_init__(self) -> None:
-        for name, minimum in _LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}.")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            least, choices = setting.metadata["least"], setting.metadata["choices"]
+            if least is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"`{setting.name}` must be an integer >= {least}, got {value!r}.")
+            if choices is not None and value not in choices:
+                raise ValueError(f"`{setting.name}` must be one of {choices}, got {value!r}.")
         if not self.temperature >= 0:
             raise ValueError(f"`temperature` must be >= 0, got {self.temperature!r}.")
-        if not self.num_epochs > 0:
-            raise ValueError(f"`num_epochs` must be > 0, got {self.num_epochs!r}.")
-        if self.init not in INITS:
-            raise ValueError(f"`init` must be one of {INITS}, got {self.init!r}.")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"`token_dropout` must be in [0, 1), got {self.token_dropout!r}.")
+        for name in ("num_epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be > 0, got {value!r}.")
 
-    def to_dict(self) -> dict[str, object]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-_LEAST = {
-    "num_virtual_tokens": 1,
-    "num_questions": 2,
-    "num_held_out": 1,
-    "max_new_tokens": 1,
-    "top_k": 1,
-    "num_frozen_tokens": 0,
-    "batch_size": 1,
-    "patience": 1,
-    "seeds": 1,
-    "on_policy_rounds": 0,
-    "seed": 0,
-}
-# Settings that the questions and the teacher's answers depend on. Others can change without these being made again.
-OF_TARGETS = ("num_questions", "max_new_tokens", "temperature", "top_k", "seed")
+    def to_dict(self) -> dict[str, Any]:
+        return {setting.name: getattr(self, setting.name) for setting in fields(self)}

@@ -1,0 +1,97 @@
+"""`prefix-ext distill`: a context as a short prefix, trained to answer like the model with the context in its prompt."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
+
+from peft_prefix_ext.cli.common import add_base, add_command, add_context, load_base, load_context, print_summary
+from peft_prefix_ext.distillation.settings import DistillationSettings
+
+TYPES = {"int": int, "float": float, "str": str, "float | None": float}
+ENGINES = ("auto", "transformers", "vllm")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(
+        subparsers,
+        "distill",
+        run,
+        summary="train a short prefix that stands for a long context",
+        description="Trains a prefix of a few tokens to answer like the base model with a long context in its prompt:\n"
+        "  1. the base model writes questions about the context, or you give them (--queries)\n"
+        "  2. it answers them with the context before it; its answers are stored with their log-probabilities\n"
+        "  3. the prefix is trained to give these answers without the context\n"
+        "  4. a report compares it with the full context, with none, and with other ways to shorten it\n"
+        "Each stage leaves its result in the work folder. Run the same command again to go on where it stopped.",
+        examples="  prefix-ext distill handbook.txt --base HuggingFaceTB/SmolLM2-135M-Instruct --out ./handbook\n"
+        "  prefix-ext distill examples.json --base HuggingFaceTB/SmolLM2-135M-Instruct --out ./examples --queries inputs.txt",
+    )
+    add_context(parser)
+    parser.add_argument("--out", required=True, help="the folder of the new adapter")
+    parser.add_argument("--work", metavar="FOLDER", help="the folder of the stages (default: OUT-work)")
+    parser.add_argument(
+        "--queries",
+        metavar="FILE",
+        help="your own questions: a line of text each, or JSON lines with `question` and optionally `answer`, or `messages`",
+    )
+    parser.add_argument(
+        "--with",
+        metavar="OTHER",
+        nargs="+",
+        default=[],
+        dest="companions",
+        help="prefixes that the new one is to be composed with",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what answers questions (default: vllm if it is installed, else transformers)",
+    )
+    parser.add_argument("--no-report", action="store_true", help="leave out the report")
+    add_base(parser, required=True)
+    group = parser.add_argument_group("settings")
+    for setting in fields(DistillationSettings):
+        group.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            type=TYPES[str(setting.type)],
+            choices=setting.metadata["choices"],
+            default=setting.default,
+            metavar=None if setting.metadata["choices"] else "N",
+            help=setting.metadata["help"] + ("" if setting.default is None else " (default: %(default)s)"),
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    from peft_prefix_ext.checkpoint.reader import read_prefix
+    from peft_prefix_ext.checkpoint.writer import check_place
+    from peft_prefix_ext.distillation.distill import Distillation
+    from peft_prefix_ext.distillation.questions import read_questions
+
+    settings = DistillationSettings(
+        **{setting.name: getattr(args, setting.name) for setting in fields(DistillationSettings)}
+    )
+    check_place(args.out, ["PREFIX_EXT"])
+    tokenizer, context = load_context(args, chat=True)
+    distillation = Distillation(
+        load_base(args),
+        tokenizer,
+        context,
+        settings,
+        work=args.work or f"{args.out.rstrip('/')}-work",
+        questions=read_questions(args.queries) if args.queries else None,
+        companions=args.companions,
+        engine=_engine(args.engine),
+    )
+    distillation.save(args.out)
+    print_summary(read_prefix(args.out))
+    print(f"  {'stands for':<12}{len(context.token_ids)} tokens")
+    if not args.no_report:
+        print(distillation.report(args.out).summary())
+
+
+def _engine(name: str) -> str:
+    return name if name != "auto" else "vllm" if find_spec("vllm") else "transformers"
