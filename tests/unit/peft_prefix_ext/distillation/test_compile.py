@@ -10,6 +10,7 @@ import torch
 from jinja2 import TemplateError
 from peft import PeftModel
 
+from helpers.chats import CHATML, LLAMA, tokenizer_with
 from helpers.tiny import tiny_model, tiny_tokenizer
 from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.cli import main
@@ -17,31 +18,6 @@ from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import chat_context, read_messages, read_text, text_context
 
 VOCABULARY = {"vocab_size": 300}
-# Both write a default system message where there is none; the second strips contents, and uses macros and namespaces.
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA = """{{- bos_token }}
-{%- macro header(role) %}{{ '<|start|>' + role + '<|end|>\\n\\n' }}{% endmacro %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system = "Today is Friday." %}
-{%- endif %}
-{{- header('system') + system + '<|eot|>' }}
-{%- set ns = namespace(count=0) %}
-{%- for message in messages %}
-    {%- set ns.count = ns.count + 1 %}
-    {{- header(message['role']) + message['content']|trim + '<|eot|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- header('assistant') }}
-{%- endif %}
-"""
 OPENINGS = [
     [{"role": "system", "content": 'You {{ "speak" }} of {% food %} only. \U0001f35d {# yes #}\nIn short: \\n.'}],
     [
@@ -50,15 +26,6 @@ OPENINGS = [
         {"role": "assistant", "content": "Aromi serves Italian food."},
     ],
 ]
-
-
-def tokenizer_with(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]}
-    )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @torch.no_grad()

@@ -6,17 +6,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.chats import CHATML, tokenizer_with
+from helpers.tiny import tiny_model
 from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.distillation.context import chat_context
 from peft_prefix_ext.distillation.distill import Distillation
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.settings import DistillationSettings
 
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SYSTEM = [{"role": "system", "content": "Aromi serves Italian food near the river. " * 4}]
 QUESTIONS = [Question([{"role": "user", "content": f"Question {number}?"}]) for number in range(12)]
 SETTINGS = DistillationSettings(
@@ -27,10 +24,7 @@ ARGUMENTS = {"use_cpu": True, "disable_tqdm": True}
 
 @pytest.fixture
 def tokenizer():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    return tokenizer_with(CHATML)
 
 
 @pytest.fixture
