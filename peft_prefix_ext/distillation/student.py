@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_prefix_ext.config import PrefixExtConfig
@@ -52,6 +59,14 @@ def make_student(model: PreTrainedModel, context: Context, settings: Distillatio
         context={"sources": context.sources, "chat_template": context.chat_template},
     )
     return get_peft_model(model, config)
+
+
+class LossBar(ProgressCallback):
+    """A progress bar that shows the divergence."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(divergence=f"{float(logs['loss']):.3f}")
 
 
 def sample_chunks(token_ids: Sequence[int], number: int, seed: int) -> list[int]:
@@ -137,6 +152,11 @@ def train_student(
         companions=companions,
         divergence=divergence,
     )
+    # A line for each step is too much.
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(LossBar)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None)
     loss = float(trainer.evaluate()["eval_loss"])
     student.save_pretrained(str(folder))
