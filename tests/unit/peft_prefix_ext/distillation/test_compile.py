@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 
 import pytest
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
 
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny import STATELESS, tiny_model, tiny_tokenizer
+from helpers.tiny_seq2seq import tiny_encoder_decoder
 from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.cli import main
 from peft_prefix_ext.distillation.compile import compile_context
-from peft_prefix_ext.distillation.context import chat_context, read_messages, read_text, text_context
+from peft_prefix_ext.distillation.context import Context, chat_context, read_messages, read_text, text_context
 
 VOCABULARY = {"vocab_size": 300}
 # Both write a default system message where there is none; the second strips contents, and uses macros and namespaces.
@@ -164,6 +166,26 @@ def test_the_template_goes_where_the_adapter_goes(tmp_path):
 def test_chats_that_no_prefix_can_stand_for_are_refused(template, messages, message):
     with pytest.raises(ValueError, match=message):
         chat_context(tokenizer_with(template), messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (name, "do not start from states that they are given, so the prefix of a text is not the text")
+            for name in STATELESS
+        ),
+        ("t5", "reads its text in an encoder, where no prefix can stand for it"),
+    ],
+)
+def test_models_whose_prefix_is_not_the_text_are_refused(name, message, tmp_path):
+    base = tiny_encoder_decoder(name) if name == "t5" else tiny_model(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(ValueError, match=f"{message}: train a prefix instead"):
+            compile_context(base, Context([3, 4, 5]), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not any("prefix_ext" in module for module, _ in base.named_modules())
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["Aromi", " \n"]])
