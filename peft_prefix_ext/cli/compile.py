@@ -41,15 +41,13 @@ def run(args: argparse.Namespace) -> None:
 
     check_place(args.out, ["PREFIX_EXT"])
     tokenizer = _load_tokenizer(args.tokenizer or args.base)
-    if chats:
-        context = chat_context(tokenizer, read_messages(chats[0]), chats[0])
+    texts = [read_text(path) for path in args.sources]
+    if chats or args.system:
+        system = {"role": "system", "content": SEPARATOR.join(texts)}
+        messages = read_messages(chats[0]) if chats else [system]
+        context = chat_context(tokenizer, messages, dict(zip(args.sources, texts, strict=True)))
     else:
-        texts = [read_text(path) for path in args.sources]
-        if args.system:
-            system = {"role": "system", "content": SEPARATOR.join(texts)}
-            context = chat_context(tokenizer, [system], " ".join(args.sources))
-        else:
-            context = text_context(tokenizer, texts, args.sources)
+        context = text_context(tokenizer, texts, args.sources)
     prefix = compile_context(load_base(args), context, args.out)
     print_summary(prefix)
     print(f"  {'saves':<12}{prefix.num_virtual_tokens} tokens to send, tokenize and prefill in each request")

@@ -44,7 +44,7 @@ def compile_context(model: PreTrainedModel, context: Context, folder: str | Path
         init="tokens",
         init_token_ids=context.token_ids,
         reparam="none",
-        context={"sources": context.sources, "chat_template": context.chat_template},
+        context=context.record(),
     )
     prefixed = get_peft_model(model, config)
     try:

@@ -223,7 +223,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     count = config["num_virtual_tokens"]
     assert f"{count} virtual tokens" in out
     assert f"saves       {count} tokens to send, tokenize and prefill in each request" in out
-    assert config["context"]["chat_template"]
+    context = config["context"]
+    assert context["chat_template"]
+    assert context["chat_template_sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
+    assert context["sources"] == {"handbook.txt": hashlib.sha256(b"Aromi serves Italian food.").hexdigest()}
 
     def refused(message, *arguments):
         with pytest.raises(SystemExit) as raised:
