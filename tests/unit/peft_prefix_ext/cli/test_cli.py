@@ -90,6 +90,7 @@ def test_export_import_compose_verify(run, folder):
         code, out, err = run(*arguments)
         assert (code, err) == (0, "")
         assert "virtual tokens" in out
+        assert ("trained apart collapse behind one another" in out) == (arguments[0] == "compose")
     assert read_prefix(folder / "out/again").digest == read_prefix(folder / "ours").digest
     assert read_prefix(folder / "out/cartridge").config["num_frozen_tokens"] == 2
     assert read_prefix(folder / "out/both").num_virtual_tokens == 12
@@ -100,6 +101,12 @@ def test_export_import_compose_verify(run, folder):
     assert torch.isfinite(
         PeftModel.from_pretrained(tiny_model("llama"), folder / "out/both")(torch.ones(1, 3, dtype=torch.long)).logits
     ).all()
+
+
+def test_one_prefix_alone_stands_behind_none(run, tmp_path):
+    code, out, err = run("compose", "ours", "--out", str(tmp_path / "one"))
+    assert (code, err) == (0, "")
+    assert "collapse" not in out
 
 
 def test_errors_are_one_sentence(run, folder, tmp_path):
