@@ -135,8 +135,9 @@ class PrefixExtConfig(PeftConfig):
             Whether `save_pretrained` keeps the MLP beside the K/V, so that training can continue from the checkpoint.
             Serving does not need it.
         context (`dict`, *optional*):
-            Set by `prefix-ext compile`: the context that the prefix stands for, with the SHA-256 of each of its `sources`, and
-            the `chat_template` of the messages behind it.
+            Set by `prefix-ext compile`: the context that the prefix stands for, with the SHA-256 of each of its `sources`. That
+            of a chat also has the `chat_template` of the messages behind it, and `chat_template_sha256`, the SHA-256 of the
+            tokenizer's own.
         init_report (`str`, *optional*):
             Set by the tuner: what the prefix was initialized from.
         prefix_layers (`list[dict]`, *optional*):

@@ -46,23 +46,6 @@ def check_flash_inputs(cache: Any, inputs: dict[str, Any], positions: torch.Tens
         )
 
 
-def check_token_dropout(num_columns: int, sliding_window: int | None) -> None:
-    """Checks that flash attention, which takes hidden columns out, keeps the distances to the prefix that matter.
-
-    Args:
-        num_columns: The number of virtual and real tokens.
-        sliding_window: How many positions a query sees, itself included; `None` for all.
-
-    Raises:
-        ValueError: If the window is shorter than the columns: it would reach as much further as tokens are hidden.
-    """
-    if sliding_window is not None and num_columns > sliding_window:
-        raise ValueError(
-            "`token_dropout` is not supported with flash attention on texts longer than the model's sliding window; use "
-            "attn_implementation='sdpa'."
-        )
-
-
 def flash_mask(mask: torch.Tensor | None, is_prefix_seen: torch.Tensor | None, kv_length: int) -> torch.Tensor | None:
     """Returns which columns of prefix and real tokens are tokens, `[b, p + k]`; `None` if all are.
 

@@ -143,9 +143,15 @@ class PrefixCheckpoint:
         return sum(tensor.nbytes for _, _, tensor in self.tensors())
 
     @property
+    def context(self) -> dict[str, Any]:
+        """What is recorded of the context that the prefix stands for, see `context` of `PrefixExtConfig`; empty if nothing."""
+        context = self.config.get("context")
+        return context if isinstance(context, dict) else {}
+
+    @property
     def chat_template(self) -> str | None:
         """The chat template of the messages behind a prefix that stands for the opening of a chat."""
-        template = (self.config.get("context") or {}).get("chat_template")
+        template = self.context.get("chat_template")
         return template if isinstance(template, str) else None
 
     @property

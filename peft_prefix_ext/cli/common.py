@@ -83,13 +83,11 @@ def load_context(args: argparse.Namespace, *, chat: bool) -> tuple[PreTrainedTok
     if files and (getattr(args, "system", False) or len(args.sources) > 1):
         args.parser.error("a .json file is a whole chat: give it alone, without --system")
     tokenizer = _load_tokenizer(args.tokenizer or args.base)
-    if files:
-        return tokenizer, chat_context(tokenizer, read_messages(files[0]), files[0])
     texts = [read_text(path) for path in args.sources]
-    if not chat:
+    if not files and not chat:
         return tokenizer, text_context(tokenizer, texts, args.sources)
-    system = {"role": "system", "content": SEPARATOR.join(texts)}
-    return tokenizer, chat_context(tokenizer, [system], " ".join(args.sources))
+    messages = read_messages(files[0]) if files else [{"role": "system", "content": SEPARATOR.join(texts)}]
+    return tokenizer, chat_context(tokenizer, messages, dict(zip(args.sources, texts, strict=True)))
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -7,6 +7,12 @@ from typing import Any
 
 from peft_prefix_ext.cli.common import PATH, add_base, add_command, load_base, print_summary
 
+# Said of all: no adapter says for certain that it was not trained.
+NOTE = (
+    "prefixes that were trained apart collapse behind one another (arXiv 2606.04557): measure the result, or train one to "
+    "stand beside the others, with `prefix-ext distill --with OTHER`"
+)
+
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(
@@ -42,3 +48,5 @@ def run(args: argparse.Namespace) -> None:
     check_place(args.out, ["PREFIX_EXT"])
     base = load_base(args) if args.base else None
     print_summary(compose(args.paths, args.out, args.positions, base))
+    if len(args.paths) > 1:
+        print(f"  {'note':<12}{NOTE}")

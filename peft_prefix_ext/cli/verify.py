@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
         summary="check an adapter on its base model",
         description="Loads the base model and the adapter, and checks what a server relies on: the file is valid, the adapter\n"
         "was trained on this base model, the model uses exactly the K/V on disk, and the K/V change its logits\n"
-        "without NaN or Inf.",
+        "without NaN or Inf. Warns when the files or the chat template that it was compiled from have changed since.",
         examples="  prefix-ext verify ./restaurant --base HuggingFaceTB/SmolLM2-135M-Instruct",
     )
     add_path(parser)

@@ -39,8 +39,9 @@ def compose(
       The last prefix is as far from the text as in training. Two prefixes of two texts act like the texts one after the
       other, except that the second was read without the first.
 
-    Prefixes that were trained separately did not learn to share attention: evaluate the result. Frozen tokens stay frozen
-    only in the first prefix.
+    Prefixes that were trained apart did not learn to share attention. Behind one another they collapse, to near chance in
+    Cartridges at Scale (https://arxiv.org/abs/2606.04557), unless they were trained to stand beside others, as
+    `prefix-ext distill --with` does: evaluate the result. Frozen tokens stay frozen only in the first prefix.
 
     Args:
         sources: Folders or Hub repositories of adapters, ours or stock PEFT's, checkpoints, or live `PeftModel`s.

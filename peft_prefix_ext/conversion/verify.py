@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from peft_prefix_ext.checkpoint.base_adapters import are_alike, model_with
+from peft_prefix_ext.checkpoint.context import changed_sources, text_hash
 from peft_prefix_ext.checkpoint.format import STOCK_TYPES, PrefixCheckpoint
 from peft_prefix_ext.conversion.sources import check_fits, read_source
 from peft_prefix_ext.conversion.stock_peft import import_from_peft
@@ -20,6 +22,9 @@ NUM_TOKENS = 16
 @torch.no_grad()
 def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -> Iterator[str]:
     """Runs all checks and yields one sentence for each that passes.
+
+    At the end it warns of what has changed since the prefix was made from a context: the chat template of the base model's
+    tokenizer, and the files that the context was read from.
 
     Raises:
         ValueError: At the first check that fails, with what is wrong in one sentence.
@@ -63,3 +68,31 @@ def verify(source: str | Path | PrefixCheckpoint, base_model: PreTrainedModel) -
     if change == 0:
         raise ValueError(f"The prefix in {prefix.path} does not change the logits of {type(base_model).__name__}.")
     yield f"it works: the logits of {NUM_TOKENS} tokens are finite and change by up to {change:.3g}"
+    for sentence in _changes(prefix, base_model):
+        warnings.warn(sentence, stacklevel=3)  # past the frame of `no_grad`
+
+
+def _changes(prefix: PrefixCheckpoint, base_model: PreTrainedModel) -> Iterator[str]:
+    """Yields one sentence for each part of the recorded context that is another one now."""
+    for name in changed_sources(prefix.context):
+        yield (
+            f"{name} has changed since the prefix in {prefix.path} was made from it: make the prefix again if it should know "
+            "the new text."
+        )
+    recorded = prefix.context.get("chat_template_sha256")
+    if recorded is not None and (now := _chat_template(base_model)) is not None and text_hash(now) != recorded:
+        yield (
+            f"The tokenizer of {base_model.name_or_path} has another chat template than the one that the prefix in "
+            f"{prefix.path} was made with, and goes on with: make the prefix again if chats should follow the new one."
+        )
+
+
+def _chat_template(base_model: PreTrainedModel) -> str | None:
+    """Returns the chat template of the base model's tokenizer, if there is one."""
+    if not base_model.name_or_path:
+        return None
+    try:
+        template = AutoTokenizer.from_pretrained(base_model.name_or_path).get_chat_template()
+    except (OSError, ValueError):
+        return None
+    return str(template)

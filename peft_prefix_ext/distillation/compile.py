@@ -7,11 +7,13 @@ from pathlib import Path
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
+from peft_prefix_ext.base_model.describe import describe
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
 from peft_prefix_ext.checkpoint.reader import read_prefix
 from peft_prefix_ext.checkpoint.writer import check_place
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.distillation.context import Context
+from peft_prefix_ext.tuner.state_support import check_prefix_can_be_text
 
 
 def compile_context(model: PreTrainedModel, context: Context, folder: str | Path) -> PrefixCheckpoint:
@@ -26,9 +28,15 @@ def compile_context(model: PreTrainedModel, context: Context, folder: str | Path
         folder: The folder of the new adapter.
 
     Raises:
-        ValueError: If the model cannot have a prefix of this length.
+        ValueError: If the model cannot have a prefix of this length, or one that acts like the text: an encoder-decoder model,
+            and hybrids with Mamba-1.
     """
     check_place(folder, ["PREFIX_EXT"])
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{describe(model)} reads its text in an encoder, where no prefix can stand for it: train a prefix instead."
+        )
+    check_prefix_can_be_text(model)
     p = len(context.token_ids)
     config = PrefixExtConfig(
         task_type="CAUSAL_LM",
@@ -36,7 +44,7 @@ def compile_context(model: PreTrainedModel, context: Context, folder: str | Path
         init="tokens",
         init_token_ids=context.token_ids,
         reparam="none",
-        context={"sources": context.sources, "chat_template": context.chat_template},
+        context=context.record(),
     )
     prefixed = get_peft_model(model, config)
     try:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from peft_prefix_ext.checkpoint.context import text_hash
 from peft_prefix_ext.distillation.chat_template import continuation_template, render_opening
 from peft_prefix_ext.initialization.tokens import bos_tokens, encode
 
@@ -28,17 +28,23 @@ class Context:
         sources: The SHA-256 of each source by name, in hex.
         messages: The opening of a chat; empty if the context is no chat.
         chat_template: What renders the messages after the opening of a chat; `None` if the context is no chat.
+        chat_template_sha256: The SHA-256 of the tokenizer's chat template that it was made from, in hex.
     """
 
     token_ids: list[int]
     sources: dict[str, str] = field(default_factory=dict)
     messages: Messages = field(default_factory=list)
     chat_template: str | None = None
+    chat_template_sha256: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Returns what the config of an adapter keeps of it as `context`: nothing of what it says."""
+        return {name: getattr(self, name) for name in ("sources", "chat_template", "chat_template_sha256")}
 
     @property
     def digest(self) -> str:
         """The SHA-256, in hex, of what the model reads and how it goes on."""
-        return hashlib.sha256(json.dumps([self.token_ids, self.chat_template]).encode()).hexdigest()
+        return text_hash(json.dumps([self.token_ids, self.chat_template]))
 
 
 def text_context(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str] = ()) -> Context:
@@ -57,16 +63,19 @@ def text_context(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names
         what = names[empty[0]] if empty and names else "The context"
         raise ValueError(f"{what} is empty: give a text with at least one word.")
     ids = [*bos_tokens(tokenizer), *encode(tokenizer, SEPARATOR.join(texts))]
-    return Context(ids, _hashes(texts, names))
+    given = names or [f"text {number}" for number in range(1, len(texts) + 1)]
+    return Context(ids, _hashes(dict(zip(given, texts, strict=True))))
 
 
-def chat_context(tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str = "messages") -> Context:
+def chat_context(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, sources: Mapping[str, str] | None = None
+) -> Context:
     """Returns the context of the opening messages of a chat: a system message, worked examples, or both.
 
     Args:
         tokenizer: The tokenizer of the base model, with a chat template.
         messages: The messages, dicts with `role` and `content`.
-        name: The name by which their hash is recorded.
+        sources: The texts that they come from by name, whose hashes are recorded; by default, all of them as `messages`.
 
     Raises:
         ValueError: If there are none, or the chat template renders them differently when messages follow.
@@ -76,7 +85,8 @@ def chat_context(tokenizer: PreTrainedTokenizerBase, messages: Messages, name: s
     rendered = render_opening(tokenizer, messages)
     ids = tokenizer(rendered, add_special_tokens=False).input_ids
     template = continuation_template(tokenizer, messages, rendered)
-    return Context(ids, _hashes([json.dumps(messages, sort_keys=True)], [name]), messages, template)
+    hashes = _hashes(sources or {"messages": json.dumps(messages, sort_keys=True)})
+    return Context(ids, hashes, messages, template, text_hash(tokenizer.get_chat_template()))
 
 
 def read_messages(path: str | Path) -> Messages:
@@ -114,6 +124,5 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} is not a text in UTF-8; convert it first.") from error
 
 
-def _hashes(texts: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    given = names or [f"text {number}" for number in range(1, len(texts) + 1)]
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in zip(given, texts, strict=True)}
+def _hashes(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: text_hash(text) for name, text in texts.items()}

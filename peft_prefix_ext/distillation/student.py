@@ -56,7 +56,7 @@ def make_student(model: PreTrainedModel, context: Context, settings: Distillatio
         reparam=settings.reparam,
         num_frozen_tokens=min(settings.num_frozen_tokens, p - 1),
         token_dropout=settings.token_dropout,
-        context={"sources": context.sources, "chat_template": context.chat_template},
+        context=context.record(),
     )
     return get_peft_model(model, config)
 

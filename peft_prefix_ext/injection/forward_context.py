@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from peft_prefix_ext.attention.flash import check_token_dropout, flash_mask
+from peft_prefix_ext.attention.flash import flash_mask
 from peft_prefix_ext.attention.flex import prepend_prefix_blocks
 from peft_prefix_ext.attention.masks import prepend_prefix
 from peft_prefix_ext.checkpoint.format import LayerKV
@@ -104,15 +104,13 @@ class PrefixForwardContext:
             sliding_window: How many positions a query sees, itself included; `None` for all.
 
         Raises:
-            ValueError: If the attention function cannot hide single virtual tokens, as token dropout does.
+            ValueError: If token dropout meets flex attention.
         """
         for layer_mask, window, extended in self._masks:
             if layer_mask is mask and window == sliding_window:
                 return extended
         p, visible = self.batch.num_virtual_tokens, self.visible_tokens
         if self.is_flash:
-            if self.kept_tokens is not None:
-                check_token_dropout(p + kv_length, sliding_window)
             if visible is None and mask is not None:
                 visible = self.prefix_columns(self.batch_size)
             extended = flash_mask(mask, None if visible is None else visible.expand(self.batch_size, p), kv_length)

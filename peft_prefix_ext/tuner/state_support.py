@@ -16,12 +16,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.base_model.describe import describe
-from peft_prefix_ext.base_model.layers import ProbedModel, eval_mode
+from peft_prefix_ext.base_model.layers import ProbedModel, eval_mode, probe_model
 from peft_prefix_ext.base_model.offloaded import input_device
 from peft_prefix_ext.base_model.states import ProbedState, map_states
 from peft_prefix_ext.base_model.tensor_parallel import tensor_parallel_mesh
 from peft_prefix_ext.checkpoint.format import LayerState
 from peft_prefix_ext.config import PrefixExtConfig
+from peft_prefix_ext.injection.decoder_hook import without_prefixes
 from peft_prefix_ext.injection.state_layer import mixer_arguments
 from peft_prefix_ext.injection.state_view import PrefixStateView
 
@@ -51,6 +52,18 @@ def trainable_states(config: PrefixExtConfig, model: PreTrainedModel, probed: Pr
         )
         return []
     return probed.states
+
+
+def check_prefix_can_be_text(model: PreTrainedModel) -> None:
+    """Raises `ValueError` if the prefix of a text would not be the text, since recurrent layers cannot have a prefix."""
+    with without_prefixes(model):
+        probed = probe_model(model)
+        inexact = bool(probed.layers and probed.states) and not _start_from_states(model, probed.states)
+    if inexact:
+        raise ValueError(
+            f"The recurrent layers of {describe(model)} do not start from states that they are given, so the prefix of a text "
+            "is not the text: train a prefix instead."
+        )
 
 
 def _refuse_sharded(model: PreTrainedModel, states: list[ProbedState]) -> None:

@@ -81,6 +81,6 @@ HYBRIDS: dict[str, dict] = {
     "nemotron_h": {"time_step_min": 1e-9},
     "falcon_h1": {},
 }
-# Models that read media, as in `vision_models.py`: with pictures in their prompts, and with text alone.
+# Models that read media, as in `vision_configs.py`: with pictures in their prompts, and with text alone.
 MULTIMODAL_IMAGES = ["qwen3_vl", "qwen2_5_vl", "mistral3", "qwen3_5"]
 MULTIMODAL_TEXT = [*MULTIMODAL_IMAGES, "llava", "idefics3", "smolvlm", "internvl", "gemma3", "gemma4", "llama4"]

@@ -12,7 +12,8 @@ from vllm import SamplingParams
 
 from helpers.prefixed import with_prefix
 from helpers.serving.engines import start
-from helpers.serving.vision_models import CONTEXT, IMAGE, VISION_MODELS, picture, processor, save, vision_model
+from helpers.serving.vision_configs import CONTEXT, IMAGE, VISION_MODELS
+from helpers.serving.vision_models import picture, processor, save, vision_model
 from vllm_plugin import PrefixAdapterRequest, prefix_adapters
 
 # With blocks of 32 tokens: shorter than a block, aligned, and longer than a block.

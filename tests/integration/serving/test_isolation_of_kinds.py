@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.prefixed import with_prefix
-from helpers.serving import vision_models
+from helpers.serving import vision_configs
 from helpers.serving.architectures import CONTEXT, SIZES, forget_engine, generate
 from helpers.serving.chaos import Chaos, Content
 from helpers.serving.cpu_defects import avoid_defects
@@ -76,7 +76,7 @@ def of_pictures(name: str, num_blocks: int) -> Kind:
         lambda model, number: generate_with_pictures(model, model_inputs(reader, prompts[number]), 12)[0],
         {
             "num_gpu_blocks_override": num_blocks,
-            "max_model_len": vision_models.CONTEXT,
+            "max_model_len": vision_configs.CONTEXT,
             "skip_tokenizer_init": False,
             "limit_mm_per_prompt": {"image": 2, "video": 0},
         },

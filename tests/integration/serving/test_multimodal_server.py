@@ -15,7 +15,8 @@ import torch
 from helpers.prefixed import with_prefix
 from helpers.serving.server import MAX_MODEL_LEN, serve
 from helpers.serving.vision import Answer, Prompt, generate, model_inputs
-from helpers.serving.vision_models import VISION_MODELS, picture, processor, save, vision_model
+from helpers.serving.vision_configs import VISION_MODELS
+from helpers.serving.vision_models import picture, processor, save, vision_model
 
 MODEL = "qwen2_5_vl"
 LENGTHS = {"pirate": 32, "poet": 7}

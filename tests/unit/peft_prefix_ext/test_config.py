@@ -39,6 +39,7 @@ from peft_prefix_ext import PrefixExtConfig
         ),
         ({"init_chat_template": True}, "`init_chat_template` is only used with `init='text'`, got `init='random'`"),
         ({"prefix_dropout": -0.1}, r"`prefix_dropout` must be in \[0, 1\), got -0.1"),
+        ({"token_dropout": 1.0}, r"`token_dropout` must be in \[0, 1\), got 1.0"),
         ({"init_std": -1.0}, "`init_std` must be >= 0, got -1.0"),
         ({"num_virtual_tokens": 4, "num_frozen_tokens": 4}, "must be < `num_virtual_tokens`, got 4 and 4"),
         ({"num_frozen_tokens": -1}, "`num_frozen_tokens` must be an integer >= 0, got -1"),

@@ -114,6 +114,23 @@ def test_gradients_through_flash_attention(model, expected):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-3)
 
 
+def test_token_dropout(model, expected):
+    ids = random_ids(2, 12)
+    padding = torch.ones_like(ids)
+    padding[1, :5] = 0
+    labels = ids.masked_fill(padding.cumsum(dim=1) < 2, -100)  # padding sees the prefix under sdpa alone
+    for mask in (None, padding):
+        for each in (model, expected):
+            each.peft_config["default"].token_dropout = 0.5
+            each.zero_grad()
+            torch.manual_seed(3)
+            each.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            if ours.requires_grad:
+                assert (theirs.grad == 0).any()
+                torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-3)
+
+
 def test_unsupported_inputs_are_refused(model):
     ids = random_ids(1, 8)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])

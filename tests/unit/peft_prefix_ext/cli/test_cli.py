@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from helpers.prefixed import with_prefix
-from helpers.tiny import tiny_model
+from helpers.tiny import tiny_model, tiny_tokenizer
 from peft_prefix_ext import read_prefix, write_prefix
 from peft_prefix_ext.checkpoint.format import LayerKV
 from peft_prefix_ext.cli import main
@@ -90,6 +90,7 @@ def test_export_import_compose_verify(run, folder):
         code, out, err = run(*arguments)
         assert (code, err) == (0, "")
         assert "virtual tokens" in out
+        assert ("trained apart collapse behind one another" in out) == (arguments[0] == "compose")
     assert read_prefix(folder / "out/again").digest == read_prefix(folder / "ours").digest
     assert read_prefix(folder / "out/cartridge").config["num_frozen_tokens"] == 2
     assert read_prefix(folder / "out/both").num_virtual_tokens == 12
@@ -100,6 +101,12 @@ def test_export_import_compose_verify(run, folder):
     assert torch.isfinite(
         PeftModel.from_pretrained(tiny_model("llama"), folder / "out/both")(torch.ones(1, 3, dtype=torch.long)).logits
     ).all()
+
+
+def test_one_prefix_alone_stands_behind_none(run, tmp_path):
+    code, out, err = run("compose", "ours", "--out", str(tmp_path / "one"))
+    assert (code, err) == (0, "")
+    assert "collapse" not in out
 
 
 def test_errors_are_one_sentence(run, folder, tmp_path):
@@ -177,6 +184,51 @@ def test_verify_finds_what_is_wrong(run, folder, tmp_path):
     next(iter(tensors.values()))[:] = float("nan")
     save_file(tensors, weights)
     fails(run, "holds NaN or Inf", "verify", huge, "--base", "base")
+
+
+def test_verify_warns_of_what_has_changed_since_a_prefix_was_compiled(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }};{% endfor %}"
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    chat, rules, facts = (tmp_path / name for name in ("chat.json", "rules.txt", "facts.txt"))
+    chat.write_text(json.dumps([{"role": "system", "content": "Answer."}]))
+    rules.write_text("Answer in one sentence.\n")
+    facts.write_text("Aromi serves Italian food.")
+    adapters = {"chat": ["chat.json"], "system": ["rules.txt", "facts.txt", "--system"], "text": ["facts.txt"]}
+    for name, arguments in adapters.items():
+        assert run("compile", *arguments, "--base", "base", "--out", name)[0] == 0
+
+    def warnings_of(name):
+        code, out, err = run("verify", name, "--base", "base")
+        assert code == 0
+        assert [line[:4] for line in out.splitlines()] == ["ok  "] * 4
+        assert all(line.startswith("prefix-ext: warning: ") for line in err.splitlines())
+        return [line.removeprefix("prefix-ext: warning: ") for line in err.splitlines()]
+
+    assert {name: warnings_of(name) for name in adapters} == {"chat": [], "system": [], "text": []}
+    chat.write_text("[]")
+    rules.write_bytes(b"Answer in one sentence.\r\n")  # as another system writes it
+    facts.write_text("Aromi serves French food.")
+    assert [line.partition(" has changed since")[0] for line in warnings_of("chat")] == ["chat.json"]
+    changed = "facts.txt has changed since the prefix in {} was made from it: make the prefix again if it should know the new text."
+    for name in ("system", "text"):
+        assert warnings_of(name) == [changed.format(name)]
+    # What is gone says nothing.
+    for source in (chat, rules, facts):
+        source.unlink()
+    assert warnings_of("system") == []
+    tokenizer.chat_template += "{{ '' }}"
+    tokenizer.save_pretrained("base")
+    for name in ("chat", "system"):
+        (line,) = warnings_of(name)
+        assert line.startswith("The tokenizer of base has another chat template than the one that the prefix in")
+    assert warnings_of("text") == []
+    for file in (tmp_path / "base").glob("*token*"):
+        file.unlink()
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    assert warnings_of("chat") == []
 
 
 def test_warnings_are_one_line(run, folder, tmp_path):

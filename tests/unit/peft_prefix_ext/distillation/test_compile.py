@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from jinja2 import TemplateError
 from peft import PeftModel
 
 from helpers.chats import CHATML, LLAMA, tokenizer_with
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny import STATELESS, tiny_model, tiny_tokenizer
+from helpers.tiny_seq2seq import tiny_encoder_decoder
 from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.cli import main
 from peft_prefix_ext.distillation.compile import compile_context
-from peft_prefix_ext.distillation.context import chat_context, read_messages, read_text, text_context
+from peft_prefix_ext.distillation.context import Context, chat_context, read_messages, read_text, text_context
 
 VOCABULARY = {"vocab_size": 300}
 OPENINGS = [
@@ -133,6 +135,26 @@ def test_chats_that_no_prefix_can_stand_for_are_refused(template, messages, mess
         chat_context(tokenizer_with(template), messages)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (name, "do not start from states that they are given, so the prefix of a text is not the text")
+            for name in STATELESS
+        ),
+        ("t5", "reads its text in an encoder, where no prefix can stand for it"),
+    ],
+)
+def test_models_whose_prefix_is_not_the_text_are_refused(name, message, tmp_path):
+    base = tiny_encoder_decoder(name) if name == "t5" else tiny_model(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(ValueError, match=f"{message}: train a prefix instead"):
+            compile_context(base, Context([3, 4, 5]), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not any("prefix_ext" in module for module, _ in base.named_modules())
+
+
 @pytest.mark.parametrize("texts", [[], [""], ["Aromi", " \n"]])
 def test_an_empty_text_is_refused(texts):
     with pytest.raises(ValueError, match="is empty: give a text"):
@@ -168,7 +190,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     count = config["num_virtual_tokens"]
     assert f"{count} virtual tokens" in out
     assert f"saves       {count} tokens to send, tokenize and prefill in each request" in out
-    assert config["context"]["chat_template"]
+    context = config["context"]
+    assert context["chat_template"]
+    assert context["chat_template_sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
+    assert context["sources"] == {"handbook.txt": hashlib.sha256(b"Aromi serves Italian food.").hexdigest()}
 
     def refused(message, *arguments):
         with pytest.raises(SystemExit) as raised:

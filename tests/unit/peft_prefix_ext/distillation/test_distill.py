@@ -41,7 +41,7 @@ def tokenizer():
 def distillation(tokenizer, tmp_path):
     def make(settings=SETTINGS, **options):
         model = tiny_model("llama", vocab_size=len(tokenizer))
-        context = chat_context(tokenizer, SYSTEM, "handbook.txt")
+        context = chat_context(tokenizer, SYSTEM, {"handbook.txt": SYSTEM[0]["content"]})
         options = {"questions": QUESTIONS, "work": tmp_path / "work", "arguments": ARGUMENTS, **options}
         return Distillation(model, tokenizer, context, settings, **options)
 

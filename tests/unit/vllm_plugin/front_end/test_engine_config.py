@@ -13,7 +13,7 @@ from vllm.utils import cpu_resource_utils
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from helpers.serving import support
-from helpers.serving.vision_models import VISION_MODELS
+from helpers.serving.vision_configs import VISION_MODELS
 from helpers.tiny import tiny_config
 from vllm_plugin import prefix_adapters
 from vllm_plugin.adapters.validation import check_engine
