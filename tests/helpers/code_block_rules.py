@@ -164,8 +164,9 @@ def shell(each: Block, page: Page) -> None:
             check_serve(words[2:])
         elif words[0] == "prefix-serve":
             check_serve(words[1:])
-        elif words[0] == "echo" and words[-2] == ">":
-            (page.folder / words[-1]).write_text(" ".join(words[1:-2]), encoding="utf-8")
+        elif words[0] == "echo" and words[-2] in (">", ">>"):
+            with (page.folder / words[-1]).open("w" if words[-2] == ">" else "a", encoding="utf-8") as file:
+                file.write(" ".join(words[1:-2]) + "\n")
         elif words[0] == "curl":
             command = [page.address(word) for word in words]
             subprocess.run([*command, "--fail-with-body", "--silent"], cwd=page.folder, check=True, capture_output=True)
