@@ -19,6 +19,7 @@ from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.format import LayerState, PrefixCheckpoint, PrefixCheckpointError, magnitude
 from vllm_plugin.adapters.base_lora import confuses_slots
 from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
+from vllm_plugin.adapters.rotary import check_rotation
 from vllm_plugin.adapters.speculation import lossy_speculation
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
@@ -50,6 +51,7 @@ def check_engine(vllm_config: Any) -> None:
     if found:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
     cache_layout(model)
+    check_rotation(model)
     if vllm_config.lora_config is not None and confuses_slots():
         logger.warning(
             "This vLLM has a bug on CPU that is fixed in 0.33: with as many LoRA adapters in use as --max-loras allows, "

@@ -140,6 +140,17 @@ def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, An
     refused(model, adapter, message, **settings)
 
 
+def test_longrope_is_served_up_to_its_original_length(tmp_path: Path) -> None:
+    """Beyond it, vLLM takes the factors of long texts for short ones, too, and the keys of a prefix do not fit."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
+    config = tiny_config("phi3", head_dim=32, rope_parameters=rope, max_position_embeddings=512)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    adapter = support.write_adapter(tmp_path / "prefix", config, support.random_prefix(config, 4))
+    engine_config(tmp_path / "base", adapter, max_model_len=128)
+    refused(tmp_path / "base", adapter, "over 128, vLLM rotates the keys of short texts", max_model_len=129)
+
+
 def test_returned_routed_experts_are_refused(model: Path, adapter: Path) -> None:
     config = engine_config(model, adapter)
     # An option of model runner V2, which does not run on CPU.
