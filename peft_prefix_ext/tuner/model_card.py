@@ -14,7 +14,8 @@ from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
 CARD_NAME = "README.md"
 TAGS = ("peft-prefix-ext", "prefix-tuning")
-_START, _END = "<!-- peft-prefix-ext -->", "<!-- /peft-prefix-ext -->"
+# The marks before and behind what is written here.
+SECTION_START, SECTION_END = "<!-- peft-prefix-ext -->", "<!-- /peft-prefix-ext -->"
 # The title of the template of PEFT and transformers, which says nothing about the model.
 _TEMPLATE_TITLE = "# Model Card for Model ID"
 
@@ -42,16 +43,29 @@ def write_card(model: PeftModel, folder: str | Path, repo: str | None = None) ->
     ]
     card.data.tags = sorted({*tags, *TAGS})
     sections = [_section(model, name, config, base or "BASE", repo) for name, config in configs.items()]
-    text = "\n".join([_START, *sections, _END])
-    if _START in card.text and _END in card.text:
-        before, _, rest = card.text.partition(_START)
-        card.text = before + text + rest.partition(_END)[2]
+    text = "\n".join([SECTION_START, *sections, SECTION_END])
+    if replaced := put_section(card.text, text, SECTION_START, SECTION_END):
+        card.text = replaced
     elif _TEMPLATE_TITLE in card.text:
         versions = card.text.rpartition("### Framework versions")
         card.text = "\n".join([f"# {_name(repo) or 'A prefix'}", "", text, "", versions[1] + versions[2]])
     else:
         card.text = f"{card.text.rstrip()}\n\n{text}\n"
     card.save(path)
+
+
+def put_section(card: str, section: str, start: str, end: str) -> str | None:
+    """Returns the text of a card with a section in the place of what stands between two marks, `None` if they are not there.
+
+    Args:
+        card: The text of the card.
+        section: The new section, with its marks.
+        start: The mark before it.
+        end: The mark behind it.
+    """
+    before, found_start, rest = card.partition(start)
+    _, found_end, after = rest.partition(end)
+    return before + section + after if found_start and found_end else None
 
 
 def _name(repo: str | None) -> str | None:
