@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     print_summary(read_prefix(args.out))
     print(f"  {'stands for':<12}{len(context.token_ids)} tokens")
     if not args.no_report:
-        print(distillation.report(args.out).summary())
+        print("", *distillation.report(args.out).verdict(), f"See {args.out}/report.md.", sep="\n")
 
 
 def _engine(name: str) -> str:

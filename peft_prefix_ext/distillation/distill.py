@@ -1,4 +1,4 @@
-"""Distils a context into a short prefix, in stages: compile, questions, targets, training, on-policy rounds."""
+"""Distils a context into a short prefix, in stages: compile, questions, targets, training, on-policy rounds, report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from peft_prefix_ext.checkpoint.writer import check_place
 from peft_prefix_ext.distillation.companions import Companions
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import Context
+from peft_prefix_ext.distillation.evaluation import STUDENT, evaluate
 from peft_prefix_ext.distillation.generation import Generator, pad_token_of
 from peft_prefix_ext.distillation.loss import reverse_kl
+from peft_prefix_ext.distillation.metrics import Metric, word_f1
 from peft_prefix_ext.distillation.on_policy import score_own_answers
 from peft_prefix_ext.distillation.questions import Question
+from peft_prefix_ext.distillation.report import Report
+from peft_prefix_ext.distillation.report_page import add_to_card, write_report
 from peft_prefix_ext.distillation.settings import OF_TARGETS, DistillationSettings
 from peft_prefix_ext.distillation.student import check_length, make_student, train_student
 from peft_prefix_ext.distillation.synthesis import write_questions
@@ -30,8 +34,6 @@ from peft_prefix_ext.distillation.targets import Target, read_targets
 from peft_prefix_ext.distillation.teacher import TEACHER, answer_questions, used_targets
 from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
 from peft_prefix_ext.distillation.work_folder import WorkFolder
-
-STUDENT = "student"
 
 
 @dataclass
@@ -106,12 +108,39 @@ class Distillation:
                     shutil.copy2(path, new / path.name)
         return Path(out)
 
-    @contextmanager
-    def generator(self) -> Iterator[Generator]:
-        """Yields the base model with the compiled context as the prefix `TEACHER`."""
-        self.compile()
+    def report(
+        self, out: str | Path | None = None, *, metric: Metric = word_f1, metric_name: str = "word F1"
+    ) -> Report:
+        """Compares the students with the full context, with nothing, and with other openings of their length.
+
+        Writes the report into the work folder and, if there is one, into the adapter's folder and its model card.
+
+        Args:
+            out: The folder that `save` wrote the adapter to.
+            metric: The score of free answers; the higher the better.
+            metric_name: Its name.
+        """
+        students = list(self.train().values())
+        _, held_out = self.make_targets()
         with self._generator() as generator:
-            yield generator
+            report = evaluate(
+                generator,
+                self.tokenizer,
+                self.context,
+                [target.question for target in held_out],
+                {"prefix": students},
+                metric=metric,
+                metric_name=metric_name,
+                max_new_tokens=self.settings.max_new_tokens,
+                seconds_spent=sum(self.folder.seconds().values()) / len(students),
+                seed=self.settings.seed,
+                settings=self.settings.to_dict(),
+            )
+        write_report(report, self.folder.path)
+        if out is not None:
+            write_report(report, Path(out))
+            add_to_card(Path(out), report)
+        return report
 
     def _inputs(self) -> dict[str, Any]:
         settings = self.settings.to_dict()

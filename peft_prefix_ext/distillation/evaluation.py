@@ -28,8 +28,9 @@ from peft_prefix_ext.distillation.metrics import Metric, word_f1
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.recovered_share import separation
 from peft_prefix_ext.distillation.report import FULL, Report, Row
+from peft_prefix_ext.distillation.teacher import TEACHER
 
-TEACHER, STUDENT = "teacher", "student"
+STUDENT = "student"
 # Of the answers whose tokens per second are measured.
 _TIMED_TOKENS = 32
 

@@ -142,9 +142,9 @@ def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, An
 
 def test_longrope_is_served_up_to_its_original_length(tmp_path: Path) -> None:
     """Beyond it, vLLM takes the factors of long texts for short ones, too, and the keys of a prefix do not fit."""
-    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
-    config = tiny_config("phi3", head_dim=32, rope_parameters=rope, max_position_embeddings=512)
+    config = tiny_config("phi3", rope_parameters=rope, max_position_embeddings=512)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     adapter = support.write_adapter(tmp_path / "prefix", config, support.random_prefix(config, 4))
     engine_config(tmp_path / "base", adapter, max_model_len=128)
