@@ -19,14 +19,14 @@ from peft_prefix_ext.checkpoint.writer import check_place
 from peft_prefix_ext.distillation.companions import Companions
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.distillation.evaluation import STUDENT, evaluate
 from peft_prefix_ext.distillation.generation import Generator, pad_token_of
 from peft_prefix_ext.distillation.loss import reverse_kl
-from peft_prefix_ext.distillation.metrics import Metric, word_f1
 from peft_prefix_ext.distillation.on_policy import score_own_answers
 from peft_prefix_ext.distillation.questions import Question
-from peft_prefix_ext.distillation.report import Report
-from peft_prefix_ext.distillation.report_page import add_to_card, write_report
+from peft_prefix_ext.distillation.reporting.evaluation import STUDENT, evaluate
+from peft_prefix_ext.distillation.reporting.metrics import Metric, word_f1
+from peft_prefix_ext.distillation.reporting.report import Report
+from peft_prefix_ext.distillation.reporting.report_page import add_to_card, write_report
 from peft_prefix_ext.distillation.settings import OF_TARGETS, DistillationSettings
 from peft_prefix_ext.distillation.student import check_length, make_student, train_student
 from peft_prefix_ext.distillation.synthesis import write_questions

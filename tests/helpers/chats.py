@@ -7,10 +7,11 @@ from transformers import PreTrainedTokenizerFast
 from helpers.tiny import tiny_tokenizer
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]
+DEFAULT_SYSTEM = "You are a helpful assistant."
 # Both write a default system message where there is none; the second strips contents, and uses macros and namespaces.
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    f"{{{{ '<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n' }}}}{{% endif %}}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

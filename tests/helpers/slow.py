@@ -23,7 +23,7 @@ SLOW = {
     ],
     "peft_prefix_ext/cli/test_run.py": ["test_a_program_that_never_imports_the_package_loads_an_adapter"],
     "peft_prefix_ext/conversion/test_stock_peft.py": ["test_stock_peft_alone_loads_every_export"],
-    "peft_prefix_ext/distillation/test_evaluation.py": [
+    "peft_prefix_ext/distillation/reporting/test_evaluation.py": [
         "test_a_prefix_of_no_context_recovers_nothing",
         "test_given_references_and_another_metric",
         "test_the_teacher_recovers_all",

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Whisper
 from vllm.utils import cpu_resource_utils
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
+from helpers.prefixed import with_prefix
 from helpers.serving import support
 from helpers.serving.vision_configs import VISION_MODELS
-from helpers.tiny import tiny_config
+from helpers.tiny import tiny_config, tiny_model
 from vllm_plugin import prefix_adapters
 from vllm_plugin.adapters.validation import check_engine
 from vllm_plugin.errors import PrefixServeError
@@ -144,9 +145,11 @@ def test_longrope_is_served_up_to_its_original_length(tmp_path: Path) -> None:
     """Beyond it, vLLM takes the factors of long texts for short ones, too, and the keys of a prefix do not fit."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
-    config = tiny_config("phi3", rope_parameters=rope, max_position_embeddings=512)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    adapter = support.write_adapter(tmp_path / "prefix", config, support.random_prefix(config, 4))
+    base = tiny_model("phi3", rope_parameters=rope, max_position_embeddings=512, original_max_position_embeddings=128)
+    base.save_pretrained(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    with pytest.warns(UserWarning, match="rotates its keys by the length of the text"):
+        with_prefix(base).save_pretrained(str(adapter))
     engine_config(tmp_path / "base", adapter, max_model_len=128)
     refused(tmp_path / "base", adapter, "over 128, vLLM rotates the keys of short texts", max_model_len=129)
 

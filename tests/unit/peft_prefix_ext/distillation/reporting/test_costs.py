@@ -7,8 +7,8 @@ import pytest
 from helpers.prefixed import with_prefix
 from helpers.tiny import tiny_model
 from peft_prefix_ext.checkpoint.reader import read_prefix
-from peft_prefix_ext.distillation import costs
-from peft_prefix_ext.distillation.costs import (
+from peft_prefix_ext.distillation.reporting import costs
+from peft_prefix_ext.distillation.reporting.costs import (
     Candidate,
     Cost,
     measure_costs,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.distillation import DEFAULT_SYSTEM, TEXT, chat_generator, chat_model, chatml_tokenizer, questions
-from peft_prefix_ext.distillation.answers import references_of
+from helpers.chats import DEFAULT_SYSTEM
+from helpers.distillation import TEXT, chat_generator, chat_model, chatml_tokenizer, questions
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import chat_context
-from peft_prefix_ext.distillation.evaluation import evaluate
+from peft_prefix_ext.distillation.reporting.answers import references_of
+from peft_prefix_ext.distillation.reporting.evaluation import evaluate
 
 OPTIONS = {"max_new_tokens": 8, "num_requests": 2}
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context, Messages
 from peft_prefix_ext.distillation.generation import Generator, TokenIds
-from peft_prefix_ext.distillation.metrics import Metric
 from peft_prefix_ext.distillation.questions import Question, prompt_ids
+from peft_prefix_ext.distillation.reporting.metrics import Metric
 
 
 @dataclass(frozen=True)

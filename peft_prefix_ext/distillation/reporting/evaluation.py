@@ -12,22 +12,28 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
 from peft_prefix_ext.checkpoint.reader import read_prefix
-from peft_prefix_ext.distillation.answers import (
+from peft_prefix_ext.distillation.context import Context
+from peft_prefix_ext.distillation.generation import Generator, TokenIds
+from peft_prefix_ext.distillation.questions import Question
+from peft_prefix_ext.distillation.reporting.answers import (
     Answers,
     prompts_behind_prefix,
     prompts_with_opening,
     references_of,
     score_answers,
 )
-from peft_prefix_ext.distillation.baselines import Opening, baseline_openings, opening_length
-from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.distillation.costs import Candidate, Cost, measure_costs, requests_until_paid, size_at_length
-from peft_prefix_ext.distillation.drift import Drift, answer_off_topic, measure_drift
-from peft_prefix_ext.distillation.generation import Generator, TokenIds
-from peft_prefix_ext.distillation.metrics import Metric, word_f1
-from peft_prefix_ext.distillation.questions import Question
-from peft_prefix_ext.distillation.recovered_share import separation
-from peft_prefix_ext.distillation.report import FULL, Report, Row
+from peft_prefix_ext.distillation.reporting.baselines import Opening, baseline_openings, opening_length
+from peft_prefix_ext.distillation.reporting.costs import (
+    Candidate,
+    Cost,
+    measure_costs,
+    requests_until_paid,
+    size_at_length,
+)
+from peft_prefix_ext.distillation.reporting.drift import Drift, answer_off_topic, measure_drift
+from peft_prefix_ext.distillation.reporting.metrics import Metric, word_f1
+from peft_prefix_ext.distillation.reporting.recovered_share import separation
+from peft_prefix_ext.distillation.reporting.report import FULL, Report, Row
 from peft_prefix_ext.distillation.teacher import TEACHER
 
 STUDENT = "student"

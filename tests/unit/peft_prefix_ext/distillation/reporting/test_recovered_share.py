@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from peft_prefix_ext.distillation.recovered_share import MIN_QUESTIONS, separation
+from peft_prefix_ext.distillation.reporting.recovered_share import MIN_QUESTIONS, separation
 
 
 def compared(nothing, full, seed=0):

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from peft_prefix_ext.distillation.costs import Cost
-from peft_prefix_ext.distillation.drift import Drift
-from peft_prefix_ext.distillation.recovered_share import Separation
+from peft_prefix_ext.distillation.reporting.costs import Cost
+from peft_prefix_ext.distillation.reporting.drift import Drift
+from peft_prefix_ext.distillation.reporting.recovered_share import Separation
 
 FULL = "full context"
 

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 
 from helpers.prefixed import with_prefix
 from helpers.tiny import tiny_model
-from peft_prefix_ext.distillation.costs import Cost
-from peft_prefix_ext.distillation.drift import Drift
-from peft_prefix_ext.distillation.recovered_share import Separation
-from peft_prefix_ext.distillation.report import Report, Row, number, spread
-from peft_prefix_ext.distillation.report_page import add_to_card, to_markdown, write_report
+from peft_prefix_ext.distillation.reporting.costs import Cost
+from peft_prefix_ext.distillation.reporting.drift import Drift
+from peft_prefix_ext.distillation.reporting.recovered_share import Separation
+from peft_prefix_ext.distillation.reporting.report import Report, Row, number, spread
+from peft_prefix_ext.distillation.reporting.report_page import add_to_card, to_markdown, write_report
 
 CLEAR, UNCLEAR = Separation(0.2, 0.6, (0.1, 0.7)), Separation(-3.0, -2.5, (-0.1, 0.4))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_prefix_ext.distillation.metrics import word_f1
+from peft_prefix_ext.distillation.reporting.metrics import word_f1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from huggingface_hub import ModelCard
 
-from peft_prefix_ext.distillation.report import Report, Row, spread
+from peft_prefix_ext.distillation.reporting.report import Report, Row, spread
 from peft_prefix_ext.tuner.model_card import CARD_NAME, SECTION_END, put_section
 
 REPORT_NAME, PAGE_NAME, PLOT_NAME = "report.json", "report.md", "report.png"
