@@ -110,8 +110,9 @@ class PrefixExtConfig(PeftConfig):
             shared by all rows of a batch.
         token_dropout (`float`):
             The probability that a whole virtual token is masked in a forward pass while training (CT-KV, arXiv:2507.04221).
-            One draw per forward pass holds for all rows of a batch and all layers; nothing is rescaled, and positions stay.
-            Frozen tokens are never masked, and states of recurrent layers never dropped.
+            One draw per forward pass holds for all rows of a batch and all layers; the encoder of an encoder-decoder model
+            has its own. Nothing is rescaled, and positions stay. `num_frozen_tokens` are never masked, and states of
+            recurrent layers have no tokens. Not supported with flex attention.
         num_frozen_tokens (`int`):
             The number of virtual tokens, from the first, that keep their initial K/V (an attention sink). States of
             recurrent layers have no tokens, and train as a whole.
