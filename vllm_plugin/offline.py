@@ -32,7 +32,7 @@ def prefix_adapters(
 
     Args:
         adapters: Folder or Hub repository of each adapter by name, for names that are not Python identifiers; or a
-            mapping with `path` and `draft_path`, the prefix of the draft model.
+            mapping with `path` and `draft_path`, the prefix of the draft model. `{}` if requests bring all adapters along.
         kv_transfer_config: Your own KV connector to run beside the prefixes, if any.
         prefix_adapter_device_memory: Device memory for prefixes beside the KV cache, in GiB; 0.5 by default.
         more: Further adapters by name.
@@ -42,7 +42,7 @@ def prefix_adapters(
     """
     install()
     sources = {**(adapters or {}), **more}
-    if not sources:
+    if not sources and adapters is None:
         raise PrefixServeError("`prefix_adapters` needs at least one name=path.")
     options = [option_of(name, source) for name, source in sources.items()]
     memory: dict[str, int] = {}

@@ -47,6 +47,16 @@ def test_a_good_adapter_starts(model: Path, adapter: Path) -> None:
     assert (spec.name, spec.source, spec.num_virtual_tokens) == ("one", str(adapter), 4)
 
 
+def test_requests_may_bring_all_adapters_along(model: Path, adapter: Path) -> None:
+    from vllm_plugin import PrefixAdapterRequest
+    from vllm_plugin.adapters.runtime_loading import adapter_of
+
+    config = engine_config(model, {})
+    assert support.specs_in(config.kv_transfer_config) == {}
+    spec = adapter_of(PrefixAdapterRequest("one", lora_path=str(adapter)), config)
+    assert support.specs_in(config.kv_transfer_config) == {"one": spec}
+
+
 def test_disabled_prefix_caching_warns_once(model: Path, adapter: Path, log: pytest.LogCaptureFixture) -> None:
     for setting in (True, False):
         engine_config(model, adapter, enable_prefix_caching=setting)
