@@ -7,13 +7,51 @@ from dataclasses import dataclass
 
 from peft_prefix_ext.distillation.questions import Question
 
-FIRST = ("Ada", "Boris", "Clara", "Dario", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luca", "Mona", "Nils")
-LAST = ("Abbot", "Birk", "Castel", "Dorn", "Eker", "Falk", "Gruber", "Hale", "Ivers", "Jansen", "Kessel", "Lund", "Marsh")
+FIRST = (
+    "Ada",
+    "Boris",
+    "Clara",
+    "Dario",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Luca",
+    "Mona",
+    "Nils",
+)
+LAST = (
+    "Abbot",
+    "Birk",
+    "Castel",
+    "Dorn",
+    "Eker",
+    "Falk",
+    "Gruber",
+    "Hale",
+    "Ivers",
+    "Jansen",
+    "Kessel",
+    "Lund",
+    "Marsh",
+)
 FACTS = {
     "home town": ("Lisbon", "Tallinn", "Cork", "Graz", "Porto", "Turku", "Bergen", "Ghent", "Malaga", "Riga"),
     "job": ("baker", "surveyor", "nurse", "welder", "translator", "pilot", "gardener", "judge", "chemist", "tailor"),
     "pet": ("a parrot", "a tortoise", "two cats", "a hamster", "a greyhound", "an iguana", "a pony", "a ferret"),
-    "instrument": ("the cello", "the oboe", "the banjo", "the harp", "the trumpet", "the piano", "the flute", "the drums"),
+    "instrument": (
+        "the cello",
+        "the oboe",
+        "the banjo",
+        "the harp",
+        "the trumpet",
+        "the piano",
+        "the flute",
+        "the drums",
+    ),
     "room number": ("112", "127", "205", "218", "301", "324", "410", "433"),
 }
 TEMPLATES = {
@@ -46,6 +84,26 @@ class FactSheet:
     text: str
     questions: list[Question]
     choices: list[list[str]]
+
+
+def names(sheet: FactSheet) -> list[str]:
+    """Returns the people of a sheet, in their order."""
+    return [" ".join(line.split()[:2]) for line in sheet.text.splitlines()]
+
+
+def parts(sheet: FactSheet, number: int) -> list[FactSheet]:
+    """Returns `number` sheets about as many different people each; those that are left over are dropped."""
+    lines = sheet.text.splitlines()
+    size = len(lines) // number
+    facts = size * len(FACTS)
+    return [
+        FactSheet(
+            "\n".join(lines[index * size : (index + 1) * size]),
+            sheet.questions[index * facts : (index + 1) * facts],
+            sheet.choices[index * facts : (index + 1) * facts],
+        )
+        for index in range(number)
+    ]
 
 
 def fact_sheet(num_people: int, seed: int) -> FactSheet:

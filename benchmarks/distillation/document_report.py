@@ -1,0 +1,103 @@
+"""The tables and the plot of distilled documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.axes import Axes
+
+from benchmarks.common import plots
+from benchmarks.common.results import Record
+from benchmarks.common.tables import markdown_table
+from benchmarks.distillation.documents import PAGE, SHEET
+from benchmarks.distillation.exam import CHOICE, LOGPROB, SCORE
+from benchmarks.distillation.shares import DocumentResults, spread
+from benchmarks.distillation.tasks.documents import DISTILLED, DOCUMENTS, NEXT_TOKEN
+
+MEASURES = {
+    CHOICE: "right choices",
+    LOGPROB: "log-probability of the right answer, nats per token",
+    SCORE: "word F1 of free answers",
+}
+# What the plot shows of each document.
+PLOTTED = {SHEET: LOGPROB, PAGE: LOGPROB}
+COLORS = {DISTILLED: plots.OURS, NEXT_TOKEN: plots.DARK}
+
+
+def document_tables(content: Record) -> str:
+    """Returns a table for each document and measure, with a column for each length."""
+    parts = [part for name in DOCUMENTS if (part := _tables(content, name))]
+    settings = content["settings"]
+    title = (
+        "### Documents\n\n"
+        f"Prefixes of each length and other openings of at most as many tokens: {settings['num_exam']} questions that nothing "
+        f"was trained on, {settings['document_steps']} steps. Cells are recovered shares, or the values themselves where "
+        "nothing and the full context do not separate."
+    )
+    return "\n\n".join([title, *parts]) if parts else ""
+
+
+def save_plot(content: Record, path: Path) -> bool:
+    """Plots the recovered share by the length of the prefix, an axes for each document.
+
+    Returns:
+        Whether there is something to plot.
+    """
+    results = {name: DocumentResults(content, name) for name in DOCUMENTS}
+    shown = {name: found for name, found in results.items() if found.records and found.is_clear(PLOTTED[name])}
+    if not shown:
+        return False
+    title = "Recovered share by the length of the prefix"
+    subtitle = f"{content['settings']['model']}, by the log-probability of the right answer; 1 is the full context"
+    with plots.plot(path, title, subtitle, height=4, columns=len(shown), share_y=True) as columns:
+        for axes, (name, found) in zip(columns, shown.items(), strict=True):
+            _draw(axes, found, PLOTTED[name])
+            axes.set_title(name)
+    return True
+
+
+def _draw(axes: Axes, found: DocumentResults, measure: str) -> None:
+    lengths = found.lengths
+    ends = []
+    for name in found.rows:
+        shares = [found.shares(name, length, measure) for length in lengths]
+        if not all(shares):  # an opening of which nothing fits the shortest length
+            continue
+        color = COLORS.get(name, plots.GREY)
+        means = [fmean(values) for values in shares]
+        plots.line(axes, means, color)
+        ends.append((means[-1], name, color))
+    places = range(len(lengths))
+    gap = 0.06 * max(1.0, max((y for y, _, _ in ends), default=1) - min((y for y, _, _ in ends), default=0))
+    plots.label_points(axes, places[-1] + 0.1, ends, gap, "left")
+    axes.axhline(1, color=plots.LIGHT, linewidth=1.5, zorder=0)
+    axes.axhline(0, color=plots.LIGHT, linewidth=1.5, zorder=0)
+    axes.set_xticks(places, [str(length) for length in lengths])
+    axes.set(xlim=(-0.2, places[-1] + 0.35 + 0.55 * len(lengths)), xlabel="tokens")
+
+
+def _tables(content: Record, name: str) -> str:
+    found = DocumentResults(content, name)
+    if not found.records:
+        return ""
+    parts = []
+    for measure, title in MEASURES.items():
+        if found.has(measure):
+            parts.append(_table(found, name, measure, title))
+    return "\n\n".join(parts)
+
+
+def _table(found: DocumentResults, name: str, measure: str, title: str) -> str:
+    is_clear = found.is_clear(measure)
+    nothing, full = (spread(found.reference(row, measure), 2) for row in ("nothing", "full context"))
+    tokens = spread(found.reference("full context", "tokens"), 0)
+    what = "Recovered shares." if is_clear else "No verdict: the full context is not better than nothing beyond chance."
+    cells = found.shares if is_clear else found.values
+    rows = [[row, *(spread(cells(row, length, measure), 2) for length in found.lengths)] for row in found.rows]
+    return "\n\n".join(
+        [
+            f"**{name.capitalize()} of {tokens} tokens, {title}**: nothing {nothing}, full context {full}. {what}",
+            markdown_table(["", *(f"{length} tokens" for length in found.lengths)], rows),
+        ]
+    )

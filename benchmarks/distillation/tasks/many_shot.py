@@ -1,0 +1,56 @@
+"""Worked examples distilled without labels: BLEU against the whole context, one example, and as many as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.distillation.bench import Bench, divergence_of, student_of
+from benchmarks.distillation.exam import Exam, Examiner, separations
+from benchmarks.distillation.many_shot import ManyShot, many_shot
+from peft_prefix_ext.distillation.context import Messages, chat_context
+from peft_prefix_ext.distillation.reporting.baselines import baseline_openings, worked_examples
+from peft_prefix_ext.distillation.teacher import TEACHER
+
+TASK = "many-shot"
+
+
+def run(bench: Bench, e2e: Path, seeds: Iterable[int]) -> None:
+    """Measures the seeds that have no record yet; each draws examples, inputs and tests of its own."""
+    for seed in seeds:
+        if bench.is_missing(task=TASK, seed=seed):
+            settings = bench.settings
+            task = many_shot(e2e, settings.num_shots, settings.num_inputs, settings.num_tests, seed)
+            _measure(bench, task, seed)
+
+
+def _measure(bench: Bench, task: ManyShot, seed: int) -> None:
+    settings = bench.settings
+    p = settings.many_shot_tokens
+    context = chat_context(bench.tokenizer, task.opening)
+    options = settings.distillation(p, settings.many_shot_answer, seed)
+    distillation = bench.distillation(f"{TASK}-{seed}", context, options, task.inputs, settings.many_shot_steps)
+    student = student_of(distillation)
+    exam = Exam(context, task.tests, metric=task.bleu, max_new_tokens=settings.many_shot_answer)
+    with bench.generator(teacher=distillation.compile(), student=student) as generator:
+        openings = {
+            each.name: each.messages
+            for each in baseline_openings(generator, bench.tokenizer, context, p, teacher=TEACHER, seed=seed)
+        }
+        openings.setdefault("one shot", _one_shot(task.opening))
+        examiner = Examiner(generator, bench.tokenizer, exam)
+        outcomes = {name: examiner.with_opening(messages) for name, messages in openings.items()}
+        outcomes["full context"] = examiner.with_prefix(TEACHER, len(context.token_ids))
+        outcomes["distilled"] = examiner.with_prefix("student", p)
+    bench.add(
+        task=TASK,
+        seed=seed,
+        intervals=separations(outcomes["nothing"], outcomes["full context"]),
+        rows={name: outcome.record() for name, outcome in outcomes.items()},
+        divergence=divergence_of(distillation, student),
+    )
+
+
+def _one_shot(opening: Messages) -> Messages:
+    head, (first, *_) = worked_examples(opening)
+    return [*head, *first]
