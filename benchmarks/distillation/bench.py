@@ -43,8 +43,11 @@ class Bench:
     @cached_property
     def model(self) -> PreTrainedModel:
         dtype = getattr(torch, self.settings.dtype)
-        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=dtype)
-        return found.to("cuda") if torch.cuda.is_available() else found
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.settings.model, dtype=dtype, device_map=device
+        )
+        return found
 
     def is_missing(self, **key: Any) -> bool:
         """Whether there is no record that has all these fields."""

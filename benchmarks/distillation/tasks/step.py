@@ -37,7 +37,7 @@ def run(bench: Bench) -> None:
 def _measure(bench: Bench, folder: str) -> dict[str, list[Measurement]]:
     settings = bench.settings
     options = settings.distillation(settings.prefix_tokens, settings.step_length, seed=0)
-    vocabulary = bench.model.get_input_embeddings().num_embeddings
+    vocabulary = int(bench.model.config.get_text_config().vocab_size)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (settings.prefix_tokens + 1,), generator=draw).tolist()
     student = make_student(bench.model, Context(ids), options, seed=0)
@@ -93,7 +93,8 @@ def _timed(trainer: Trainer, optimizer: torch.optim.Optimizer, collate: Callable
     _synchronize()
     start = time.perf_counter()
     batch = {name: tensor.to(device) for name, tensor in collate().items()}
-    trainer.compute_loss(model, batch).backward()
+    loss: Any = trainer.compute_loss(model, batch)
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     _synchronize()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -81,7 +81,7 @@ def _composed(bench: Bench, documents: Sequence[Document], folders: Sequence[Pat
     return _mean(outcomes)
 
 
-def _references(bench: Bench, documents: Sequence[Document], teachers: Sequence[Path]) -> Mapping[str, Record]:
+def _references(bench: Bench, documents: Sequence[Document], teachers: Sequence[Path]) -> dict[str, Record]:
     nothing, full = [], []
     for found, teacher in zip(documents, teachers, strict=True):
         with bench.generator(teacher=teacher) as generator:

@@ -1,0 +1,305 @@
+"""The distillation benchmark: its data, each task that needs no engine on a tiny model, and the report."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common.docs_pages import DOCS, markers
+from benchmarks.common.results import RESULTS, ResultsFile
+from benchmarks.common.workload import Workload
+from benchmarks.distillation.__main__ import main
+from benchmarks.distillation.bench import Bench
+from benchmarks.distillation.documents import PAGE, SHEET, document
+from benchmarks.distillation.fact_sheets import FACTS, NUM_CHOICES, fact_sheet, names, parts
+from benchmarks.distillation.manual_page import manual_page
+from benchmarks.distillation.many_shot import many_shot
+from benchmarks.distillation.next_token import CHUNK_TOKENS, chunk_targets
+from benchmarks.distillation.paraphrases import paraphrases
+from benchmarks.distillation.report import NO_RESULTS, write_report
+from benchmarks.distillation.settings import TASKS, Settings
+from benchmarks.distillation.tasks import documents, many_shot as many_shot_task, speed, step, together
+from helpers.distillation import chat_model, chatml_tokenizer
+
+TINY = {
+    **{"num_held_out": 2, "num_shots": 3, "num_inputs": 8, "num_tests": 6, "many_shot_tokens": 48, "many_shot_steps": 2},
+    **{"many_shot_answer": 4, "topic": "async", "num_questions": 20, "num_people": 3, "num_exam": 6, "document_steps": 2},
+    **{"document_answer": 4, "num_sheets": 2, "people_per_sheet": 1, "together_tokens": 8},
+    **{"prefix_tokens": 8, "step_length": 8, "step_rounds": 2},
+}
+MACHINE = {"accelerator": None, "cores": 2, "cpu": "A", "versions": {"torch": "2"}, "revision": "abc"}
+
+
+def content_of(question) -> str:
+    return question.messages[-1]["content"]
+
+
+# The data.
+
+
+def test_choices_have_the_right_answer_first() -> None:
+    sheet = fact_sheet(24, seed=3)
+    assert len(names(sheet)) == len(set(names(sheet))) == 24
+    assert len(sheet.questions) == len({content_of(question) for question in sheet.questions}) == 24 * len(FACTS)
+    for question, choices in zip(sheet.questions, sheet.choices, strict=True):
+        assert question.reference == choices[0]
+        assert choices[0] in sheet.text
+        assert len(set(choices)) == NUM_CHOICES
+        assert not any(wrong in sheet.text for wrong in choices[1:])
+
+
+def test_training_never_sees_a_question_of_the_exam() -> None:
+    sheet = fact_sheet(6, seed=0)
+    asked = [content_of(question) for question in paraphrases(sheet)]
+    assert len(set(asked)) == len(asked) == 2 * len(sheet.questions)
+    assert not {content_of(question) for question in sheet.questions} & set(asked)
+    assert all(question.reference is None for question in paraphrases(sheet))
+    assert all(any(name in content for content in asked) for name in names(sheet))
+
+
+def test_parts_of_a_sheet_are_about_different_people() -> None:
+    sheet = fact_sheet(9, seed=0)
+    found = parts(sheet, 4)
+    assert [len(names(part)) for part in found] == [2] * 4
+    assert len({name for part in found for name in names(part)}) == 8
+    for part in found:
+        assert len(part.questions) == len(part.choices) == 2 * len(FACTS)
+        assert all(choices[0] in part.text for choices in part.choices)
+
+
+def test_pages_of_the_manual() -> None:
+    assert manual_page().startswith("Naming and binding")
+    with pytest.raises(ValueError, match="no page 'none of them'"):
+        manual_page("none of them")
+
+
+def test_tests_are_neither_shots_nor_inputs(e2e_json: Path) -> None:
+    task = many_shot(e2e_json, num_shots=4, num_inputs=10, num_tests=6, seed=1)
+    shots = {message["content"] for message in task.opening if message["role"] == "user"}
+    inputs, tests = ({content_of(question) for question in each} for each in (task.inputs, task.tests))
+    assert (len(shots), len(inputs), len(tests)) == (4, 10, 6)
+    assert not (shots & inputs or shots & tests or inputs & tests)
+    assert all(question.reference is None for question in task.inputs)
+    references = [question.reference for question in task.tests]
+    assert all(len(task.sentences[reference]) == 2 for reference in references)
+    # Any of the sentences counts.
+    assert task.bleu([task.sentences[reference][1] for reference in references], references) == pytest.approx(100)
+    assert many_shot(e2e_json, 4, 10, 6, seed=2).opening != task.opening
+
+
+def test_next_tokens_are_targets_of_probability_one() -> None:
+    ids = list(range(1000, 1000 + 3 * CHUNK_TOKENS))
+    targets = chunk_targets(ids, 5, seed=0)
+    assert len({target.prompt_ids[0] for target in targets}) == 5
+    for target in targets:
+        chunk = [*target.prompt_ids, *target.answer_ids]
+        assert chunk == list(range(chunk[0], chunk[0] + CHUNK_TOKENS))
+        assert target.top_ids == [[token] for token in target.answer_ids]
+        assert target.top_logprobs == [[0.0]] * len(target.answer_ids)
+
+
+def test_only_uncached_requests_have_texts_of_their_own() -> None:
+    settings = Settings("tiny", context_tokens=20, prefix_tokens=4)
+    workload = Workload(num_requests=3, input_tokens=5, output_tokens=2, vocab_size=100)
+    found = speed.candidates(settings)
+    for name, number in ((speed.UNCACHED, 3), (speed.CACHED, 1)):
+        prompts = [request.prompt for request in found[name].requests(workload, "round")]
+        assert [len(prompt) for prompt in prompts] == [25] * 3
+        assert len({tuple(prompt[:20]) for prompt in prompts}) == number
+    shared = random.Random(0).choices(range(100), k=20)
+    assert found[speed.CACHED].requests(workload, "next")[0].prompt[:20] != shared
+    for name, adapter in ((speed.COMPILED, "prefix20-0"), (speed.DISTILLED, "prefix4-0")):
+        requests = found[name].requests(workload, "round")
+        assert {(len(request.prompt), request.adapter) for request in requests} == {(5, adapter)}
+
+
+# The tasks.
+
+
+@pytest.fixture(scope="module")
+def e2e_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Examples as `make demo` leaves them: 24 inputs with two sentences each."""
+    path = tmp_path_factory.mktemp("e2e") / "e2e.json"
+    examples = [
+        {"input": f"name: P{number}", "target": target.format(number)}
+        for number in range(24)
+        for target in ("The place P{} serves food.", "Food is served at P{} by day.")
+    ]
+    path.write_text(json.dumps({"examples": examples}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    tokenizer = chatml_tokenizer()
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer.save_pretrained(folder)
+    chat_model(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bench(base: str, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    settings = Settings(base, **TINY)
+    folder = tmp_path_factory.mktemp("results")
+    return Bench(settings, ResultsFile(folder / "distillation.json", settings.record()), folder / "work")
+
+
+def test_the_exam_on_a_page_is_not_trained_on(bench: Bench) -> None:
+    found = document(bench, PAGE, seed=0)
+    exam, training = ({content_of(question) for question in each} for each in (found.exam.questions, found.questions))
+    assert exam
+    assert training
+    assert not exam & training
+    again = document(bench, PAGE, seed=0)
+    assert [content_of(question) for question in again.exam.questions] == list(map(content_of, found.exam.questions))
+
+
+def test_documents(bench: Bench) -> None:
+    documents.run(bench, [SHEET], (8, 16), [0])
+    nothing_and_full, *rest = bench.results.find(task="documents")
+    assert nothing_and_full["length"] is None
+    assert nothing_and_full["intervals"].keys() == {"choice", "logprob", "score"}
+    assert set(nothing_and_full["rows"]) == {"nothing", "full context"}
+    assert [record["length"] for record in rest] == [8, 16]
+    for record in rest:
+        assert {"distilled", "next-token training"} <= set(record["rows"])
+        for row in (record["rows"]["distilled"], record["rows"]["next-token training"]):
+            assert row["tokens"] == record["length"]
+            assert 0 <= row["choice"] <= 1
+            assert row["logprob"] < 0
+        assert record["rows"]["distilled"] != record["rows"]["next-token training"]
+        assert record["divergence"] > 0
+    # Nothing is measured twice.
+    documents.run(bench, [SHEET], (8, 16), [0])
+    assert len(bench.results.find(task="documents")) == 3
+
+
+def test_many_shot(bench: Bench, e2e_json: Path) -> None:
+    many_shot_task.run(bench, e2e_json, [0])
+    (record,) = bench.results.find(task="many-shot")
+    assert {"nothing", "one shot", "full context", "distilled"} <= set(record["rows"])
+    assert record["rows"]["distilled"]["tokens"] == 48
+    assert record["rows"]["full context"]["tokens"] > record["rows"]["one shot"]["tokens"] > 0
+
+
+def test_together(bench: Bench) -> None:
+    together.run(bench, [0])
+    records = {record["number"]: record["rows"] for record in bench.results.find(task="together")}
+    assert set(records) == {0, 1, 2}
+    assert set(records[0]) == {"nothing", "full context"}
+    for number in (1, 2):
+        assert set(records[number]) == {together.APART, together.BESIDE}
+        assert records[number][together.APART]["tokens"] == 8 * number
+    # Each prefix does other things among others than alone.
+    assert records[1][together.APART]["logprob"] != records[2][together.APART]["logprob"]
+
+
+def test_step(bench: Bench) -> None:
+    step.run(bench)
+    (record,) = bench.results.find(task="step")
+    assert all(len(rounds) == 2 for rounds in record["measurements"].values())
+    assert all(one["seconds"] > 0 for rounds in record["measurements"].values() for one in rounds)
+
+
+# The report.
+
+
+def document_record(name: str, seed: int, length: int | None, **rows: float) -> dict:
+    """Returns a record in which all measures of a row have one value; the names of rows have underscores for spaces."""
+    measures = ("choice", "logprob", "score") if name == SHEET else ("logprob", "score")
+    return {
+        **{"task": "documents", "document": name, "seed": seed, "length": length, "machine": MACHINE},
+        "rows": {
+            row.replace("_", " "): {"tokens": length or 1000, **dict.fromkeys(measures, value)}
+            for row, value in rows.items()
+        },
+        # The score never separates.
+        **({} if length else {"intervals": {"choice": [0.1, 0.5], "logprob": [0.1, 0.5], "score": [-0.1, 0.5]}}),
+    }
+
+
+def made_up() -> dict:
+    records = []
+    for seed in (0, 1):
+        for name in (SHEET, PAGE):
+            records.append(document_record(name, seed, None, nothing=0.2, full_context=0.7))
+            for length in (16, 64):
+                records.append(
+                    document_record(name, seed, length, summary=0.3, distilled=0.45 + 0.1 * seed + length / 1000)
+                )
+        rows = {"nothing": 10.0, "one shot": 15.0, "full context": 20.0, "distilled": 20.0 + 5 * seed}
+        records.append(
+            {
+                **{"task": "many-shot", "seed": seed, "machine": MACHINE},
+                "rows": {name: {"tokens": 64, "logprob": -1.0, "score": value} for name, value in rows.items()},
+            }
+        )
+        for number, value in ((0, 0.9), (1, 0.8), (2, 0.4)):
+            rows = {"full context": value} if not number else {together.APART: value, together.BESIDE: 0.7}
+            records.append(
+                {
+                    **{"task": "together", "seed": seed, "number": number, "machine": MACHINE},
+                    "rows": {name: {"tokens": 8, "choice": each, "logprob": -each} for name, each in rows.items()},
+                }
+            )
+    measured = {
+        name: [{"tokens_per_second": 100.0 * place, "ttft_p50": 1.0 / place, "ttft_alone": 0.5 / place}] * 3
+        for place, name in enumerate((speed.UNCACHED, speed.CACHED, speed.COMPILED, speed.DISTILLED), start=1)
+    }
+    records.append({"task": "speed", "measurements": measured, "machine": MACHINE})
+    steps = {step.PLAIN: [{"seconds": 2.0}] * 3, step.DISTILLATION: [{"seconds": 2.2}] * 3}
+    records.append({"task": "step", "measurements": steps, "machine": MACHINE})
+    return {"settings": Settings("folder/tiny").record(), "records": records}
+
+
+def test_report(tmp_path: Path) -> None:
+    results, page = tmp_path / "distillation.json", tmp_path / "distillation.md"
+    results.write_text(json.dumps(made_up()), encoding="utf-8")
+    page.write_text("\n".join(markers("distillation")), encoding="utf-8")
+    text = write_report(results, page)
+    assert text in page.read_text(encoding="utf-8")
+    assert "![Recovered share by the length of the prefix](distillation.png)" in text
+    assert results.with_suffix(".png").stat().st_size > 10_000
+    # The mean of the shares of both seeds, and these.
+    assert "| distilled | 64 | 20.0 | 25.0 | 22.5 (20.0 to 25.0) | 1.25 (1.00 to 1.50) |" in text
+    assert "| distilled | 0.63 (0.53 to 0.73) | 0.73 (0.63 to 0.83) |" in text
+    # No shares where nothing and the full context do not separate.
+    verdict = text[text.index("word F1") :]
+    assert "No verdict" in verdict
+    assert "| summary | 0.30 | 0.30 |" in verdict
+    assert "| distilled apart | 2 | 0.40 | -0.40 |" in text
+    assert "| full context, as text that no cache holds | 4.000 (4.000 to 4.000) | 0.250 (0.250 to 0.250) |" in text
+    assert "| time of a step | 1.100 (1.100 to 1.100) |" in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_report_of_a_part(tmp_path: Path, task: str) -> None:
+    results = tmp_path / "distillation.json"
+    content = made_up()
+    content["records"] = [record for record in content["records"] if record["task"] == task]
+    results.write_text(json.dumps(content), encoding="utf-8")
+    text = write_report(results)
+    assert text.count("\n### ") == 1
+    assert results.with_suffix(".png").exists() == (task == "documents")
+
+
+def test_the_page_shows_the_results(tmp_path: Path) -> None:
+    """Or says that there are none."""
+    results = tmp_path / "benchmarks" / "results" / "distillation.json"
+    page = tmp_path / "docs" / "benchmarks" / "distillation.md"
+    for source, target in ((RESULTS / results.name, results), (DOCS / page.name, page)):
+        target.parent.mkdir(parents=True)
+        if source.exists() or source.suffix == ".md":
+            target.write_bytes(source.read_bytes())
+    text = write_report(results, page)
+    assert (text == NO_RESULTS) != results.exists()
+    assert page.read_text(encoding="utf-8") == (DOCS / page.name).read_text(encoding="utf-8")
+
+
+def test_command_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--report", "--results", str(tmp_path / "none.json")]) == 0
+    assert capsys.readouterr().out == f"{NO_RESULTS}\n"
