@@ -7,13 +7,51 @@ from dataclasses import dataclass
 
 from peft_prefix_ext.distillation.questions import Question
 
-FIRST = ("Ada", "Boris", "Clara", "Dario", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luca", "Mona", "Nils")
-LAST = ("Abbot", "Birk", "Castel", "Dorn", "Eker", "Falk", "Gruber", "Hale", "Ivers", "Jansen", "Kessel", "Lund", "Marsh")
+FIRST = (
+    "Ada",
+    "Boris",
+    "Clara",
+    "Dario",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Luca",
+    "Mona",
+    "Nils",
+)
+LAST = (
+    "Abbot",
+    "Birk",
+    "Castel",
+    "Dorn",
+    "Eker",
+    "Falk",
+    "Gruber",
+    "Hale",
+    "Ivers",
+    "Jansen",
+    "Kessel",
+    "Lund",
+    "Marsh",
+)
 FACTS = {
     "home town": ("Lisbon", "Tallinn", "Cork", "Graz", "Porto", "Turku", "Bergen", "Ghent", "Malaga", "Riga"),
     "job": ("baker", "surveyor", "nurse", "welder", "translator", "pilot", "gardener", "judge", "chemist", "tailor"),
     "pet": ("a parrot", "a tortoise", "two cats", "a hamster", "a greyhound", "an iguana", "a pony", "a ferret"),
-    "instrument": ("the cello", "the oboe", "the banjo", "the harp", "the trumpet", "the piano", "the flute", "the drums"),
+    "instrument": (
+        "the cello",
+        "the oboe",
+        "the banjo",
+        "the harp",
+        "the trumpet",
+        "the piano",
+        "the flute",
+        "the drums",
+    ),
     "room number": ("112", "127", "205", "218", "301", "324", "410", "433"),
 }
 TEMPLATES = {
