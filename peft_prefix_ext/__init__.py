@@ -7,7 +7,9 @@ checkpoints imports neither peft nor transformers.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# What needs PEFT.
-_METHOD = ("architectures", "config", "distillation.compile", "initialization", "injection", "tuner")
 # The module of each export.
 _EXPORTS = {
     "PrefixCheckpoint": "checkpoint.format",
@@ -68,10 +68,19 @@ def _register(module: Any) -> None:
     """
     ours = [other for name, other in sys.modules.items() if name.startswith(f"{__name__}.") and other is not module]
     # The tuner imports most of this package, so it must not come while one of these modules is half imported itself.
-    if not any(getattr(other.__spec__, "_initializing", False) for other in ours):
+    if "peft" in sys.modules and not any(getattr(other.__spec__, "_initializing", False) for other in ours):
         import_module(f"{__name__}.tuner.model")
 
 
-# As soon as PEFT is imported, or something of this package that needs PEFT.
-for _name in ("peft", *(f"{__name__}.{part}" for part in _METHOD)):
-    wrapt.register_post_import_hook(_register, _name)
+def _modules() -> Iterator[str]:
+    """Yields the names of all modules of this package, without importing them."""
+    root = Path(__file__).parent
+    for path in root.rglob("*.py"):
+        *folders, name = path.relative_to(root).with_suffix("").parts
+        yield ".".join([__name__, *folders, *([] if name == "__init__" else [name])])
+
+
+# As soon as PEFT is imported or, if one of our own modules imports it, at the end of that.
+for _name in ("peft", *_modules()):
+    if _name != __name__:
+        wrapt.register_post_import_hook(_register, _name)

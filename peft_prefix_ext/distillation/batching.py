@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Cache
 
+from peft_prefix_ext.base_model.cache_argument import cache_argument
 from peft_prefix_ext.distillation.generation import TokenIds
 
 IGNORED = -100  # the label of what is no token of an answer
@@ -46,13 +47,14 @@ def answer_logits(model: nn.Module, batch: Mapping[str, torch.Tensor], cache: Ca
         batch: The batch.
         cache: The cache of tokens that stand before it, `None` if there are none.
     """
+    base = _innermost(model)
     num_kept = batch["labels"].shape[1] + 1  # and the one before the first answer
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if cache is not None:
         inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (cache.get_seq_length(), 0), value=1)
-        inputs["past_key_values"] = cache
+        inputs[cache_argument(base) or "past_key_values"] = cache
     # As a number: a tensor of indices would be divided among devices like a batch.
-    if "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters:
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
         inputs["logits_to_keep"] = num_kept
     logits: torch.Tensor = model(**inputs, use_cache=cache is not None).logits
     return logits[:, -num_kept:-1]

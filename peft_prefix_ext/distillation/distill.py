@@ -236,7 +236,9 @@ class Distillation:
         if self.engine == "vllm":
             from peft_prefix_ext.distillation.vllm_generator import VLLMGenerator
 
-            with VLLMGenerator(self.model.name_or_path, prefixes={TEACHER: self.folder.context}) as engine:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            prefixes = {TEACHER: self.folder.context}
+            with VLLMGenerator(str(self.model.name_or_path), dtype=dtype, prefixes=prefixes) as engine:
                 yield engine
             return
         generator = TransformersGenerator(self.model, self.tokenizer)

