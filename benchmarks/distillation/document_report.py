@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from statistics import fmean
 
@@ -10,7 +11,6 @@ from matplotlib.axes import Axes
 from benchmarks.common import plots
 from benchmarks.common.results import Record
 from benchmarks.common.tables import markdown_table
-from benchmarks.distillation.documents import PAGE, SHEET
 from benchmarks.distillation.exam import CHOICE, LOGPROB, SCORE
 from benchmarks.distillation.shares import DocumentResults, spread
 from benchmarks.distillation.tasks.documents import DISTILLED, DOCUMENTS, NEXT_TOKEN
@@ -20,8 +20,6 @@ MEASURES = {
     LOGPROB: "log-probability of the right answer, nats per token",
     SCORE: "word F1 of free answers",
 }
-# What the plot shows of each document.
-PLOTTED = {SHEET: LOGPROB, PAGE: LOGPROB}
 COLORS = {DISTILLED: plots.OURS, NEXT_TOKEN: plots.DARK}
 
 
@@ -39,21 +37,24 @@ def document_tables(content: Record) -> str:
 
 
 def save_plot(content: Record, path: Path) -> bool:
-    """Plots the recovered share by the length of the prefix, an axes for each document.
+    """Plots the recovered share by the length of the prefix, an axes for each document, by the first measure that separates.
 
     Returns:
         Whether there is something to plot.
     """
-    results = {name: DocumentResults(content, name) for name in DOCUMENTS}
-    shown = {name: found for name, found in results.items() if found.records and found.is_clear(PLOTTED[name])}
+    shown = {
+        name: (found, clear[0])
+        for name in DOCUMENTS
+        if (found := DocumentResults(content, name)).records and (clear := list(filter(found.is_clear, MEASURES)))
+    }
     if not shown:
         return False
     title = "Recovered share by the length of the prefix"
-    subtitle = f"{content['settings']['model']}, by the log-probability of the right answer; 1 is the full context"
+    subtitle = f"{content['settings']['model']}; 0 is nothing, 1 the full context"
     with plots.plot(path, title, subtitle, height=4, columns=len(shown), share_y=True) as columns:
-        for axes, (name, found) in zip(columns, shown.items(), strict=True):
-            _draw(axes, found, PLOTTED[name])
-            axes.set_title(name)
+        for axes, (name, (found, measure)) in zip(columns, shown.items(), strict=True):
+            _draw(axes, found, measure)
+            axes.set_title(f"{name.capitalize()}: {MEASURES[measure].partition(' of ')[0]}")
     return True
 
 
@@ -62,10 +63,9 @@ def _draw(axes: Axes, found: DocumentResults, measure: str) -> None:
     ends = []
     for name in found.rows:
         shares = [found.shares(name, length, measure) for length in lengths]
-        if not all(shares):  # an opening of which nothing fits the shortest length
-            continue
         color = COLORS.get(name, plots.GREY)
-        means = [fmean(values) for values in shares]
+        # Of an opening, nothing may fit a short length.
+        means = [fmean(values) if values else nan for values in shares]
         plots.line(axes, means, color)
         ends.append((means[-1], name, color))
     places = range(len(lengths))
@@ -92,7 +92,11 @@ def _table(found: DocumentResults, name: str, measure: str, title: str) -> str:
     is_clear = found.is_clear(measure)
     nothing, full = (spread(found.reference(row, measure), 2) for row in ("nothing", "full context"))
     tokens = spread(found.reference("full context", "tokens"), 0)
-    what = "Recovered shares." if is_clear else "No verdict: the full context is not better than nothing beyond chance."
+    what = (
+        _verdict(found, measure)
+        if is_clear
+        else "No verdict: the full context is not better than nothing beyond chance."
+    )
     cells = found.shares if is_clear else found.values
     rows = [[row, *(spread(cells(row, length, measure), 2) for length in found.lengths)] for row in found.rows]
     return "\n\n".join(
@@ -101,3 +105,9 @@ def _table(found: DocumentResults, name: str, measure: str, title: str) -> str:
             markdown_table(["", *(f"{length} tokens" for length in found.lengths)], rows),
         ]
     )
+
+
+def _verdict(found: DocumentResults, measure: str) -> str:
+    ahead = [str(length) for length in found.lengths if found.is_ahead(DISTILLED, length, measure)]
+    where = f"at {', '.join(ahead)} tokens" if ahead else "at no length"
+    return f"Recovered shares; distilled is ahead of all others by more than the seeds differ {where}."

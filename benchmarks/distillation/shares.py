@@ -31,17 +31,24 @@ class DocumentResults:
 
     @property
     def rows(self) -> list[str]:
-        """The names of the rows, in the order in which they were measured."""
-        return list(dict.fromkeys(name for record in self.records for name in record["rows"]))
+        """The names of the rows, in their order in the fullest record."""
+        fullest = sorted(self.records, key=lambda record: -len(record["rows"]))
+        return list(dict.fromkeys(name for record in fullest for name in record["rows"]))
 
     def has(self, measure: str) -> bool:
         """Whether the measure was taken."""
         return any(measure in record["rows"]["nothing"] for record in self.references.values())
 
     def is_clear(self, measure: str) -> bool:
-        """Whether the full context is better than nothing beyond chance, with each seed."""
-        intervals = [record["intervals"][measure] for record in self.references.values()]
+        """Whether the measure was taken, and the full context is better than nothing beyond chance, with each seed."""
+        intervals = [record["intervals"].get(measure) for record in self.references.values()]
         return all(interval is not None and interval[0] > 0 for interval in intervals)
+
+    def is_ahead(self, name: str, length: int, measure: str) -> bool:
+        """Whether the least share of a row is above the greatest of all others."""
+        ours = self.shares(name, length, measure)
+        others = [share for row in self.rows if row != name for share in self.shares(row, length, measure)]
+        return min(ours) > max(others) if ours and others else False
 
     def reference(self, name: str, measure: str) -> list[float]:
         """Returns the values of nothing or of the full context, one for each seed."""
