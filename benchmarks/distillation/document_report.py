@@ -67,7 +67,8 @@ def _draw(axes: Axes, found: DocumentResults, measure: str) -> None:
         # Of an opening, nothing may fit a short length.
         means = [fmean(values) if values else nan for values in shares]
         plots.line(axes, means, color)
-        ends.append((means[-1], name, color))
+        if shares[-1]:
+            ends.append((means[-1], name, color))
     places = range(len(lengths))
     gap = 0.06 * max(1.0, max((y for y, _, _ in ends), default=1) - min((y for y, _, _ in ends), default=0))
     plots.label_points(axes, places[-1] + 0.1, ends, gap, "left")

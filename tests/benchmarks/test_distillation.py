@@ -233,7 +233,7 @@ def document_record(name: str, seed: int, length: int | None, **rows: float) -> 
             for row, value in rows.items()
         },
         # The score never separates.
-        **({} if length else {"intervals": {"choice": [0.1, 0.5], "logprob": [0.1, 0.5], "score": [-0.1, 0.5]}}),
+        **({} if length else {"intervals": {name: [0.1 - 0.2 * (name == "score"), 0.5] for name in measures}}),
     }
 
 
