@@ -82,7 +82,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="number of torch threads (default: 2)")
     parser.add_argument("--short", action="store_true", help="one seed, few questions and steps")
     add_output_options(parser, "distillation", "distillation.md")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.report and "many-shot" in options.tasks and not options.e2e.is_file():
+        parser.error(f"{options.e2e} is not there: run `make demo`, which leaves it, or name it with --e2e.")
+    return options
 
 
 if __name__ == "__main__":

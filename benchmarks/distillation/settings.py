@@ -34,7 +34,7 @@ class Settings:
         topic: The page of the manual.
         num_questions: Questions about it that the model writes, with those of the exam.
         num_people: People of the fact sheet.
-        num_exam: Questions of the exam on a document.
+        num_exam: Questions of the exam on a document; half as many on each sheet that is put together with others.
         document_steps: The training steps on a document.
         document_answer: The length of the longest answer to one.
         num_sheets: Fact sheets that are put together.
@@ -67,7 +67,7 @@ class Settings:
     num_people: int = 24
     num_exam: int = 48
     document_steps: int = 120
-    document_answer: int = 48
+    document_answer: int = 32
     num_sheets: int = 4
     people_per_sheet: int = 8
     together_tokens: int = 64

@@ -35,8 +35,8 @@ def run(bench: Bench, names: Iterable[str], lengths: Sequence[int], seeds: Itera
 def _measure(bench: Bench, name: str, lengths: Sequence[int | None], seed: int) -> None:
     found = document(bench, name, seed)
     students = {p: _train(bench, name, found, p, seed) for p in lengths if p is not None}
-    distilled = _distillation(bench, name, found, bench.settings.prefix_tokens, seed)
-    with bench.generator(teacher=distilled.compile()) as generator:
+    teacher = _distillation(bench, name, found, 1, seed).compile()  # the same for all lengths
+    with bench.generator(teacher=teacher) as generator:
         examiner = Examiner(generator, bench.tokenizer, found.exam)
         for p in lengths:
             key = {"task": TASK, "document": name, "seed": seed, "length": p}

@@ -44,7 +44,7 @@ def _measure(bench: Bench, sizes: Sequence[int], seed: int) -> None:
     settings = bench.settings
     number = settings.num_sheets
     sheets = parts(fact_sheet(number * settings.people_per_sheet, seed), number)
-    documents = [sheet_document(bench, sheet, settings.num_exam, 0, seed) for sheet in sheets]
+    documents = [sheet_document(bench, sheet, settings.num_exam // 2, 0, seed) for sheet in sheets]
     alone = [_distillation(bench, found, index, seed) for index, found in enumerate(documents)]
     apart = [student_of(each) for each in alone]
     beside = [
