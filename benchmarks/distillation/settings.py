@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common.results import Record
 from benchmarks.distillation.manual_page import TOPIC
 from peft_prefix_ext.distillation.settings import DistillationSettings
@@ -46,7 +48,8 @@ class Settings:
         input_tokens: Of a request.
         output_tokens: Of an answer.
         speed_dtype: The data type of the engine.
-        block_size: Of its cache; vLLM's CPU kernel needs multiples of 32.
+        block_size: Of its cache.
+        cache_gib: The size of its cache: two rounds must not evict the cached text.
         speed_rounds: Interleaved rounds.
         step_length: Tokens of a row of the training step, half of them the answer.
         step_rounds: Interleaved rounds.
@@ -76,8 +79,11 @@ class Settings:
     prefix_tokens: int = 64
     input_tokens: int = 32
     output_tokens: int = 32
-    speed_dtype: str = "bfloat16"
-    block_size: int = 32
+    # A CPU without bfloat16 instructions takes three times as long in it.
+    speed_dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
+    # vLLM's CPU kernel requires multiples of 32.
+    block_size: int = 16 if torch.cuda.is_available() else 32
+    cache_gib: int = 4
     speed_rounds: int = 5
     step_length: int = 96
     step_rounds: int = 15

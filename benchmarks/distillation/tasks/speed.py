@@ -111,7 +111,7 @@ def _engine_arguments(settings: Settings) -> dict[str, Any]:
         "block_size": settings.block_size,
         "max_model_len": settings.context_tokens + settings.input_tokens + settings.output_tokens,
         "max_num_seqs": settings.requests,
-        "kv_cache_memory_bytes": 2 << 30,
+        "kv_cache_memory_bytes": settings.cache_gib << 30,
         "enforce_eager": not has_gpu,
         **({"gpu_memory_utilization": 0.5} if has_gpu else {}),
     }
