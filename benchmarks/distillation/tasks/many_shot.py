@@ -37,7 +37,10 @@ def _measure(bench: Bench, task: ManyShot, seed: int) -> None:
             each.name: each.messages
             for each in baseline_openings(generator, bench.tokenizer, context, p, teacher=TEACHER, seed=seed)
         }
-        openings.setdefault("one shot", _one_shot(task.opening))
+        if "one shot" not in openings:
+            # No more than one fits, or not even one, which still is one to compare with.
+            openings.pop("fewer shots", None)
+            openings["one shot"] = _one_shot(task.opening)
         examiner = Examiner(generator, bench.tokenizer, exam)
         outcomes = {name: examiner.with_opening(messages) for name, messages in openings.items()}
         outcomes["full context"] = examiner.with_prefix(TEACHER, len(context.token_ids))
