@@ -59,7 +59,7 @@ def many_shot_table(content: Record) -> str:
         return ""
     settings = content["settings"]
     names = dict.fromkeys(name for record in records for name in record["rows"])
-    order = ["nothing", "one shot", "fewer shots", "full context", "distilled"]
+    order = ["nothing", "one shot", "fewer shots", many_shot.FEW, "full context", "distilled"]
     rows = []
     for name in sorted(names, key=order.index):
         found = [record["rows"].get(name) for record in records]
@@ -165,7 +165,9 @@ def _of(content: Record, task: str) -> list[Record]:
 
 
 def _bleu_share(record: Record, name: str) -> float | None:
-    """Returns the recovered share of a row by BLEU, `None` if the seed has no such row or BLEU does not tell the two apart."""
-    rows = record["rows"]
-    nothing, full = rows["nothing"]["score"], rows["full context"]["score"]
-    return None if name not in rows or full <= nothing else (rows[name]["score"] - nothing) / (full - nothing)
+    """Returns the recovered share of a row by BLEU, `None` without such a row, or if nothing and the full context do not separate."""
+    interval = record["intervals"]["score"]
+    if name not in record["rows"] or interval is None or interval[0] <= 0:
+        return None
+    ours, nothing, full = (record["rows"][row]["score"] for row in (name, "nothing", "full context"))
+    return float((ours - nothing) / (full - nothing))
