@@ -24,7 +24,9 @@ def memory() -> str:
         if Path(path).exists()
         for words in map(str.split, Path(path).read_text().splitlines())
     }
-    return f"{found.get('MemAvailable', 0) / 2**20:.1f} GiB free, {found.get('oom_kill', 0)} processes killed for memory"
+    return (
+        f"{found.get('MemAvailable', 0) / 2**20:.1f} GiB free, {found.get('oom_kill', 0)} processes killed for memory"
+    )
 
 
 class Progress:
