@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,19 @@ import pytest
 def part_of(file: str) -> str:
     """Returns the folder to add a file's time to: two levels of `tests`, or one where a file is right in it."""
     return "/".join(file.split("/")[:-1][:3])
+
+
+def memory() -> str:
+    """Returns the memory that is free and how many processes the kernel has killed for want of it, as text."""
+    found = {
+        words[0].rstrip(":"): int(words[1])
+        for path in ("/proc/meminfo", "/proc/vmstat")
+        if Path(path).exists()
+        for words in map(str.split, Path(path).read_text().splitlines())
+    }
+    return (
+        f"{found.get('MemAvailable', 0) / 2**20:.1f} GiB free, {found.get('oom_kill', 0)} processes killed for memory"
+    )
 
 
 class Progress:
@@ -43,6 +57,12 @@ class Progress:
         if report.failed:
             return ("failed", "", "FAILED") if report.when == "call" else ("error", "", "ERROR")
         return ("passed" if report.when == "call" and not hasattr(report, "wasxfail") else ""), "", ""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: Any) -> None:
+        """Says what there is to know of a process that ended in the middle of a test."""
+        if error:
+            self.reporter.write_line(f"{node.gateway.id} ended ({error}): {memory()}", red=True)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         file = report.nodeid.partition("::")[0]
