@@ -66,7 +66,7 @@ class Settings:
     many_shot_steps: int = 100
     many_shot_answer: int = 48
     topic: str = TOPIC
-    num_questions: int = 176
+    num_questions: int = 144
     num_people: int = 24
     num_exam: int = 48
     document_steps: int = 120

@@ -58,7 +58,8 @@ def _train(bench: Bench, name: str, found: Document, p: int, seed: int) -> tuple
     """Returns the folders of the trained prefixes of a length, and the divergence of the distilled one from its teacher."""
     distillation = _distillation(bench, name, found, p, seed)
     student = student_of(distillation)
-    on_text = train_on_text(distillation, found.text, distillation.folder.path / f"next-token-{p}")
+    folder = distillation.folder.path / f"next-token-{p}-{bench.settings.document_steps}"
+    on_text = train_on_text(distillation, found.text, folder)
     return {NEXT_TOKEN: on_text, DISTILLED: student}, divergence_of(distillation, student)
 
 
