@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace) -> None:
     settings = Settings(options.model, **(SHORT if options.short else {}))
     seeds = options.seeds or (SHORT_SEEDS if options.short else SEEDS)
     lengths = options.lengths or (SHORT_LENGTHS if options.short else LENGTHS)
-    work = options.work or Path(".bench") / f"distillation-{options.results.stem}"
+    work = options.work or Path(".bench") / options.results.stem
     bench = Bench(settings, ResultsFile(options.results, settings.record()), work, options.engine)
     runs = {
         "many-shot": lambda: many_shot.run(bench, options.e2e, seeds),
@@ -77,7 +77,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         help="what answers the questions to train on (default: transformers)",
     )
     parser.add_argument(
-        "--work", type=Path, help="work folders (default: .bench/distillation-NAME, by the results file)"
+        "--work", type=Path, help="work folders (default: .bench/NAME, by the name of the results file)"
     )
     parser.add_argument("--threads", type=int, default=2, help="number of torch threads (default: 2)")
     parser.add_argument("--short", action="store_true", help="one seed, few questions and steps")
