@@ -122,6 +122,8 @@ class Distillation:
         """
         students = list(self.train().values())
         _, held_out = self.make_targets()
+        seconds = self.folder.seconds()
+        training = seconds.pop("train", 0.0)
         with self._generator() as generator:
             report = evaluate(
                 generator,
@@ -132,7 +134,7 @@ class Distillation:
                 metric=metric,
                 metric_name=metric_name,
                 max_new_tokens=self.settings.max_new_tokens,
-                seconds_spent=sum(self.folder.seconds().values()) / len(students),
+                seconds_spent=sum(seconds.values()) + training / len(students),
                 seed=self.settings.seed,
                 settings=self.settings.to_dict(),
             )
@@ -203,9 +205,9 @@ class Distillation:
                 student.unload()
             for number in range(self.settings.on_policy_rounds):
                 loss = self._on_policy(number, seed, training, held_out, folder)
+        self.folder.write_result(folder, {"divergence": loss, **self.settings.to_dict()})
         for checkpoints in folder.glob("checkpoints-*"):
             shutil.rmtree(checkpoints, ignore_errors=True)
-        self.folder.write_result(folder, {"divergence": loss, **self.settings.to_dict()})
         return loss
 
     def _on_policy(
