@@ -66,6 +66,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+    from safetensors import SafetensorError
+
     from peft_prefix_ext.checkpoint.reader import read_prefix
     from peft_prefix_ext.checkpoint.writer import check_place
     from peft_prefix_ext.distillation.distill import Distillation
@@ -76,8 +79,11 @@ def run(args: argparse.Namespace) -> None:
     )
     check_place(args.out, ["PREFIX_EXT"])
     tokenizer, context = load_context(args, chat=True)
+    model = load_base(args)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     distillation = Distillation(
-        load_base(args),
+        model,
         tokenizer,
         context,
         settings,
@@ -86,12 +92,19 @@ def run(args: argparse.Namespace) -> None:
         companions=args.companions,
         engine=_engine(args.engine),
     )
-    distillation.save(args.out)
-    print_summary(read_prefix(args.out))
-    print(f"  {'stands for':<12}{len(context.token_ids)} tokens")
-    if not args.no_report:
-        print("", *distillation.report(args.out).verdict(), f"See {args.out}/report.md.", sep="\n")
+    try:
+        distillation.save(args.out)
+        print_summary(read_prefix(args.out))
+        print(f"  {'stands for':<12}{len(context.token_ids)} tokens")
+        if not args.no_report:
+            print("", *distillation.report(args.out).verdict(), f"See {args.out}/report.md.", sep="\n")
+    except (RuntimeError, SafetensorError) as error:  # no memory, a full disk, an engine that does not start
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{reason} (Run the same command again to go on from here.)") from error
 
 
 def _engine(name: str) -> str:
-    return name if name != "auto" else "vllm" if find_spec("vllm") else "transformers"
+    is_there = find_spec("vllm") is not None
+    if name == "vllm" and not is_there:
+        raise ValueError("vLLM is not installed; install the extra `serve`, or use `--engine transformers`.")
+    return name if name != "auto" else "vllm" if is_there else "transformers"

@@ -21,11 +21,11 @@ def pad_answers(prompts: Sequence[TokenIds], answers: Sequence[TokenIds], pad_to
     """Returns prompts and answers behind one another, padded on the right.
 
     Returns:
-        `input_ids` and `attention_mask`, `[b, length]`, and `labels`, `[b, n]`, for the n last columns: those from the
-        start of the first answer on.
+        `input_ids` and `attention_mask`, `[b, length]`; `labels`, `[b, n]`, of the n columns in which any row has its answer;
+        `predicting`, `[n]`, the columns before these, whose logits predict them.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    length, first = max(map(len, rows)), min(map(len, prompts))
+    length = max(map(len, rows))
     input_ids = torch.full((len(rows), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full((len(rows), length), IGNORED)
@@ -33,14 +33,20 @@ def pad_answers(prompts: Sequence[TokenIds], answers: Sequence[TokenIds], pad_to
         input_ids[index, : len(row)] = torch.tensor(row)
         attention_mask[index, : len(row)] = 1
         labels[index, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels[:, first:]}
+    columns = (labels != IGNORED).any(dim=0).nonzero()[:, 0]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels[:, columns],
+        "predicting": columns - 1,
+    }
 
 
 def answer_logits(model: nn.Module, batch: Mapping[str, torch.Tensor], cache: Cache | None = None) -> torch.Tensor:
     """Returns the logits that predict `labels`, `[b, n, vocab_size]`, of a batch from `pad_answers`.
 
-    Those before the first answer are not computed, where the model can leave them out: with a large vocabulary they take
-    more time and memory than all else.
+    Others are not computed, where the model can leave them out: with a large vocabulary they take more time and memory than
+    all else.
 
     Args:
         model: The model, in whatever wrapper.
@@ -48,16 +54,15 @@ def answer_logits(model: nn.Module, batch: Mapping[str, torch.Tensor], cache: Ca
         cache: The cache of tokens that stand before it, `None` if there are none.
     """
     base = _innermost(model)
-    num_kept = batch["labels"].shape[1] + 1  # and the one before the first answer
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if cache is not None:
         inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (cache.get_seq_length(), 0), value=1)
         inputs[cache_argument(base) or "past_key_values"] = cache
-    # As a number: a tensor of indices would be divided among devices like a batch.
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        inputs["logits_to_keep"] = num_kept
+    can_leave_out = "logits_to_keep" in inspect.signature(base.forward).parameters
+    if can_leave_out:
+        inputs["logits_to_keep"] = batch["predicting"]
     logits: torch.Tensor = model(**inputs, use_cache=cache is not None).logits
-    return logits[:, -num_kept:-1]
+    return logits if can_leave_out else logits[:, batch["predicting"]]
 
 
 def _innermost(model: Any) -> nn.Module:

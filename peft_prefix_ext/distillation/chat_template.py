@@ -3,7 +3,7 @@
 A chat template writes more than the messages: a default system message, a beginning-of-sequence token, the date. Behind a
 prefix that holds the opening of a chat, all this would stand there twice. So an adapter brings a template of its own. It
 puts the opening before the messages, renders them by the model's template, and cuts the opening off again. What would change
-the opening itself, such as tools, is refused:
+the opening itself, such as tools, is refused. A date in the opening stays that of the day when it was rendered:
 
     tokenizer.apply_chat_template(messages, chat_template=prefix.chat_template)
 
@@ -13,6 +13,7 @@ It is kept in the adapter's config, so that it goes wherever the adapter goes.
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -56,9 +57,10 @@ def continuation_template(tokenizer: PreTrainedTokenizerBase, messages: list[dic
         ValueError: If the tokenizer's template cannot be wrapped.
     """
     template = tokenizer.get_chat_template()
+    dates = _dates_in(tokenizer, messages)
     # The expressions keep the whitespace at both ends of the template: Jinja strips it next to a block.
     wrapped = (
-        f"{{% set messages = {_literal(messages)} + messages %}}"
+        f"{_frozen(dates) if dates else ''}{{% set messages = {_literal(messages)} + messages %}}"
         f"{{% set prefix_ext_opening = {_literal(rendered)} %}}"
         f"{{% set prefix_ext_rendered %}}{{{{ '' }}}}{template}{{{{ '' }}}}{{% endset %}}"
         "{% if not prefix_ext_rendered.startswith(prefix_ext_opening) %}"
@@ -80,6 +82,24 @@ def continuation_template(tokenizer: PreTrainedTokenizerBase, messages: list[dic
                 "the messages before it; compile the text itself."
             )
     return wrapped
+
+
+def _dates_in(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns the dates that the template writes before and behind an opening, by the format it asks for."""
+    found: dict[str, str] = {}
+
+    def strftime_now(format: str) -> str:
+        return found.setdefault(format, datetime.now().strftime(format))
+
+    question = {"role": "user", "content": _PROBES[0]}
+    for each in (messages, [*messages, question]):
+        tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True, strftime_now=strftime_now)
+    return found
+
+
+def _frozen(dates: dict[str, str]) -> str:
+    """Returns a macro in the place of the function `strftime_now`, which templates get from transformers and from vLLM."""
+    return f"{{%- macro strftime_now(format) %}}{{{{ {_literal(dates)}[format] }}}}{{% endmacro %}}"
 
 
 def _literal(value: Any) -> str:

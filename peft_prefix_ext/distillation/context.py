@@ -43,8 +43,8 @@ class Context:
 
     @property
     def digest(self) -> str:
-        """The SHA-256, in hex, of what the model reads and how it goes on."""
-        return text_hash(json.dumps([self.token_ids, self.chat_template]))
+        """The SHA-256, in hex, of what it says and of the template that renders it, on whatever day that is."""
+        return text_hash(json.dumps([self.messages or self.token_ids, self.chat_template_sha256]))
 
 
 def text_context(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str] = ()) -> Context:

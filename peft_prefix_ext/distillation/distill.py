@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from peft import PeftModel
@@ -16,13 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_prefix_ext.checkpoint.atomic_save import replacing
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME
 from peft_prefix_ext.checkpoint.writer import check_place
+from peft_prefix_ext.conversion.sources import read_source
 from peft_prefix_ext.distillation.companions import Companions
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import Context
 from peft_prefix_ext.distillation.generation import Generator, pad_token_of
 from peft_prefix_ext.distillation.loss import reverse_kl
 from peft_prefix_ext.distillation.on_policy import score_own_answers
-from peft_prefix_ext.distillation.questions import Question
+from peft_prefix_ext.distillation.questions import Question, prompt_ids
 from peft_prefix_ext.distillation.reporting.evaluation import STUDENT, evaluate
 from peft_prefix_ext.distillation.reporting.metrics import Metric, word_f1
 from peft_prefix_ext.distillation.reporting.report import Report
@@ -67,7 +71,16 @@ class Distillation:
     def __post_init__(self) -> None:
         if not self.context.chat_template:
             raise ValueError("A context to distil must be the opening of a chat: make it with `chat_context`.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "The stages of a distillation run in one process; train on its targets in several with `DistillationTrainer`."
+            )
         check_length(self.context, self.settings)
+        if self.questions is not None:
+            # Twice the same question could be trained on and held out.
+            self.questions = list({json.dumps(each.messages): each for each in self.questions}.values())
+            for question in self.questions:
+                prompt_ids(self.tokenizer, question.messages, self.context.chat_template)
         self.folder = WorkFolder(self.work, self._inputs())
 
     def compile(self) -> Path:
@@ -123,7 +136,8 @@ class Distillation:
         students = list(self.train().values())
         _, held_out = self.make_targets()
         seconds = self.folder.seconds()
-        training = seconds.pop("train", 0.0)
+        shared = seconds["compile"] + seconds["targets"]
+        training = [seconds[f"train {student.name}"] for student in students]
         with self._generator() as generator:
             report = evaluate(
                 generator,
@@ -134,7 +148,7 @@ class Distillation:
                 metric=metric,
                 metric_name=metric_name,
                 max_new_tokens=self.settings.max_new_tokens,
-                seconds_spent=sum(seconds.values()) + training / len(students),
+                seconds_spent=shared + fmean(training),
                 seed=self.settings.seed,
                 settings=self.settings.to_dict(),
             )
@@ -148,7 +162,7 @@ class Distillation:
         settings = self.settings.to_dict()
         own = None if self.questions is None else [[each.messages, each.reference] for each in self.questions]
         return {
-            "base": self.model.name_or_path,
+            "base": [self.model.name_or_path, getattr(self.model.config, "_commit_hash", None), str(self.model.dtype)],
             "context": self.context.digest,
             "questions": own,
             **{name: settings[name] for name in OF_TARGETS},
@@ -176,9 +190,8 @@ class Distillation:
 
     def _student(self, seed: int) -> Path:
         shared = {name: value for name, value in self.settings.to_dict().items() if name not in ("seed", "seeds")}
-        return self.folder.student(
-            {**shared, "companions": [str(each) for each in self.companions], **self.arguments}, seed
-        )
+        companions = [read_source(each).digest for each in self.companions]
+        return self.folder.student({**shared, "companions": companions, **self.arguments}, seed)
 
     def _train(self, seed: int, training: Sequence[Target], held_out: Sequence[Target]) -> float:
         """Returns the divergence of a student on the held-out questions, from an earlier run if it was trained then."""
@@ -187,7 +200,7 @@ class Distillation:
             return float(result["divergence"])
         companions = Companions(self.companions, self.model, seed=seed) if self.companions else None
         pad = pad_token_of(self.tokenizer)
-        with self.folder.timed("train"):
+        with self.folder.timed(f"train {folder.name}"):
             student = make_student(self.model, self.context, self.settings, seed)
             try:
                 loss = train_student(
@@ -204,14 +217,20 @@ class Distillation:
             finally:
                 student.unload()
             for number in range(self.settings.on_policy_rounds):
-                loss = self._on_policy(number, seed, training, held_out, folder)
+                loss = self._on_policy(number, seed, training, held_out, folder, companions)
         self.folder.write_result(folder, {"divergence": loss, **self.settings.to_dict()})
         for checkpoints in folder.glob("checkpoints-*"):
             shutil.rmtree(checkpoints, ignore_errors=True)
         return loss
 
     def _on_policy(
-        self, number: int, seed: int, training: Sequence[Target], held_out: Sequence[Target], folder: Path
+        self,
+        number: int,
+        seed: int,
+        training: Sequence[Target],
+        held_out: Sequence[Target],
+        folder: Path,
+        companions: Companions | None,
     ) -> float:
         with self._generator() as generator:
             generator.add_prefix(STUDENT, folder)
@@ -227,6 +246,7 @@ class Distillation:
                 folder,
                 pad_token_of(self.tokenizer),
                 divergence=reverse_kl,
+                companions=companions,
                 stage=f"round-{number}",
                 **{"num_train_epochs": 1, **self.arguments},
             )
@@ -238,9 +258,12 @@ class Distillation:
         if self.engine == "vllm":
             from peft_prefix_ext.distillation.vllm_generator import VLLMGenerator
 
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            prefixes = {TEACHER: self.folder.context}
-            with VLLMGenerator(str(self.model.name_or_path), dtype=dtype, prefixes=prefixes) as engine:
+            with VLLMGenerator(
+                str(self.model.name_or_path),
+                dtype=str(self.model.dtype).removeprefix("torch."),
+                prefixes={TEACHER: self.folder.context},
+                tokenizer=self.tokenizer.name_or_path or None,
+            ) as engine:
                 yield engine
             return
         generator = TransformersGenerator(self.model, self.tokenizer)

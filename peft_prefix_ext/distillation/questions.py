@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Messages, are_messages, read_text
@@ -36,10 +37,18 @@ def prompt_ids(
         tokenizer: The tokenizer.
         messages: The messages.
         chat_template: The template of a context, behind which the messages stand; the tokenizer's own by default.
+
+    Raises:
+        ValueError: If the template rejects the messages.
     """
-    text = tokenizer.apply_chat_template(
-        list(messages), chat_template=chat_template, tokenize=False, add_generation_prompt=True
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=chat_template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template does not take the question {messages[-1]['content']!r} ({error}); change or remove it."
+        ) from error
     return list(tokenizer(str(text), add_special_tokens=False).input_ids)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_prefix_ext.config import PrefixExtConfig
@@ -59,6 +62,18 @@ def make_student(model: PreTrainedModel, context: Context, settings: Distillatio
         context=context.record(),
     )
     return get_peft_model(model, config)
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Returns the last checkpoint of `Trainer`, without those that a killed run did not finish, which it removes."""
+    while folder.exists() and (last := get_last_checkpoint(str(folder))) is not None:
+        try:
+            json.loads((Path(last) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # which is written last
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+        else:
+            return last
+    return None
 
 
 class LossBar(ProgressCallback):
@@ -139,12 +154,21 @@ def train_student(
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "prediction_loss_only": True,
+        "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "seed": seed,
     }
+    training_arguments = TrainingArguments(**{**options, **arguments})
+    if companions is not None and training_arguments.gradient_checkpointing:
+        raise ValueError(
+            "Companions stand in the cache, which gradient checkpointing leaves out: use one or the other."
+        )
+    if training_arguments.n_gpu > 1:
+        # `Trainer` would copy the model to all of them in each step, and its hooks and caches are of one device.
+        training_arguments._n_gpu = 1
     trainer = DistillationTrainer(
         student,
-        TrainingArguments(**{**options, **arguments}),
+        training_arguments,
         train_dataset=list(targets),
         eval_dataset=list(held_out),
         data_collator=TargetCollator(pad_token_id),
@@ -157,7 +181,7 @@ def train_student(
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(LossBar)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     loss = float(trainer.evaluate()["eval_loss"])
     student.save_pretrained(str(folder))
     return loss

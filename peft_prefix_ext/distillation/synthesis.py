@@ -103,8 +103,8 @@ def _next_turns(
         [prompt] * number, max_new_tokens=QUESTION_TOKENS, prefix=prefix, temperature=TEMPERATURE, seed=seed
     )
     texts = (str(tokenizer.decode(answer, skip_special_tokens=not footer.strip())) for answer in answers)
-    # A turn without its end is half a turn.
-    end = footer.strip()
+    # A turn without its end is half a turn. Templates may write more behind the end where no answer follows.
+    end = next(iter(footer.split()), "")
     return [text.partition(end)[0].strip() for text in texts if not end or end in text]
 
 

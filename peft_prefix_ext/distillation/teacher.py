@@ -85,11 +85,16 @@ def _answer(
         "seed": settings.seed,
     }
     answers = dict(zip(prompts, generator.generate(list(prompts.values()), prefix=TEACHER, **options), strict=True))
-    without = dict(zip(alone, generator.generate(list(alone.values()), **options), strict=True))
+    # Sampled answers differ in any case; greedy ones say whether the context matters.
+    greedy = {**options, "temperature": 0.0}
+    compared = answers
+    if settings.temperature > 0:
+        compared = dict(zip(prompts, generator.generate(list(prompts.values()), prefix=TEACHER, **greedy), strict=True))
+    without = dict(zip(alone, generator.generate(list(alone.values()), **greedy), strict=True))
     used = [
         number
         for number, answer in answers.items()
-        if _text(tokenizer, answer) and _text(tokenizer, answer) != _text(tokenizer, without[number])
+        if _text(tokenizer, answer) and _text(tokenizer, compared[number]) != _text(tokenizer, without[number])
     ]
     scores = generator.score(
         [prompts[number] for number in used],

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.base_model.layers import eval_mode
-from peft_prefix_ext.distillation.batching import answer_logits, pad_answers
+from peft_prefix_ext.distillation.batching import IGNORED, answer_logits, pad_answers
 from peft_prefix_ext.distillation.generation import TokenIds, TopLogprobs, pad_token_of
 
 
@@ -97,11 +97,10 @@ class TransformersGenerator:
                 batch = {
                     name: tensor.to(self._device) for name, tensor in pad_answers(*chosen, self.pad_token_id).items()
                 }
-                logits = answer_logits(self.model, batch).float()
+                logits = answer_logits(self.model, batch)
                 k = min(top_k, logits.shape[-1])
                 for row, index in enumerate(part):
-                    start = len(prompts[index]) - min(map(len, chosen[0]))
-                    logprobs = logits[row, start : start + len(answers[index])].log_softmax(dim=-1)
+                    logprobs = logits[row, batch["labels"][row] != IGNORED].float().log_softmax(dim=-1)
                     answer = logprobs.gather(-1, torch.tensor(answers[index], device=self._device)[:, None])[:, 0]
                     top = logprobs.topk(k)
                     scores[index] = TopLogprobs(top.indices.tolist(), top.values.tolist(), answer.tolist())

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from datetime import datetime
 
 import pytest
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
+from transformers.utils import chat_template_utils
 
 from helpers.chats import CHATML, LLAMA, tokenizer_with
 from helpers.tiny import STATELESS, tiny_model, tiny_tokenizer
 from helpers.tiny_seq2seq import tiny_encoder_decoder
 from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.cli import main
+from peft_prefix_ext.distillation import chat_template
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import Context, chat_context, read_messages, read_text, text_context
 
@@ -92,6 +95,32 @@ def test_what_would_change_the_opening_is_refused():
     assert tokenizer.apply_chat_template(question, chat_template=context.chat_template, tokenize=False)
     with pytest.raises(TemplateError, match="which tools or other arguments of the chat template would change"):
         tokenizer.apply_chat_template(question, tools=[tool], chat_template=context.chat_template, tokenize=False)
+
+
+def test_the_date_is_that_of_the_day_when_it_was_compiled(monkeypatch):
+    dated = "{{ '<|start|>' + strftime_now('%d %B %Y') + ' ' + strftime_now('%H') + '<|eot|>' }}" + CHATML
+
+    class Clock(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 5, cls.day, 12, tzinfo=tz)
+
+    for module in (chat_template, chat_template_utils):
+        monkeypatch.setattr(module, "datetime", Clock)
+    tokenizer = tokenizer_with(dated)
+    question = [{"role": "user", "content": "What is it?"}]
+    whole = tokenizer.apply_chat_template([*OPENINGS[0], *question], add_generation_prompt=True).input_ids
+    context = chat_context(tokenizer, OPENINGS[0])
+    assert "01 May 2026 12" in tokenizer.decode(context.token_ids)
+    monkeypatch.setattr(Clock, "day", 2)
+    assert "02 May" in tokenizer.apply_chat_template(question, tokenize=False)
+    after = tokenizer.apply_chat_template(question, chat_template=context.chat_template, add_generation_prompt=True)
+    assert [*context.token_ids, *after.input_ids] == whole
+    # It is the same context on the next day.
+    assert chat_context(tokenizer, OPENINGS[0]).token_ids != context.token_ids
+    assert chat_context(tokenizer, OPENINGS[0]).digest == context.digest != chat_context(tokenizer, OPENINGS[1]).digest
 
 
 def test_a_text_takes_the_place_of_a_chat(tmp_path):

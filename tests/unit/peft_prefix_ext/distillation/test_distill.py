@@ -19,7 +19,7 @@ from peft_prefix_ext.distillation.distill import Distillation
 from peft_prefix_ext.distillation.loss import forward_kl
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.settings import DistillationSettings
-from peft_prefix_ext.distillation.student import make_student
+from peft_prefix_ext.distillation.student import last_whole_checkpoint, make_student
 from peft_prefix_ext.distillation.targets import read_targets
 from peft_prefix_ext.distillation.trainer import TargetCollator
 from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
@@ -62,7 +62,8 @@ def test_from_a_context_to_an_adapter(distillation, tmp_path):
     training, held_out = run.make_targets()
     assert len(held_out) == 3
     assert {target.number for target in training}.isdisjoint(target.number for target in held_out)
-    assert run.folder.seconds().keys() == {"compile", "targets", "train"}
+    (trained,) = run.train().values()
+    assert run.folder.seconds().keys() == {"compile", "targets", f"train {trained.name}"}
     # The base model is as it was.
     assert not any("prefix" in name for name, _ in run.model.named_modules())
     assert sorted(path.name for path in out.iterdir()) == [
@@ -123,6 +124,16 @@ def test_a_run_that_was_killed_goes_on(distillation, tmp_path, monkeypatch):
         torch.testing.assert_close(tensor, expected[key], atol=1e-4, rtol=1e-4)
 
 
+def test_a_checkpoint_that_was_not_finished_is_left_out(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    for step, state in ((4, "{}"), (8, "{}"), (12, '{"epoch": '), (16, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+
+
 def test_nothing_is_made_twice(distillation, tmp_path, monkeypatch):
     run = distillation()
     folders = run.train()
@@ -164,15 +175,23 @@ def test_the_model_writes_the_questions(distillation):
     assert all(each.messages == questions[each.number].messages for each in training + held_out)
 
 
-def test_what_cannot_be_distilled_is_refused(distillation, tokenizer, tmp_path):
+def test_what_cannot_be_distilled_is_refused(distillation, tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no more than the 500 virtual tokens that are to stand"):
         distillation(replace(SETTINGS, num_virtual_tokens=500))
-    run = distillation(questions=QUESTIONS[:2])
+    run = distillation(questions=[*QUESTIONS[:2], *QUESTIONS[:2]])  # the same question counts once
     with pytest.raises(ValueError, match="Only 2 questions have answers that depend on the context"):
         run.save(tmp_path / "out")
     run.context = text_context(tokenizer, ["Aromi"])
     with pytest.raises(ValueError, match="must be the opening of a chat"):
         replace(run, work=tmp_path / "text")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="run in one process"):
+            distillation()
+    tokenizer.chat_template = "{{ raise_exception('no x') if messages[-1].content == 'x' }}" + CHATML
+    with pytest.raises(ValueError, match="does not take the question 'x'"):
+        distillation(work=tmp_path / "other", questions=[Question([{"role": "user", "content": "x"}])])
+    tokenizer.chat_template = CHATML
     # A model that says the same whatever it reads.
     deaf = distillation(work=tmp_path / "deaf")
     deaf.model.lm_head.weight.data.zero_()

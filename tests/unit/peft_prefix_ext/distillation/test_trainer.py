@@ -84,12 +84,25 @@ def test_held_out_answers_are_scored_without_a_change(tmp_path):
     assert all(torch.equal(kv, before[name]) for name, kv in prefix_kv(model).items())
 
 
+def test_columns_without_an_answer_are_left_out():
+    """Otherwise a long prompt beside a short one costs as many logits as it has tokens."""
+    model, answers = tiny_model("llama"), [[1, 2], [3, 4, 5]]
+    prompts = [[7], random_ids(40).tolist()]
+    batch = pad_answers(prompts, answers, 0)
+    assert batch["predicting"].tolist() == [0, 1, 39, 40, 41]
+    logits = answer_logits(model, batch)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        alone = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(logits[row, batch["labels"][row] != -100], alone, atol=1e-5, rtol=1e-4)
+
+
 def test_logits_of_a_model_that_computes_all(monkeypatch):
     """A forward without `logits_to_keep`, as older models have, gives the same."""
     model = tiny_model("llama")
     prompts, answers = [[5, 6, 7], [8, 9]], [[1], [2, 3, 4]]
     batch = pad_answers(prompts, answers, 0)
     assert batch["labels"].tolist() == [[-100, 1, -100], [2, 3, 4]]
+    assert batch["predicting"].tolist() == [1, 2, 3]
     kept = answer_logits(model, batch)
     own = type(model).forward
 
