@@ -40,8 +40,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def engine_processes() -> set[psutil.Process]:
+    """Returns vLLM's processes below this one, those of other tests' servers included."""
+    return {each for each in psutil.Process().children(recursive=True) if "VLLM" in each.name()}
+
+
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> Iterator[VLLMGenerator]:
+def others() -> set[psutil.Process]:
+    """The processes of engines that run already."""
+    return engine_processes()
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path, others: set[psutil.Process]) -> Iterator[VLLMGenerator]:
     from vllm import envs
 
     prefixes = {name: folder / name for name in LENGTHS}
@@ -191,14 +202,13 @@ def test_progress_has_one_bar(generator: VLLMGenerator, monkeypatch: pytest.Monk
     assert "prompts" not in shown
 
 
-def test_close_leaves_no_process(generator: VLLMGenerator, folder: Path) -> None:
+def test_close_leaves_no_process(generator: VLLMGenerator, folder: Path, others: set[psutil.Process]) -> None:
     # The last test of this file: training follows in the same process.
-    engine = [each for each in psutil.Process().children(recursive=True) if "VLLM" in each.name()]
+    engine = engine_processes() - others
     assert engine
     generator.close()
     generator.close()
     assert psutil.wait_procs(engine, timeout=5)[1] == []
-    assert not torch.distributed.is_initialized()
     for call in (
         lambda: generator.generate(PROMPTS, max_new_tokens=1),
         lambda: generator.add_prefix("student", folder / "student"),
