@@ -81,11 +81,6 @@ class Report:
     def verdict(self) -> list[str]:
         """Returns sentences on each measure: what is recovered, and whether something simpler does as well."""
         sentences = []
-        if self.num_own_references:
-            sentences.append(
-                f"For {self.num_own_references} of {len(self.questions)} questions no right answer is known, and the full context's "
-                "own counts as right: there the scores say how far it is followed, not whether it is right."
-            )
         for name, measure, values in (
             (self.metric, self.score, {row.name: row.scores for row in self.rows}),
             ("log-probability", self.logprob, {row.name: row.logprobs for row in self.rows}),
@@ -102,6 +97,11 @@ class Report:
                         f"By {name}, {row.name} recovers {spread(shares)} of what the full context adds"
                         f"{_beside(values[row.name], best, values[best][0]) if best else ''}."
                     )
+        if self.num_own_references:
+            sentences.append(
+                f"For {self.num_own_references} of {len(self.questions)} questions no right answer is known, and the full context's "
+                "own counts as right: there the scores say how far it is followed, not whether it is right."
+            )
         return sentences
 
     def to_json(self) -> str:

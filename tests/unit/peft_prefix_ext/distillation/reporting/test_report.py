@@ -81,8 +81,10 @@ def test_the_page():
 )
 def test_the_verdict(scores, sentence):
     made = report(scores)
-    by_score, by_logprob = made.verdict()
+    by_score, by_logprob, caveat = made.verdict()
     assert sentence in by_score
+    assert caveat.startswith("For 4 of 9 questions no right answer is known")
+    assert len(report(scores, num_own_references=0).verdict()) == 2
     assert "do not separate on 9 questions" in by_logprob
     assert f"- {by_score}" in to_markdown(made)
 
@@ -93,7 +95,7 @@ def test_no_verdict():
         Separation(0.5, 0.1, (-0.6, -0.2)): "the full context is worse than nothing",
         Separation(0.1, 0.9, None): "9 questions are too few",
     }.items():
-        made = report(score=measure, logprob=measure)
+        made = report(score=measure, logprob=measure, num_own_references=0)
         assert all(sentence in found for found in made.verdict())
         assert len(made.verdict()) == 2
         assert made.recovered_shares(made.rows[-1]) is None
