@@ -128,7 +128,10 @@ def print_summary(prefix: PrefixCheckpoint) -> None:
 
 def refuse(command: str, error: Exception) -> NoReturn:
     """Prints an error as one sentence and exits with 1."""
-    # Errors of this package are one line; of other libraries' errors the first line is enough.
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    print(f"prefix-ext {command}: error: {reason}", file=sys.stderr)
+    print(f"prefix-ext {command}: error: {first_line(error)}", file=sys.stderr)
     sys.exit(1)
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an error says: those of this package are one line, of those of other libraries the first is enough."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

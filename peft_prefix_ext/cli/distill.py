@@ -7,7 +7,15 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from peft_prefix_ext.cli.common import add_base, add_command, add_context, load_base, load_context, print_summary
+from peft_prefix_ext.cli.common import (
+    add_base,
+    add_command,
+    add_context,
+    first_line,
+    load_base,
+    load_context,
+    print_summary,
+)
 from peft_prefix_ext.distillation.settings import DistillationSettings
 
 TYPES = {"int": int, "float": float, "str": str, "float | None": float}
@@ -99,8 +107,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.no_report:
             print("", *distillation.report(args.out).verdict(), f"See {args.out}/report.md.", sep="\n")
     except (RuntimeError, SafetensorError) as error:  # no memory, a full disk, an engine that does not start
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{reason} (Run the same command again to go on from here.)") from error
+        raise ValueError(f"{first_line(error)} (Run the same command again to go on from here.)") from error
 
 
 def _engine(name: str) -> str:

@@ -24,7 +24,7 @@ class Companions:
     Args:
         sources: Prefixes of the same base model: folders or repositories.
         model: The base model.
-        share: The share of batches with companions: any number of them, each combination as likely.
+        share: The share of batches with companions; how many is drawn first, each number as likely, and then which.
         seed: What the draws follow.
 
     Raises:

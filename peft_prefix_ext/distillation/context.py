@@ -38,7 +38,7 @@ class Context:
     chat_template_sha256: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """Returns what the config of an adapter keeps of it as `context`: nothing of what it says."""
+        """Returns what the config of an adapter keeps of it as `context`; the template holds the messages of a chat."""
         return {name: getattr(self, name) for name in ("sources", "chat_template", "chat_template_sha256")}
 
     @property

@@ -65,3 +65,8 @@ def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the token for padding, which masks hide: any, if the tokenizer has none."""
     found: int | None = tokenizer.pad_token_id
     return 0 if found is None else found
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, answer: TokenIds) -> str:
+    """Returns an answer as text, without special tokens and the space around it."""
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 INITS = ("first", "sampled")
@@ -65,4 +65,4 @@ class DistillationSettings:
                 raise ValueError(f"`{name}` must be > 0, got {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        return {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        return asdict(self)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.distillation.generation import Generator, TopLogprobs
+from peft_prefix_ext.distillation.generation import Generator, TopLogprobs, text_of
 from peft_prefix_ext.distillation.questions import Question, prompt_ids
 from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.targets import Target, append_targets, read_targets
@@ -94,7 +94,7 @@ def _answer(
     used = [
         number
         for number, answer in answers.items()
-        if _text(tokenizer, answer) and _text(tokenizer, compared[number]) != _text(tokenizer, without[number])
+        if text_of(tokenizer, answer) and text_of(tokenizer, compared[number]) != text_of(tokenizer, without[number])
     ]
     scores = generator.score(
         [prompts[number] for number in used],
@@ -108,7 +108,3 @@ def _answer(
         Target.of(number, question, prompts[number], answers[number], tops.get(number, nothing))
         for number, question in questions.items()
     ]
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
-    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()

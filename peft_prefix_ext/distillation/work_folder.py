@@ -10,7 +10,6 @@ seconds.json            how long each stage took
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft_prefix_ext.checkpoint.context import text_hash
 from peft_prefix_ext.distillation.questions import Question, read_questions
 
 _INPUTS, _QUESTIONS, _SECONDS, _RESULT = "inputs.json", "questions.jsonl", "seconds.json", "result.json"
@@ -61,7 +61,7 @@ class WorkFolder:
 
     def student(self, settings: dict[str, Any], seed: int) -> Path:
         """Returns the folder of a student with these settings and this seed."""
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        digest = text_hash(json.dumps(settings, sort_keys=True))[:8]
         return self.path / f"student-{digest}-{seed}"
 
     def questions(self) -> list[Question] | None:

@@ -9,7 +9,7 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context, Messages
-from peft_prefix_ext.distillation.generation import Generator, TokenIds
+from peft_prefix_ext.distillation.generation import Generator, TokenIds, text_of
 from peft_prefix_ext.distillation.questions import Question, prompt_ids
 from peft_prefix_ext.distillation.reporting.metrics import Metric
 
@@ -83,7 +83,7 @@ def references_of(
     for question, own in zip(questions, own_answers, strict=True):
         given = (question.reference or "").strip()
         num_own += not given
-        texts.append(given or _decode(tokenizer, own))
+        texts.append(given or text_of(tokenizer, own))
         token_ids.append(list(tokenizer(given, add_special_tokens=False).input_ids) if given else list(own))
     return References(texts, token_ids, num_own)
 
@@ -109,8 +109,4 @@ def score_answers(
     """
     scores = generator.score(prompts, references.token_ids, top_k=1, prefix=prefix)
     logprobs = [fmean(score.answer) for score in scores]
-    return Answers([_decode(tokenizer, answer) for answer in answers], references.texts, logprobs)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, answer: TokenIds) -> str:
-    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return Answers([text_of(tokenizer, answer) for answer in answers], references.texts, logprobs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context, Messages
-from peft_prefix_ext.distillation.generation import Generator
+from peft_prefix_ext.distillation.generation import Generator, text_of
 from peft_prefix_ext.distillation.questions import prompt_ids
 
 NOTHING = "nothing"
@@ -85,8 +85,7 @@ def baseline_openings(
         request: Messages = [{"role": "user", "content": SUMMARIZE.format(words=max(1, int(room * _WORDS_PER_TOKEN)))}]
         prompt = prompt_ids(tokenizer, request, context.chat_template)
         (answer,) = generator.generate([prompt], max_new_tokens=max(1, room), prefix=teacher)
-        summary = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-        found = _parts(text, summary, room, with_text, fits, random.Random(seed))
+        found = _parts(text, text_of(tokenizer, answer), room, with_text, fits, random.Random(seed))
     return [Opening(NOTHING, nothing), *found]
 
 

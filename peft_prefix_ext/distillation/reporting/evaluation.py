@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from peft_prefix_ext.checkpoint.context import text_hash
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
 from peft_prefix_ext.checkpoint.reader import read_prefix
 from peft_prefix_ext.distillation.context import Context
@@ -134,7 +134,7 @@ def evaluate(
         requests_until_paid=None if seconds_spent is None else requests_until_paid(seconds_spent, costs[0], costs[-1]),
         sources={
             **context.sources,
-            "chat template": hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest(),
+            "chat template": text_hash(str(tokenizer.get_chat_template())),
         },
         settings={"seed": seed, "longest answer": f"{max_new_tokens} tokens", **(settings or {})},
     )
