@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,8 +16,8 @@ from peft_prefix_ext.cli.common import (
     print_summary,
 )
 from peft_prefix_ext.distillation.settings import DistillationSettings
+from peft_prefix_ext.settings import add_settings, settings_of
 
-TYPES = {"int": int, "float": float, "str": str, "float | None": float}
 ENGINES = ("auto", "transformers", "vllm")
 
 
@@ -61,16 +60,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--no-report", action="store_true", help="leave out the report")
     add_base(parser, required=True)
-    group = parser.add_argument_group("settings")
-    for setting in fields(DistillationSettings):
-        group.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            type=TYPES[str(setting.type)],
-            choices=setting.metadata["choices"],
-            default=setting.default,
-            metavar=None if setting.metadata["choices"] else "N",
-            help=setting.metadata["help"] + ("" if setting.default is None else " (default: %(default)s)"),
-        )
+    add_settings(parser, DistillationSettings)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,9 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from peft_prefix_ext.distillation.distill import Distillation
     from peft_prefix_ext.distillation.questions import read_questions
 
-    settings = DistillationSettings(
-        **{setting.name: getattr(args, setting.name) for setting in fields(DistillationSettings)}
-    )
+    settings = settings_of(DistillationSettings, args)
     check_place(args.out, ["PREFIX_EXT"])
     tokenizer, context = load_context(args, chat=True)
     model = load_base(args)

@@ -37,7 +37,7 @@ from peft_prefix_ext.distillation.synthesis import write_questions
 from peft_prefix_ext.distillation.targets import Target, read_targets
 from peft_prefix_ext.distillation.teacher import TEACHER, answer_questions, used_targets
 from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
-from peft_prefix_ext.distillation.work_folder import WorkFolder
+from peft_prefix_ext.distillation.work_folder import DistillationFolder
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Distillation:
             self.questions = list({json.dumps(each.messages): each for each in self.questions}.values())
             for question in self.questions:
                 prompt_ids(self.tokenizer, question.messages, self.context.chat_template)
-        self.folder = WorkFolder(self.work, self._inputs())
+        self.folder = DistillationFolder(self.work, self._inputs())
 
     def compile(self) -> Path:
         """Returns the folder of the exact prefix of the context, which the teacher answers with."""

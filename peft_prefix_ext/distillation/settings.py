@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from peft_prefix_ext.settings import check_settings, setting
 
 INITS = ("first", "sampled")
 REPARAMS = ("mlp", "none")
@@ -11,50 +13,40 @@ REPARAMS = ("mlp", "none")
 OF_TARGETS = ("num_questions", "max_new_tokens", "temperature", "top_k", "seed")
 
 
-def _setting(default: Any, help: str, *, least: int | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
-
-
 @dataclass(frozen=True)
 class DistillationSettings:
     """The settings of a [`Distillation`]. Each is an option of `prefix-ext distill` as well, whose help describes it."""
 
-    num_virtual_tokens: int = _setting(64, "the length of the prefix, less than that of the context", least=1)
-    num_questions: int = _setting(128, "how many questions the base model writes, if none are given", least=3)
-    num_held_out: int = _setting(
+    num_virtual_tokens: int = setting(64, "the length of the prefix, less than that of the context", least=1)
+    num_questions: int = setting(128, "how many questions the base model writes, if none are given", least=3)
+    num_held_out: int = setting(
         32, "how many questions are kept for early stopping and the report, a third of all at most", least=1
     )
-    max_new_tokens: int = _setting(128, "the length of the longest answer, in tokens", least=1)
-    temperature: float = _setting(0.0, "the temperature of the teacher's answers; 0 for greedy ones")
-    top_k: int = _setting(20, "how many log-probabilities are stored for each token of an answer", least=1)
-    init: str = _setting("first", "start from the first tokens of the context, or from sampled chunks", choices=INITS)
-    reparam: str = _setting("mlp", "train an MLP whose output is the prefix, or the prefix itself", choices=REPARAMS)
-    num_frozen_tokens: int = _setting(
+    max_new_tokens: int = setting(128, "the length of the longest answer, in tokens", least=1)
+    temperature: float = setting(0.0, "the temperature of the teacher's answers; 0 for greedy ones")
+    top_k: int = setting(20, "how many log-probabilities are stored for each token of an answer", least=1)
+    init: str = setting("first", "start from the first tokens of the context, or from sampled chunks", choices=INITS)
+    reparam: str = setting("mlp", "train an MLP whose output is the prefix, or the prefix itself", choices=REPARAMS)
+    num_frozen_tokens: int = setting(
         1, "how many tokens, from the first, are not trained: they take up attention that nothing needs", least=0
     )
-    token_dropout: float = _setting(0.0, "the probability that a virtual token is masked in a training step")
-    learning_rate: float | None = _setting(None, "the learning rate; 2e-3 with an MLP and 2e-2 without by default")
-    num_epochs: float = _setting(3.0, "how often each question is trained on")
-    batch_size: int = _setting(4, "how many questions are in a batch", least=1)
-    patience: int = _setting(
+    token_dropout: float = setting(0.0, "the probability that a virtual token is masked in a training step")
+    learning_rate: float | None = setting(None, "the learning rate; 2e-3 with an MLP and 2e-2 without by default")
+    num_epochs: float = setting(3.0, "how often each question is trained on")
+    batch_size: int = setting(4, "how many questions are in a batch", least=1)
+    patience: int = setting(
         5, "how many evaluations without progress, five in an epoch, until training stops", least=1
     )
-    seeds: int = _setting(1, "how many students are trained; the report gives their spread, the best is saved", least=1)
-    on_policy_rounds: int = _setting(
+    seeds: int = setting(1, "how many students are trained; the report gives their spread, the best is saved", least=1)
+    on_policy_rounds: int = setting(
         0,
         "how many times the student then answers questions and learns from the teacher's view of its answers",
         least=0,
     )
-    seed: int = _setting(0, "the seed of all random draws", least=0)
+    seed: int = setting(0, "the seed of all random draws", least=0)
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            least, choices = setting.metadata["least"], setting.metadata["choices"]
-            if least is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"`{setting.name}` must be an integer >= {least}, got {value!r}.")
-            if choices is not None and value not in choices:
-                raise ValueError(f"`{setting.name}` must be one of {choices}, got {value!r}.")
+        check_settings(self)
         if not self.temperature >= 0:
             raise ValueError(f"`temperature` must be >= 0, got {self.temperature!r}.")
         if not 0 <= self.token_dropout < 1:

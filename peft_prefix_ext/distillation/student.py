@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,9 @@ from peft import PeftModel, get_peft_model
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.distillation.companions import Companions
@@ -29,10 +23,11 @@ from peft_prefix_ext.distillation.loss import forward_kl
 from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.targets import Target
 from peft_prefix_ext.distillation.trainer import DistillationTrainer, Divergence, TargetCollator
+from peft_prefix_ext.training.checkpoints import last_whole_checkpoint
+from peft_prefix_ext.training.progress import show_loss_bar
+from peft_prefix_ext.tuner.learning_rate import RECOMMENDED
 
 EVALUATIONS_PER_EPOCH = 5
-# A prefix without an MLP needs about ten times the learning rate of one with it.
-LEARNING_RATES = {"mlp": 2e-3, "none": 2e-2}
 NUM_CHUNKS = 4
 
 
@@ -62,26 +57,6 @@ def make_student(model: PreTrainedModel, context: Context, settings: Distillatio
         context=context.record(),
     )
     return get_peft_model(model, config)
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """Returns the last checkpoint of `Trainer`, without those that a killed run did not finish, which it removes."""
-    while folder.exists() and (last := get_last_checkpoint(str(folder))) is not None:
-        try:
-            json.loads((Path(last) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # which is written last
-        except (OSError, ValueError):
-            shutil.rmtree(last)
-        else:
-            return last
-    return None
-
-
-class LossBar(ProgressCallback):
-    """A progress bar that shows the divergence."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(divergence=f"{float(logs['loss']):.3f}")
 
 
 def sample_chunks(token_ids: Sequence[int], number: int, seed: int) -> list[int]:
@@ -138,7 +113,7 @@ def train_student(
         "num_train_epochs": settings.num_epochs,
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate or LEARNING_RATES[settings.reparam],
+        "learning_rate": settings.learning_rate or RECOMMENDED[settings.reparam],
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": 0.0,
@@ -176,11 +151,7 @@ def train_student(
         companions=companions,
         divergence=divergence,
     )
-    # A line for each step is too much.
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(LossBar)
+    show_loss_bar(trainer, "divergence")
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     loss = float(trainer.evaluate()["eval_loss"])
     student.save_pretrained(str(folder))

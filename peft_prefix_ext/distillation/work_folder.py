@@ -19,11 +19,12 @@ from typing import Any
 
 from peft_prefix_ext.checkpoint.context import text_hash
 from peft_prefix_ext.distillation.questions import Question, read_questions
+from peft_prefix_ext.training.work_folder import WorkFolder, read_json, write_json, write_text
 
-_INPUTS, _QUESTIONS, _SECONDS, _RESULT = "inputs.json", "questions.jsonl", "seconds.json", "result.json"
+_QUESTIONS, _SECONDS, _RESULT = "questions.jsonl", "seconds.json", "result.json"
 
 
-class WorkFolder:
+class DistillationFolder(WorkFolder):
     """Reads and writes the files of the stages; each appears whole or not at all.
 
     Args:
@@ -35,21 +36,7 @@ class WorkFolder:
     """
 
     def __init__(self, path: str | Path, inputs: dict[str, Any]) -> None:
-        self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file: name a folder to work in.")
-        found = _read_json(self.path / _INPUTS)
-        if found is None:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise ValueError(f"{self.path} holds something else: name an empty folder, or a new one, to work in.")
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write_json(self.path / _INPUTS, inputs)
-        elif found != inputs:
-            changed = sorted(name for name in found.keys() | inputs.keys() if found.get(name) != inputs.get(name))
-            raise ValueError(
-                f"{self.path} holds questions and answers that were made from other inputs ({', '.join(changed)}): name "
-                "another folder to work in, or remove this one."
-            )
+        super().__init__(path, inputs, "questions and answers")
 
     @property
     def context(self) -> Path:
@@ -74,15 +61,15 @@ class WorkFolder:
             json.dumps({"messages": [*each.messages, *_assistant(each.reference)]}, ensure_ascii=False)
             for each in questions
         )
-        _write(self.path / _QUESTIONS, "\n".join(rows) + "\n")
+        write_text(self.path / _QUESTIONS, "\n".join(rows) + "\n")
 
     def result(self, student: Path) -> dict[str, Any] | None:
         """Returns what was recorded of a student whose training ended, else `None`."""
-        found: dict[str, Any] | None = _read_json(student / _RESULT)
+        found: dict[str, Any] | None = read_json(student / _RESULT)
         return found
 
     def write_result(self, student: Path, result: dict[str, Any]) -> None:
-        _write_json(student / _RESULT, result)
+        write_json(student / _RESULT, result)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -91,28 +78,14 @@ class WorkFolder:
         try:
             yield
         finally:
-            seconds = _read_json(self.path / _SECONDS) or {}
+            seconds = read_json(self.path / _SECONDS) or {}
             seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
-            _write_json(self.path / _SECONDS, seconds)
+            write_json(self.path / _SECONDS, seconds)
 
     def seconds(self) -> dict[str, float]:
         """Returns how long each stage took, in all runs together."""
-        return _read_json(self.path / _SECONDS) or {}
+        return read_json(self.path / _SECONDS) or {}
 
 
 def _assistant(reference: str | None) -> list[dict[str, str]]:
     return [] if reference is None else [{"role": "assistant", "content": reference}]
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

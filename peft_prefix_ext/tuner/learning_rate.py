@@ -20,9 +20,10 @@ from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.state_layer import PrefixStateLayer
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 
-# With and without an MLP: the rate below which to warn, and the one to recommend.
-LOWEST = {True: 1e-4, False: 1e-3}
-RECOMMENDED = {True: "2e-3", False: "2e-2"}
+# By `reparam`: a prefix without an MLP needs about ten times the learning rate of one with it.
+RECOMMENDED = {"mlp": 2e-3, "none": 2e-2}
+# If it is so many times higher than the rate, there is a warning.
+TOO_LOW = 20
 
 
 class _Watch:
@@ -79,10 +80,12 @@ def _rate(group: dict[str, Any]) -> float:
 
 def _check(rates: set[tuple[bool, float]]) -> None:
     for has_mlp, rate in sorted(rates):
-        if rate < LOWEST[has_mlp]:
+        recommended = RECOMMENDED["mlp" if has_mlp else "none"]
+        if TOO_LOW * rate < recommended:
+            wanted = f"{recommended:.0e}".replace("e-0", "e-")
             warnings.warn(
                 f"The learning rate of the prefix is {rate:.2g}, at which it learns very little: a prefix "
-                f"{'with' if has_mlp else 'without'} an MLP wants about {RECOMMENDED[has_mlp]}.",
+                f"{'with' if has_mlp else 'without'} an MLP wants about {wanted}.",
                 stacklevel=4,
             )
             return

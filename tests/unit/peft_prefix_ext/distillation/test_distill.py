@@ -19,7 +19,7 @@ from peft_prefix_ext.distillation.distill import Distillation
 from peft_prefix_ext.distillation.loss import forward_kl
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.settings import DistillationSettings
-from peft_prefix_ext.distillation.student import last_whole_checkpoint, make_student
+from peft_prefix_ext.distillation.student import make_student
 from peft_prefix_ext.distillation.targets import read_targets
 from peft_prefix_ext.distillation.trainer import TargetCollator
 from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
@@ -122,16 +122,6 @@ def test_a_run_that_was_killed_goes_on(distillation, tmp_path, monkeypatch):
     expected = weights(whole)
     for key, tensor in weights(out).items():  # parts are padded to other lengths, and round otherwise
         torch.testing.assert_close(tensor, expected[key], atol=1e-4, rtol=1e-4)
-
-
-def test_a_checkpoint_that_was_not_finished_is_left_out(tmp_path):
-    assert last_whole_checkpoint(tmp_path / "none") is None
-    for step, state in ((4, "{}"), (8, "{}"), (12, '{"epoch": '), (16, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8"]
 
 
 def test_nothing_is_made_twice(distillation, tmp_path, monkeypatch):
