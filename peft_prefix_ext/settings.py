@@ -47,7 +47,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type, title: str = "sett
             choices = each.metadata["choices"]
             kwargs |= {"type": _TYPES[str(each.type).removesuffix(" | None")], "choices": choices}
             kwargs["metavar"] = None if choices else "TEXT" if kwargs["type"] is str else "N"
-        shown = "" if each.default in (None, False) else " (default: %(default)s)"
+        shown = "" if each.default is None or each.default is False else " (default: %(default)s)"
         group.add_argument(*flags, help=each.metadata["help"] + shown, **kwargs)
 
 

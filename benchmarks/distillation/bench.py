@@ -19,7 +19,7 @@ from peft_prefix_ext.distillation.context import Context
 from peft_prefix_ext.distillation.distill import Distillation
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.settings import DistillationSettings
-from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
+from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
 
 
 class Bench:

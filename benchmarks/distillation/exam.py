@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common.results import Record
 from peft_prefix_ext.distillation.context import Context, Messages
-from peft_prefix_ext.distillation.generation import Generator, TokenIds
+from peft_prefix_ext.generation.generator import Generator, TokenIds
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.reporting.answers import (
     Answers,

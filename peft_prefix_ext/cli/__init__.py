@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft_prefix_ext import __version__
-from peft_prefix_ext.cli import compile, compose, distill, export, import_, inspect, run, verify
+from peft_prefix_ext.cli import compile, compose, distill, export, import_, inspect, run, train, verify
 from peft_prefix_ext.cli.common import EXIT_CODES, refuse
 
-COMMANDS = (inspect, verify, export, import_, compose, compile, distill, run)
+COMMANDS = (train, inspect, verify, export, import_, compose, compile, distill, run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,9 +24,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The arguments; those of this process by default.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    # Not parsed: argparse would take options of the program for its own.
+    # Not parsed here: argparse would take options of the program for its own.
     if words[:1] == ["run"] and words[1:] and words[1] not in ("-h", "--help"):
         run.run(argparse.Namespace(program=words[1:]))
+        return
+    if words[:1] == [train.COMMAND] and not {"-h", "--help"} & {*words}:
+        with _own_warnings_only():
+            train.run_words(words[1:])  # which knows TRL's options as well
         return
     args = _parser().parse_args(words)
     try:

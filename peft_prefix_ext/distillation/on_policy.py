@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from peft_prefix_ext.distillation.generation import Generator
+from peft_prefix_ext.generation.generator import Generator
 from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.targets import Target
 from peft_prefix_ext.distillation.teacher import TEACHER

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_prefix_ext.distillation.context import Messages
-from peft_prefix_ext.distillation.generation import TokenIds, TopLogprobs
+from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs
 from peft_prefix_ext.distillation.questions import Question
 
 DIGITS = 5  # of a log-probability on disk

@@ -38,7 +38,8 @@ def parse(
         ValueError: If the file cannot be read, or has unknown keys.
         SystemExit: For unknown options.
     """
-    parser = TrlParser(SFTConfig, prog=prog, allow_abbrev=False, add_help=False)
+    usage = f"{prog} DATA --model BASE --out DIR [OPTION ...]; see {prog} --help"  # all options would fill a page
+    parser = TrlParser(SFTConfig, prog=prog, usage=usage, allow_abbrev=False, add_help=False)
     # The folder of the checkpoints is the command's business.
     parser.set_defaults(output_dir=None)
     add_options(parser)

@@ -68,6 +68,27 @@ def put_section(card: str, section: str, start: str, end: str) -> str | None:
     return before + section + after if found_start and found_end else None
 
 
+def add_section(folder: str | Path, section: str, start: str, end: str) -> None:
+    """Puts a section into the card of an adapter, behind what is written here, in place of an earlier one with the same marks.
+
+    It stays there when the adapter is saved into this folder again.
+
+    Args:
+        folder: The folder of the adapter.
+        section: The section.
+        start: The mark to put before it.
+        end: The mark to put behind it.
+    """
+    path = Path(folder) / CARD_NAME
+    card = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else ModelCard("")
+    text = "\n".join([start, section, end])
+    before, found, after = card.text.partition(SECTION_END)
+    card.text = put_section(card.text, text, start, end) or (
+        f"{before}{found}\n\n{text}{after}" if found else f"{card.text.rstrip()}\n\n{text}\n"
+    )
+    card.save(path)
+
+
 def _name(repo: str | None) -> str | None:
     return repo.rpartition("/")[2] if repo else None
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from helpers.chats import CHATML, tokenizer_with
 from helpers.tiny import tiny_model
 from peft_prefix_ext.distillation.questions import Question
-from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
+from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
 
 TEXT = "Aromi serves Italian food near the river, and its name means scents. The Mill sells bread."
 SYSTEM = {"role": "system", "content": "Describe it."}

@@ -28,7 +28,7 @@ SLOW = {
         "test_given_references_and_another_metric",
         "test_the_teacher_recovers_all",
     ],
-    "peft_prefix_ext/distillation/test_vllm_generator.py": ["test_without_vllm_it_says_what_to_install"],
+    "peft_prefix_ext/generation/test_vllm_generator.py": ["test_without_vllm_it_says_what_to_install"],
     "peft_prefix_ext/initialization/test_initialization.py": [
         "test_exact_at_step_0_and_saved_without_its_source",
         "test_reports",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context, Messages
-from peft_prefix_ext.distillation.generation import Generator, text_of
-from peft_prefix_ext.distillation.questions import prompt_ids
+from peft_prefix_ext.generation.generator import Generator, text_of
+from peft_prefix_ext.generation.prompts import prompt_ids
 
 NOTHING = "nothing"
 SUMMARIZE = (

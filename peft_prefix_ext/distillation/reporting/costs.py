@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
-from peft_prefix_ext.distillation.generation import Generator, TokenIds
+from peft_prefix_ext.generation.generator import Generator, TokenIds
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_prefix_ext.distillation.generation import Generator, TokenIds
-from peft_prefix_ext.distillation.questions import prompt_ids
+from peft_prefix_ext.generation.generator import Generator, TokenIds
+from peft_prefix_ext.generation.prompts import prompt_ids
 
 # Everyday requests of many kinds, none of which a context is likely to be about.
 PROMPTS = (

@@ -13,7 +13,7 @@ from peft_prefix_ext.checkpoint.context import text_hash
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
 from peft_prefix_ext.checkpoint.reader import read_prefix
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.distillation.generation import Generator, TokenIds
+from peft_prefix_ext.generation.generator import Generator, TokenIds
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.reporting.answers import (
     Answers,

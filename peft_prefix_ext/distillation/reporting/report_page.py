@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from huggingface_hub import ModelCard
-
 from peft_prefix_ext.distillation.reporting.report import Report, Row, spread
-from peft_prefix_ext.tuner.model_card import CARD_NAME, SECTION_END, put_section
+from peft_prefix_ext.tuner.model_card import add_section
 
 REPORT_NAME, PAGE_NAME, PLOT_NAME = "report.json", "report.md", "report.png"
 _START, _END = "<!-- peft-prefix-ext report -->", "<!-- /peft-prefix-ext report -->"
@@ -40,14 +38,8 @@ def add_to_card(folder: str | Path, report: Report) -> None:
         folder: The folder of the adapter.
         report: The report on it.
     """
-    path = Path(folder) / CARD_NAME
-    card = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else ModelCard("")
-    text = "\n".join([_START, "## What it keeps of its context", "", _table(report), "", *_verdict(report), _END])
-    before, end, after = card.text.partition(SECTION_END)
-    card.text = put_section(card.text, text, _START, _END) or (
-        f"{before}{end}\n\n{text}{after}" if end else f"{card.text.rstrip()}\n\n{text}\n"
-    )
-    card.save(path)
+    lines = ["## What it keeps of its context", "", _table(report), "", *_verdict(report)]
+    add_section(folder, "\n".join(lines), _START, _END)
 
 
 def to_markdown(report: Report) -> str:

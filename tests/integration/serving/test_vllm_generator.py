@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from helpers.prefixed import with_prefix
 from helpers.serving import support
 from helpers.serving.support import WORDS, prompt_ids
-from peft_prefix_ext.distillation.vllm_generator import VLLMGenerator
+from peft_prefix_ext.generation.vllm_generator import VLLMGenerator
 
 PROMPTS = [prompt_ids(length, seed=length) for length in (5, 21, 30, 1)]
 NEW = 12

@@ -54,7 +54,7 @@ def test_any_first_import_registers():
         "import peft_prefix_ext.distillation.distill",
         "import peft_prefix_ext.distillation.companions",
         "import peft_prefix_ext.distillation.reporting.evaluation",
-        "import peft_prefix_ext.distillation.transformers_generator",
+        "import peft_prefix_ext.generation.transformers_generator",
         "import peft_prefix_ext.conversion.verify",
     ]
     assert run(FORKS, *firsts).splitlines() == firsts

@@ -13,7 +13,7 @@ from helpers.chats import CHATML, tokenizer_with
 from helpers.tiny import tiny_model
 from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.distillation import student, teacher
-from peft_prefix_ext.distillation.batching import answer_logits
+from peft_prefix_ext.generation.batching import answer_logits
 from peft_prefix_ext.distillation.context import chat_context, text_context
 from peft_prefix_ext.distillation.distill import Distillation
 from peft_prefix_ext.distillation.loss import forward_kl
@@ -22,7 +22,7 @@ from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.student import make_student
 from peft_prefix_ext.distillation.targets import read_targets
 from peft_prefix_ext.distillation.trainer import TargetCollator
-from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
+from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
 
 SYSTEM = [{"role": "system", "content": "Aromi serves Italian food near the river. " * 4}]
 QUESTIONS = [Question([{"role": "user", "content": f"Question {number}?"}]) for number in range(12)]
@@ -179,7 +179,7 @@ def test_what_cannot_be_distilled_is_refused(distillation, tokenizer, tmp_path, 
         with pytest.raises(ValueError, match="run in one process"):
             distillation()
     tokenizer.chat_template = "{{ raise_exception('no x') if messages[-1].content == 'x' }}" + CHATML
-    with pytest.raises(ValueError, match="does not take the question 'x'"):
+    with pytest.raises(ValueError, match="does not take the message 'x'"):
         distillation(work=tmp_path / "other", questions=[Question([{"role": "user", "content": "x"}])])
     tokenizer.chat_template = CHATML
     # A model that says the same whatever it reads.

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from helpers.prefixed import with_prefix
 from helpers.tiny import random_ids, tiny_model, tiny_tokenizer
-from peft_prefix_ext.distillation.transformers_generator import TransformersGenerator
+from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
 
 PROMPTS = [random_ids(length, seed=length).tolist() for length in (3, 9, 1, 6)]
 NEW = 8

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_prefix_ext.base_model.layers import eval_mode
-from peft_prefix_ext.distillation.batching import IGNORED, answer_logits, pad_answers
-from peft_prefix_ext.distillation.generation import TokenIds, TopLogprobs, pad_token_of
+from peft_prefix_ext.generation.batching import IGNORED, answer_logits, pad_answers
+from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs, pad_token_of
 
 
 class TransformersGenerator:

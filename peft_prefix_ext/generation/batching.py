@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from peft_prefix_ext.base_model.cache_argument import cache_argument
-from peft_prefix_ext.distillation.generation import TokenIds
+from peft_prefix_ext.generation.generator import TokenIds
 
 IGNORED = -100  # the label of what is no token of an answer
 

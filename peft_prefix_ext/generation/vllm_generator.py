@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from peft_prefix_ext.distillation.generation import TokenIds, TopLogprobs
+from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs
 
 # On a CPU vLLM asks for 92 % of all memory, and does not start while other processes hold more than the rest.
 _CPU_CACHE_BYTES = 4 << 30
