@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft_prefix_ext import __version__
-from peft_prefix_ext.cli import compile, compose, distill, export, import_, inspect, run, train, verify
+from peft_prefix_ext.cli import chat, compile, compose, distill, evaluate, export, import_, inspect, run, train, verify
 from peft_prefix_ext.cli.common import EXIT_CODES, refuse
 
-COMMANDS = (train, inspect, verify, export, import_, compose, compile, distill, run)
+COMMANDS = (train, evaluate, chat, inspect, verify, export, import_, compose, compile, distill, run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
@@ -58,6 +59,33 @@ def add_base(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default="float32",
         help="the dtype to load the base model in (default: %(default)s, which is exact)",
     )
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    add_path(parser)
+    add_base(parser, required=False)
+
+
+def load_adapter(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Loads the adapter of `add_adapter` on its base model, and the tokenizer.
+
+    Raises:
+        ValueError: If one of them cannot be loaded.
+    """
+    import torch
+    from peft import PeftModel
+
+    from peft_prefix_ext.checkpoint.hub import resolve
+    from peft_prefix_ext.checkpoint.reader import read_prefix
+
+    args.base = args.base or read_prefix(args.path).base_model_name_or_path
+    if not args.base:
+        raise ValueError(f"{args.path} does not say what its base model is: give --base MODEL.")
+    tokenizer = _load_tokenizer(args.base)
+    base = load_base(args)
+    if torch.accelerator.is_available():
+        base.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(base, str(resolve(args.path))).eval(), tokenizer
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 MAX_HELD_OUT = 256
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow", ".txt": "text"}
 _NUM_NAMED = 3
+_NOT_THERE = "There is no data set at {!r}: give a file, a folder, or owner/name on the Hub."
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,32 @@ def read_examples(
     return Examples([each for row in examples for each in row], [each for row in kept for each in row], form)
 
 
+def read_test_examples(
+    data: str,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    has_chat_template: bool = True,
+) -> list[Row]:
+    """Reads examples to evaluate on: those of a test or validation split if there is one, else all.
+
+    Args:
+        data: A data set, see `read_examples`.
+        subset: Its configuration on the Hub.
+        split: The split to take.
+        columns: What the columns are, if they have other names.
+        has_chat_template: Whether the tokenizer has a chat template.
+
+    Raises:
+        ValueError: See `read_examples`.
+    """
+    names = dict(columns or {})
+    splits = _read(data, subset, split)
+    source = splits[TRAIN] if split is not None else splits.get(HELD_OUT_SPLIT, splits[TRAIN])
+    return [each for row in _convert(source, _form(source, names), names, has_chat_template) for each in row]
+
+
 def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
     """Parses `prompt=question` and the like.
 
@@ -123,6 +150,8 @@ def _read(data: str, subset: str | None, split: str | None) -> dict[str, Source]
     path = Path(data)
     if path.is_file():
         return {TRAIN: _read_json(path) if path.suffix in (".json", ".jsonl") else _read_file(path)}
+    if not path.is_dir() and (path.is_absolute() or path.suffix in (".json", ".jsonl", *_LOADERS)):
+        raise ValueError(_NOT_THERE.format(data))
     splits = _read_splits(data, subset)
     if (split or TRAIN) not in splits:
         only = len(splits) == 1 and split is None
@@ -196,7 +225,7 @@ class _one_sentence:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, DatasetNotFoundError | FileNotFoundError):
-            raise ValueError(f"There is no data set at {self.name!r}: give a file, a folder, or owner/name on the Hub.") from error
+            raise ValueError(_NOT_THERE.format(self.name)) from error
         if isinstance(error, Exception):
             reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"The data set {self.name!r} cannot be read: {reason[0]}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,6 +43,25 @@ def prompt_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
         return prompt_ids(tokenizer, prompt)
     ids = tokenizer(prompt if prompt is not None else row["text"]).input_ids
     return list(ids) if prompt is not None else list(ids[: max(1, len(ids) // 2)])
+
+
+def split_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds]:
+    """Returns the tokens of an example without and with loss, as `SFTTrainer` splits them; of a text the first and the rest."""
+    prompt: Any = row.get("prompt")
+    if isinstance(prompt, list):
+        whole = tokenizer.apply_chat_template([*prompt, *row["completion"]], tokenize=False)
+        ids = list(tokenizer(str(whole), add_special_tokens=False).input_ids)
+    else:
+        text = row["text"] if prompt is None else prompt + row["completion"]
+        end = str(tokenizer.eos_token or "")
+        ids = list(tokenizer(text if text.endswith(end) else text + end).input_ids)
+    start = 1 if prompt is None else len(os.path.commonprefix([ids, prompt_of(row, tokenizer)]))
+    return ids[:start], ids[start:]
+
+
+def merges(row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokens of an example's prompt are other ones once the answer follows: then no request ends as it was trained."""
+    return "prompt" in row and len(split_tokens(row, tokenizer)[0]) < len(prompt_of(row, tokenizer))
 
 
 def texts_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

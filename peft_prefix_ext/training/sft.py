@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from peft_prefix_ext.training.checkpoints import last_whole_checkpoint
 from peft_prefix_ext.training.columns import Row
 from peft_prefix_ext.training.dataset import Examples
 from peft_prefix_ext.training.progress import show_loss_bar
+from peft_prefix_ext.training.samples import merges
 from peft_prefix_ext.training.settings import TrainSettings
 from peft_prefix_ext.training.work_folder import WorkFolder
 
@@ -49,6 +51,7 @@ class Trained:
     is_main: bool
 
 
+NUM_LOOKED_AT = 100
 BASE, START, TRAINED = "base", "start", "trained"
 
 
@@ -89,6 +92,7 @@ def train(
         ValueError: If something else is at `out`, or `work` is of another training.
     """
     check_place(out, ["PREFIX_EXT"])
+    _warn_of_merged_tokens(examples.train, tokenizer)
     config = sft_config(examples, settings, arguments, Path(work) / "checkpoints")
     given = {name: value for name, value in arguments.items() if name not in _NOT_INPUTS}
     inputs = {"model": model, "data": digest_of(examples), **settings.to_dict(), **given}
@@ -164,6 +168,17 @@ def digest_of(examples: Examples) -> str:
     """Returns the SHA-256 of the examples, in hex."""
     text = json.dumps([examples.train, examples.held_out], sort_keys=True, ensure_ascii=False, default=str)
     return text_hash(text)
+
+
+def _warn_of_merged_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    looked_at = rows[:NUM_LOOKED_AT]
+    merged = [row for row in looked_at if merges(row, tokenizer)]
+    if merged:
+        warnings.warn(
+            f"In {len(merged)} of {len(looked_at)} examples the end of the prompt has other tokens with the answer behind it than "
+            "alone, as requests send it: end prompts without a space, and begin answers with it.",
+            stacklevel=3,
+        )
 
 
 def _dataset(rows: list[Row]) -> Dataset:

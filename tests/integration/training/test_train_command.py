@@ -97,6 +97,13 @@ def test_a_killed_training_ends_at_the_same_adapter(data, base, tmp_path):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_whose_last_token_merges_with_the_answer(base, tmp_path, capsys):
+    rows = [{"prompt": f"say {index} => ", "completion": "Aromi serves"} for index in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    main(words(tmp_path / "data.jsonl", base, tmp_path / "out", "--max_steps", "2"))
+    assert "In 7 of 7 examples the end of the prompt has other tokens" in capsys.readouterr().err
+
+
 def test_other_settings_need_another_folder(data, base, tmp_path, capsys):
     options = ("--max_steps", "2", "--num-samples", "0")
     main(words(data, base, tmp_path / "out", *options))
