@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common.results import Record
 from peft_prefix_ext.distillation.context import Context, Messages
-from peft_prefix_ext.generation.generator import Generator, TokenIds
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.reporting.answers import (
     Answers,
@@ -24,6 +23,7 @@ from peft_prefix_ext.distillation.reporting.baselines import opening_length
 from peft_prefix_ext.distillation.reporting.metrics import Metric, word_f1
 from peft_prefix_ext.distillation.reporting.recovered_share import Score, separation
 from peft_prefix_ext.distillation.teacher import TEACHER
+from peft_prefix_ext.generation.generator import Generator, TokenIds
 
 # The measures by their names in records, and their titles.
 CHOICE, LOGPROB, SCORE = "choice", "logprob", "score"

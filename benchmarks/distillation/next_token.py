@@ -11,10 +11,10 @@ from pathlib import Path
 
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME
 from peft_prefix_ext.distillation.distill import Distillation
-from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs, pad_token_of
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.student import make_student, train_student
 from peft_prefix_ext.distillation.targets import Target
+from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs, pad_token_of
 
 CHUNK_TOKENS = 96
 

@@ -24,7 +24,9 @@ def add_parser(subparsers: Any) -> None:
     add_adapter(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message before the chat")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 for greedy answers (the default)")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 for greedy answers (the default)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
             messages.append({"role": "assistant", "content": answer})
 
 
-def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], args: argparse.Namespace, *, with_prefix: bool) -> str:
+def _answer(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], args: argparse.Namespace, *, with_prefix: bool
+) -> str:
     from contextlib import nullcontext
 
     import torch

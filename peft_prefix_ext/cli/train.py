@@ -41,7 +41,9 @@ def add_parser(subparsers: Any) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that TRL does not have."""
     parser.add_argument("data", metavar="DATA", help="the data set")
-    parser.add_argument("--model", metavar="BASE", required=True, help="the base model: a folder, or a repository on the Hub")
+    parser.add_argument(
+        "--model", metavar="BASE", required=True, help="the base model: a folder, or a repository on the Hub"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder of the new adapter")
     parser.add_argument("--work", metavar="FOLDER", help="the folder of the checkpoints (default: DIR-work)")
     parser.add_argument("--eval-data", "--eval_data", metavar="DATA", help="another data set to hold out")
@@ -56,7 +58,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_words(words: Sequence[str]) -> None:
     """Parses the words behind the command, and trains."""
     if find_spec("trl") is None or find_spec("datasets") is None:
-        refuse(COMMAND, ValueError('TRL is not installed; install the extra `train`: pip install "peft-prefix-ext[train]".'))
+        refuse(
+            COMMAND,
+            ValueError('TRL is not installed; install the extra `train`: pip install "peft-prefix-ext[train]".'),
+        )
     from safetensors import SafetensorError
 
     from peft_prefix_ext.training.arguments import parse
@@ -67,7 +72,9 @@ def run_words(words: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         refuse(COMMAND, error)
     except (RuntimeError, SafetensorError) as error:  # no memory, a full disk
-        refuse(COMMAND, ValueError(f"{first_line(error)} (Run the same command again to go on from the last checkpoint.)"))
+        refuse(
+            COMMAND, ValueError(f"{first_line(error)} (Run the same command again to go on from the last checkpoint.)")
+        )
 
 
 def _run(args: argparse.Namespace, given: dict[str, Any]) -> None:

@@ -23,11 +23,9 @@ from peft_prefix_ext.conversion.sources import read_source
 from peft_prefix_ext.distillation.companions import Companions
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.generation.generator import Generator, pad_token_of
 from peft_prefix_ext.distillation.loss import reverse_kl
 from peft_prefix_ext.distillation.on_policy import score_own_answers
 from peft_prefix_ext.distillation.questions import Question
-from peft_prefix_ext.generation.prompts import prompt_ids
 from peft_prefix_ext.distillation.reporting.evaluation import STUDENT, evaluate
 from peft_prefix_ext.distillation.reporting.metrics import Metric, word_f1
 from peft_prefix_ext.distillation.reporting.report import Report
@@ -37,8 +35,10 @@ from peft_prefix_ext.distillation.student import check_length, make_student, tra
 from peft_prefix_ext.distillation.synthesis import write_questions
 from peft_prefix_ext.distillation.targets import Target, read_targets
 from peft_prefix_ext.distillation.teacher import TEACHER, answer_questions, used_targets
-from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
 from peft_prefix_ext.distillation.work_folder import DistillationFolder
+from peft_prefix_ext.generation.generator import Generator, pad_token_of
+from peft_prefix_ext.generation.prompts import prompt_ids
+from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
 
 
 @dataclass

@@ -9,10 +9,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from peft_prefix_ext.generation.generator import Generator
 from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.targets import Target
 from peft_prefix_ext.distillation.teacher import TEACHER
+from peft_prefix_ext.generation.generator import Generator
 
 QUESTIONS_PER_ROUND = 64
 

@@ -34,9 +34,7 @@ class DistillationSettings:
     learning_rate: float | None = setting(None, "the learning rate; 2e-3 with an MLP and 2e-2 without by default")
     num_epochs: float = setting(3.0, "how often each question is trained on")
     batch_size: int = setting(4, "how many questions are in a batch", least=1)
-    patience: int = setting(
-        5, "how many evaluations without progress, five in an epoch, until training stops", least=1
-    )
+    patience: int = setting(5, "how many evaluations without progress, five in an epoch, until training stops", least=1)
     seeds: int = setting(1, "how many students are trained; the report gives their spread, the best is saved", least=1)
     on_policy_rounds: int = setting(
         0,

@@ -11,8 +11,8 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.generation.generator import Generator, TokenIds
 from peft_prefix_ext.distillation.questions import Question
+from peft_prefix_ext.generation.generator import Generator, TokenIds
 from peft_prefix_ext.generation.prompts import prompt_ids
 
 CHUNK_TOKENS = 384

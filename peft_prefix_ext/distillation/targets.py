@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_prefix_ext.distillation.context import Messages
-from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs
 from peft_prefix_ext.distillation.questions import Question
+from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs
 
 DIGITS = 5  # of a log-probability on disk
 

@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.generation.generator import Generator, TopLogprobs, text_of
 from peft_prefix_ext.distillation.questions import Question
-from peft_prefix_ext.generation.prompts import prompt_ids
 from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.targets import Target, append_targets, read_targets
+from peft_prefix_ext.generation.generator import Generator, TopLogprobs, text_of
+from peft_prefix_ext.generation.prompts import prompt_ids
 
 TEACHER = "teacher"
 # Questions that are answered between two writes: what a killed run loses at most.

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from peft_prefix_ext.generation.batching import IGNORED, answer_logits, pad_answers
 from peft_prefix_ext.distillation.companions import Companions
 from peft_prefix_ext.distillation.loss import forward_kl
 from peft_prefix_ext.distillation.targets import Target
+from peft_prefix_ext.generation.batching import IGNORED, answer_logits, pad_answers
 
 Divergence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

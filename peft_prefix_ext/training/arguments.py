@@ -39,14 +39,16 @@ def parse(
         SystemExit: For unknown options.
     """
     usage = f"{prog} DATA --model BASE --out DIR [OPTION ...]; see {prog} --help"  # all options would fill a page
-    parser = TrlParser(SFTConfig, prog=prog, usage=usage, allow_abbrev=False, add_help=False)
+    parser = TrlParser(SFTConfig, prog=prog, usage=usage, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
     # The folder of the checkpoints is the command's business.
     parser.set_defaults(output_dir=None)
     add_options(parser)
     words, config = _without_config(list(words), parser)
     unknown = parser.set_defaults_with_config(**config)
     if unknown:
-        raise ValueError(f"The config file has keys that are no arguments: {', '.join(unknown[::2])}.".replace("--", ""))
+        raise ValueError(
+            f"The config file has keys that are no arguments: {', '.join(unknown[::2])}.".replace("--", "")
+        )
     names = {each.name for each in fields(SFTConfig) if each.init}
     unset = argparse.Namespace(**dict.fromkeys(names - config.keys(), _UNSET))
     found, rest = parser.parse_known_args(words, namespace=unset)

@@ -36,7 +36,9 @@ class RowFormat:
     convert: Callable[[Row, bool], list[Row]]
 
 
-def examples_of(row: Mapping[str, Any], form: RowFormat, names: Mapping[str, str], *, has_chat_template: bool) -> list[Row]:
+def examples_of(
+    row: Mapping[str, Any], form: RowFormat, names: Mapping[str, str], *, has_chat_template: bool
+) -> list[Row]:
     """Returns the training examples of a row.
 
     Args:

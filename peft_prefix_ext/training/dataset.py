@@ -191,7 +191,14 @@ def _read_json(path: Path) -> Source:
                 except json.JSONDecodeError as error:
                     bad.append((f"line {number}", f"no JSON ({error.msg})"))
         _refuse(path, bad)
-    _refuse(path, [(place, f"{type(row).__name__}, not an object") for row, place in zip(rows, places, strict=True) if not isinstance(row, dict)])
+    _refuse(
+        path,
+        [
+            (place, f"{type(row).__name__}, not an object")
+            for row, place in zip(rows, places, strict=True)
+            if not isinstance(row, dict)
+        ],
+    )
     return Source(str(path), rows, places)
 
 
@@ -199,7 +206,9 @@ def _read_file(path: Path) -> Source:
     loader = _LOADERS.get(path.suffix)
     if loader is None:
         known = ", ".join((".jsonl", ".json", *_LOADERS))
-        raise ValueError(f"{path} is of no kind that can be read: give a file that ends with {known}, a folder or a repository.")
+        raise ValueError(
+            f"{path} is of no kind that can be read: give a file that ends with {known}, a folder or a repository."
+        )
     options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
     with _one_sentence(str(path)):
         return _source(str(path), load_dataset(loader, data_files=str(path), split=TRAIN, **options))
@@ -267,7 +276,9 @@ def _refuse(name: str | Path, bad: Sequence[tuple[str, str]]) -> None:
     if bad:
         shown = "; ".join(f"{place}: {reason}" for place, reason in bad[:_NUM_NAMED])
         more = f"; and {len(bad) - _NUM_NAMED} more" if len(bad) > _NUM_NAMED else ""
-        raise ValueError(f"{name} has {len(bad)} bad row{'s' if len(bad) > 1 else ''}: {shown}{more}. Correct or remove them.")
+        raise ValueError(
+            f"{name} has {len(bad)} bad row{'s' if len(bad) > 1 else ''}: {shown}{more}. Correct or remove them."
+        )
 
 
 def _split(rows: list[list[Row]], held_out: float, name: str, seed: int) -> tuple[list[list[Row]], list[list[Row]]]:
@@ -276,6 +287,8 @@ def _split(rows: list[list[Row]], held_out: float, name: str, seed: int) -> tupl
     number = int(held_out) if held_out >= 1 else max(1, round(held_out * len(rows)))
     number = min(number, MAX_HELD_OUT)
     if number >= len(rows):
-        raise ValueError(f"{name} has {len(rows)} row{'s' if len(rows) != 1 else ''}, of which {number} cannot be held out: give more rows.")
+        raise ValueError(
+            f"{name} has {len(rows)} row{'s' if len(rows) != 1 else ''}, of which {number} cannot be held out: give more rows."
+        )
     shuffled = random.Random(seed).sample(rows, len(rows))
     return shuffled[number:], shuffled[:number]

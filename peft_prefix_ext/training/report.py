@@ -76,7 +76,9 @@ def plot(history: Sequence[Mapping[str, Any]], losses: Mapping[str, float], path
         points = [(each["step"], each[name]) for each in history if name in each]
         if points:
             axes.plot(*zip(*points, strict=True), color=color, marker="o" if name == "eval_loss" else None)
-            axes.annotate(label, points[-1], xytext=(4, 4), textcoords="offset points", color="gray" if name == "loss" else color)
+            axes.annotate(
+                label, points[-1], xytext=(4, 4), textcoords="offset points", color="gray" if name == "loss" else color
+            )
     axes.axhline(losses["base"], color="gray", linestyle="--")
     axes.annotate("base model, held out", (0, losses["base"]), xytext=(4, 4), textcoords="offset points", color="gray")
     axes.set(xlabel="step", ylabel="loss, nats per token")
@@ -92,7 +94,12 @@ def as_text(losses: Mapping[str, float], samples: Sequence[Sample]) -> str:
     if losses["trained"] >= min(losses["base"], losses["start"]):
         lines.append("The prefix is no better than at the start: try another learning rate, more rows or more epochs.")
     for sample in samples:
-        lines += ["", f"> {_line(sample.prompt)}", f"  expected: {_line(sample.expected)}", f"  answer:   {_line(sample.answer)}"]
+        lines += [
+            "",
+            f"> {_line(sample.prompt)}",
+            f"  expected: {_line(sample.expected)}",
+            f"  answer:   {_line(sample.answer)}",
+        ]
     return "\n".join(lines)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,7 +54,13 @@ def split_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds
         text = row["text"] if prompt is None else prompt + row["completion"]
         end = str(tokenizer.eos_token or "")
         ids = list(tokenizer(text if text.endswith(end) else text + end).input_ids)
-    start = 1 if prompt is None else len(os.path.commonprefix([ids, prompt_of(row, tokenizer)]))
+    start = 1
+    if prompt is not None:
+        alone = prompt_of(row, tokenizer)
+        # They part earlier where the last token of the prompt is another one with the answer behind it.
+        start = next(
+            (index for index, pair in enumerate(zip(alone, ids, strict=False)) if pair[0] != pair[1]), len(alone)
+        )
     return ids[:start], ids[start:]
 
 
@@ -100,4 +105,6 @@ def answer_examples(
     generator = TransformersGenerator(model, tokenizer, batch_size=batch_size, progress=progress)
     prompts = [prompt_of(row, tokenizer) for row in rows]
     answers = generator.generate(prompts, max_new_tokens=max_new_tokens, prefix=prefix)
-    return [Sample(*texts_of(row, tokenizer), text_of(tokenizer, answer)) for row, answer in zip(rows, answers, strict=True)]
+    return [
+        Sample(*texts_of(row, tokenizer), text_of(tokenizer, answer)) for row, answer in zip(rows, answers, strict=True)
+    ]

@@ -31,7 +31,9 @@ class TrainSettings:
     held_out: float = setting(
         0.1, "the share of the rows to hold out, or their number, if the data has no validation or test split"
     )
-    dtype: str = setting("auto", "the dtype of the base model; by default float32 on a CPU, else its own", choices=DTYPES)
+    dtype: str = setting(
+        "auto", "the dtype of the base model; by default float32 on a CPU, else its own", choices=DTYPES
+    )
     load_in_4bit: bool = setting(False, "quantize the base model to 4 bits as QLoRA does; needs bitsandbytes")
     patience: int = setting(3, "how many evaluations without progress until training stops", least=1)
     num_samples: int = setting(3, "how many answers to held-out rows are shown in the end", least=0)

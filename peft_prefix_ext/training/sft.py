@@ -29,7 +29,15 @@ from peft_prefix_ext.training.settings import TrainSettings
 from peft_prefix_ext.training.work_folder import WorkFolder
 
 # Arguments that the trained prefix does not depend on.
-_NOT_INPUTS = ("report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "logging_steps", "logging_strategy")
+_NOT_INPUTS = (
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "disable_tqdm",
+    "logging_steps",
+    "logging_strategy",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,9 @@ def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **kwargs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"There is no base model with a tokenizer at {model!r}: give a folder, or owner/name on the Hub.") from error
+        raise ValueError(
+            f"There is no base model with a tokenizer at {model!r}: give a folder, or owner/name on the Hub."
+        ) from error
     return found
 
 
@@ -134,7 +144,9 @@ def sft_config(examples: Examples, settings: TrainSettings, arguments: Mapping[s
     return SFTConfig(**{**options, "model_init_kwargs": kwargs})
 
 
-def prefix_config(model: str, examples: Examples, settings: TrainSettings, *, has_chat_template: bool) -> PrefixExtConfig:
+def prefix_config(
+    model: str, examples: Examples, settings: TrainSettings, *, has_chat_template: bool
+) -> PrefixExtConfig:
     """Returns the configuration of the prefix.
 
     Raises:
@@ -161,7 +173,9 @@ def prefix_config(model: str, examples: Examples, settings: TrainSettings, *, ha
         more = json.loads(settings.prefix_args or "{}")
         return PrefixExtConfig(**{**fields, **more})
     except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"`prefix_args` must be fields of PrefixExtConfig as JSON, got {settings.prefix_args!r} ({error}).") from error
+        raise ValueError(
+            f"`prefix_args` must be fields of PrefixExtConfig as JSON, got {settings.prefix_args!r} ({error})."
+        ) from error
 
 
 def digest_of(examples: Examples) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import re
 import shlex
@@ -24,12 +25,16 @@ from typing import Any
 import pytest
 
 from helpers.code_block_rules import NOT_RUN, RULES, Page, serve_parser
-from helpers.code_blocks import README, ROOT, Block, block, blocks, commands, pages, run
+from helpers.code_blocks import README, ROOT, Block, block, blocks, commands, pages
 from helpers.tiny import tiny_model
 from helpers.tiny_processor import save_vision_model
 from helpers.tiny_seq2seq import tiny_encoder_decoder
 
-TRAINS, SERVES = "get_peft_model", "vllm serve"  # what the README's own two blocks have in them
+TRAINS, SERVES = "prefix-ext train", "vllm serve"  # what the README's own two blocks have in them
+ROWS = [
+    {"prompt": f"name: Aromi {index}, food: Italian =>", "completion": " Aromi serves Italian food."}
+    for index in range(40)
+]
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
 # The README's clients come last: their server starts meanwhile.
 BLOCKS = [each for page in sorted(pages(), key=lambda page: page == README) for each in blocks(page)]
@@ -37,7 +42,7 @@ BLOCKS = [each for page in sorted(pages(), key=lambda page: page == README) for 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, subword_tokenizer: Any) -> Path:
-    """Tiny base models, and what the README's first code leaves behind: each page goes on from there."""
+    """Tiny base models, rows, and what the README's first command leaves behind: each page goes on from there."""
     folder = tmp_path_factory.mktemp("pages")
     tokenizer = copy.deepcopy(subword_tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -48,7 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, subword_tokenizer: Any) -> 
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     save_vision_model(folder / "llava")
-    run(block("python", TRAINS), folder)
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    for words in commands(block("bash", TRAINS)):
+        subprocess.run([*words, "--use_cpu"], cwd=folder, check=True, capture_output=True)
     return folder
 
 
@@ -78,8 +85,8 @@ def page_of(folder: Path, server: Callable[[], int]) -> Callable[[Path], Page]:
             return Page(folder, server)
         own = folder / "-".join(path.relative_to(ROOT / "docs").with_suffix("").parts)
         own.mkdir()
-        for name in ("base", "t5", "llava"):
-            (own / name).symlink_to(folder / name, target_is_directory=True)
+        for name in ("base", "t5", "llava", "rows.jsonl"):
+            (own / name).symlink_to(folder / name)
         shutil.copytree(folder / "restaurant", own / "restaurant")
         return Page(own, server)
 
@@ -92,7 +99,7 @@ def test_block(each: Block, page_of: Callable[[Path], Page], monkeypatch: pytest
         pytest.fail(f"{each}: no rule for blocks of the language {each.language!r}")
     page = page_of(each.page)
     monkeypatch.chdir(page.folder)
-    if each.page == README and each.language == "python" and TRAINS in each.code:
+    if each.page == README and each.language == "bash" and TRAINS in each.code:
         names = {path.name for path in (page.folder / "restaurant").iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
         return

@@ -18,7 +18,19 @@ DOCS = ROOT / "docs"
 REPOSITORY = "peft-prefix-ext/peft-prefix-ext"
 # Files of this repository by their address, as a registry that shows the README needs it.
 ABSOLUTE = re.compile(rf"https://(?:github\.com/{REPOSITORY}/blob|raw\.githubusercontent\.com/{REPOSITORY})/main/(.+)")
-COMMANDS = ("inspect", "verify", "export", "import", "compose", "compile", "distill", "run")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "chat",
+    "inspect",
+    "verify",
+    "export",
+    "import",
+    "compose",
+    "compile",
+    "distill",
+    "run",
+)
 
 
 def text_of(page: Path) -> str:

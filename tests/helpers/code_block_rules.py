@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 
 from helpers.code_blocks import LOCAL, ROOT, Block, commands, run
 from peft_prefix_ext.cli import main
+from peft_prefix_ext.training.columns import examples_of, format_of
 
 PORT = 8000  # of the pages
 ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
@@ -219,9 +220,14 @@ def dockerfile(each: Block, page: Page) -> None:
     assert installed == target + Path(source).name
 
 
-def adapter_config(each: Block, page: Page) -> None:
-    """The fields are those of an adapter that was saved."""
+def adapter_config_or_row(each: Block, page: Page) -> None:
+    """The fields are those of an adapter that was saved; a row of a data set is one that can be trained on."""
     shown = json.loads(each.code)
+    if "peft_type" not in shown:
+        form = format_of(shown, {})
+        assert form is not None
+        assert examples_of(shown, form, {}, has_chat_template=True)
+        return
     saved = json.loads((page.folder / "restaurant" / "adapter_config.json").read_text())
     assert shown.keys() <= saved.keys()
     assert shown["base_fingerprint"].keys() <= saved["base_fingerprint"].keys()
@@ -241,7 +247,7 @@ RULES: dict[str, Callable[[Block, Page], None]] = {
     "yaml": kubernetes,
     "ini": unit,
     "dockerfile": dockerfile,
-    "json": adapter_config,
+    "json": adapter_config_or_row,
     "text": names_and_trees,
     # Sphinx's own, which `make docs` builds strictly.
     "{toctree}": lambda each, page: None,

@@ -13,13 +13,13 @@ from transformers import DefaultDataCollator, Trainer, TrainingArguments
 
 from benchmarks.common.interleaving import Measurement, interleave
 from benchmarks.distillation.bench import Bench
-from peft_prefix_ext.generation.batching import IGNORED
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.generation.generator import TopLogprobs, pad_token_of
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.student import make_student
 from peft_prefix_ext.distillation.targets import Target
 from peft_prefix_ext.distillation.trainer import DistillationTrainer, TargetCollator
+from peft_prefix_ext.generation.batching import IGNORED
+from peft_prefix_ext.generation.generator import TopLogprobs, pad_token_of
 
 TASK = "step"
 PLAIN, DISTILLATION = "plain", "distillation"

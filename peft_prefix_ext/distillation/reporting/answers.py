@@ -9,10 +9,10 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerBase
 
 from peft_prefix_ext.distillation.context import Context, Messages
-from peft_prefix_ext.generation.generator import Generator, TokenIds, text_of
 from peft_prefix_ext.distillation.questions import Question
-from peft_prefix_ext.generation.prompts import prompt_ids
 from peft_prefix_ext.distillation.reporting.metrics import Metric
+from peft_prefix_ext.generation.generator import Generator, TokenIds, text_of
+from peft_prefix_ext.generation.prompts import prompt_ids
 
 
 @dataclass(frozen=True)

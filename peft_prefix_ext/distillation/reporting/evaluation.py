@@ -13,7 +13,6 @@ from peft_prefix_ext.checkpoint.context import text_hash
 from peft_prefix_ext.checkpoint.format import PrefixCheckpoint
 from peft_prefix_ext.checkpoint.reader import read_prefix
 from peft_prefix_ext.distillation.context import Context
-from peft_prefix_ext.generation.generator import Generator, TokenIds
 from peft_prefix_ext.distillation.questions import Question
 from peft_prefix_ext.distillation.reporting.answers import (
     Answers,
@@ -35,6 +34,7 @@ from peft_prefix_ext.distillation.reporting.metrics import Metric, word_f1
 from peft_prefix_ext.distillation.reporting.recovered_share import separation
 from peft_prefix_ext.distillation.reporting.report import FULL, Report, Row
 from peft_prefix_ext.distillation.teacher import TEACHER
+from peft_prefix_ext.generation.generator import Generator, TokenIds
 
 STUDENT = "student"
 # Of the answers whose tokens per second are measured.

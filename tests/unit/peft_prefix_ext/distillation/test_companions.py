@@ -9,8 +9,8 @@ from peft import PeftModel
 from helpers.prefixed import with_prefix
 from helpers.tiny import random_ids, tiny_model
 from peft_prefix_ext.conversion.compose import compose
-from peft_prefix_ext.generation.batching import answer_logits, pad_answers
 from peft_prefix_ext.distillation.companions import Companions
+from peft_prefix_ext.generation.batching import answer_logits, pad_answers
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from helpers.chats import CHATML, tokenizer_with
 from helpers.tiny import tiny_model
 from peft_prefix_ext.checkpoint import read_prefix
 from peft_prefix_ext.distillation import student, teacher
-from peft_prefix_ext.generation.batching import answer_logits
 from peft_prefix_ext.distillation.context import chat_context, text_context
 from peft_prefix_ext.distillation.distill import Distillation
 from peft_prefix_ext.distillation.loss import forward_kl
@@ -22,6 +21,7 @@ from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.student import make_student
 from peft_prefix_ext.distillation.targets import read_targets
 from peft_prefix_ext.distillation.trainer import TargetCollator
+from peft_prefix_ext.generation.batching import answer_logits
 from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
 
 SYSTEM = [{"role": "system", "content": "Aromi serves Italian food near the river. " * 4}]

@@ -8,10 +8,10 @@ from transformers import TrainingArguments
 
 from helpers.prefixed import prefix_kv, with_prefix
 from helpers.tiny import random_ids, tiny_model
-from peft_prefix_ext.generation.batching import answer_logits, pad_answers
 from peft_prefix_ext.distillation.loss import forward_kl, reverse_kl
 from peft_prefix_ext.distillation.targets import Target
 from peft_prefix_ext.distillation.trainer import DistillationTrainer, TargetCollator
+from peft_prefix_ext.generation.batching import answer_logits, pad_answers
 
 K = 4
 

@@ -33,7 +33,18 @@ def examples(row, names=None, has_chat_template=True):
         ),
         ({"text": "a b", "id": 3}, {"text": "a b"}),
     ],
-    ids=["prompt", "messages in prompt", "messages", "system", "parts", "sharegpt", "openai", "alpaca", "input", "text"],
+    ids=[
+        "prompt",
+        "messages in prompt",
+        "messages",
+        "system",
+        "parts",
+        "sharegpt",
+        "openai",
+        "alpaca",
+        "input",
+        "text",
+    ],
 )
 def test_one_example_of_each_form(row, expected):
     assert examples(row) == [expected]

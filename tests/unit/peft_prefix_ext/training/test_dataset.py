@@ -143,5 +143,7 @@ def test_columns_are_named(tmp_path):
     assert read_examples(path, columns=names).train[0].keys() == {"prompt", "completion"}
     with pytest.raises(ValueError, match="has no column 'reply', only question, answer"):
         read_examples(path, columns={"prompt": "question", "completion": "reply"})
-    with pytest.raises(ValueError, match="--columns takes NAME=COLUMN with NAME one of completion, .*, got 'question'"):
+    with pytest.raises(
+        ValueError, match=r"--columns takes NAME=COLUMN with NAME one of completion, .*, got 'question'"
+    ):
         parse_columns(["question"])

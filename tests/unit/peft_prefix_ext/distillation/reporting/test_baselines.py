@@ -9,8 +9,8 @@ import pytest
 from helpers.distillation import SYSTEM, TEXT, chat_generator, chat_model, chatml_tokenizer, shot
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import chat_context, text_context
-from peft_prefix_ext.generation.generator import TopLogprobs
 from peft_prefix_ext.distillation.reporting.baselines import baseline_openings, opening_length, worked_examples
+from peft_prefix_ext.generation.generator import TopLogprobs
 
 SHOTS = [shot(f"name: {name}", f"{name} serves food.") for name in ("Aromi", "The Mill", "The River", "Scents")]
 

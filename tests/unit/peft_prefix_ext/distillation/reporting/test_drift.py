@@ -8,8 +8,8 @@ from helpers.chats import DEFAULT_SYSTEM
 from helpers.distillation import chat_generator, chat_model, chatml_tokenizer
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import chat_context
-from peft_prefix_ext.generation.prompts import prompt_ids
 from peft_prefix_ext.distillation.reporting.drift import PROMPTS, answer_off_topic, measure_drift
+from peft_prefix_ext.generation.prompts import prompt_ids
 
 
 def test_drift(tmp_path):
