@@ -30,7 +30,7 @@ from helpers.tiny import tiny_model
 from helpers.tiny_processor import save_vision_model
 from helpers.tiny_seq2seq import tiny_encoder_decoder
 
-TRAINS, SERVES = "prefix-ext train", "vllm serve"  # what the README's own two blocks have in them
+TRAINS, SERVES = "prefix-ext train rows", "vllm serve"  # what the README's own two blocks have in them
 ROWS = [
     {"prompt": f"name: Aromi {index}, food: Italian =>", "completion": " Aromi serves Italian food."}
     for index in range(40)
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, subword_tokenizer: Any) -> 
     save_vision_model(folder / "llava")
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     for words in commands(block("bash", TRAINS)):
-        subprocess.run([*words, "--use_cpu"], cwd=folder, check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "peft_prefix_ext", *words[1:], "--use_cpu"], cwd=folder, check=True, capture_output=True)
     return folder
 
 
