@@ -1,6 +1,6 @@
 """Answers and log-probabilities by an offline vLLM engine: batched, with prefixes in blocks that requests share.
 
-The one module of this package that knows the serving half, and on use only: it imports without vLLM.
+It imports without vLLM.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from peft_prefix_ext.generation.generator import TokenIds, TopLogprobs
+from peft_prefix_ext.generation.vllm_engine import engine_arguments, load_prefix, request_of
 
 # On a CPU vLLM asks for 92 % of all memory, and does not start while other processes hold more than the rest.
 _CPU_CACHE_BYTES = 4 << 30
@@ -26,11 +26,6 @@ _FREE_SHARE = 0.9
 _LONGEST = -1
 # Seconds for the engine's processes to end by themselves.
 _SHUTDOWN_TIMEOUT = 30
-
-
-def is_vllm_available() -> bool:
-    """Returns whether vLLM is installed, without importing it."""
-    return find_spec("vllm") is not None
 
 
 class VLLMGenerator:
@@ -69,9 +64,8 @@ class VLLMGenerator:
         progress: bool = True,
         **engine: Any,
     ) -> None:
-        from vllm_plugin import prefix_adapters  # without vLLM, this says what to install
-
-        connector = prefix_adapters(prefixes or {}, prefix_adapter_device_memory=prefix_adapter_device_memory)
+        folders = {name: str(folder) for name, folder in (prefixes or {}).items()}
+        connector = engine_arguments(folders, prefix_adapter_device_memory)
         from vllm import LLM
 
         self.progress = progress
@@ -112,12 +106,7 @@ class VLLMGenerator:
         Raises:
             ValueError: If there is no prefix in the folder, or it cannot be served on this model.
         """
-        from vllm_plugin import PrefixAdapterRequest
-        from vllm_plugin.adapters.runtime_loading import adapter_of
-
-        # At once: with the next request, it would be late to say what is wrong with the folder.
-        request = PrefixAdapterRequest(name, lora_path=str(folder), load_inplace=True)
-        adapter_of(request, self._running.llm_engine.vllm_config)
+        load_prefix(self._running, name, folder)
         self._prefixes.add(name)
 
     def generate(
@@ -191,8 +180,6 @@ class VLLMGenerator:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
 
-        from vllm_plugin import PrefixAdapterRequest
-
         llm = self._running
         if prefix is not None and prefix not in self._prefixes:
             raise ValueError(f"There is no prefix {prefix!r}; load it by `add_prefix({prefix!r}, FOLDER)`.")
@@ -203,7 +190,7 @@ class VLLMGenerator:
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],
                 # No text, and a few long lists of log-probabilities instead of an object for each.
                 [SamplingParams(**fields, detokenize=False, flat_logprobs=True) for fields in params],
-                lora_request=None if prefix is None else PrefixAdapterRequest(prefix),
+                lora_request=request_of(prefix),
                 use_tqdm=_bar(title) if self.progress else False,
             )
         except VLLMValidationError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from peft_prefix_ext.generation.vllm_generator import is_vllm_available
+from peft_prefix_ext.generation.vllm_engine import is_vllm_available
 
 WITHOUT_VLLM = """
 import sys
@@ -14,7 +14,8 @@ from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.partition(".")[0] == "vllm" else find(name, *rest))
 
-from peft_prefix_ext.generation.vllm_generator import VLLMGenerator, is_vllm_available
+from peft_prefix_ext.generation.vllm_engine import is_vllm_available
+from peft_prefix_ext.generation.vllm_generator import VLLMGenerator
 
 print(is_vllm_available(), "vllm_plugin" in sys.modules)
 VLLMGenerator("model")

@@ -1,0 +1,85 @@
+"""The current prefix as files: where an engine, in this process or another, reads it after each update."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from peft import PeftModel
+
+from peft_prefix_ext.config import PrefixExtConfig
+
+POLICY = "policy"
+# An engine may still read the one before.
+_NUM_KEPT = 2
+
+
+class PolicyFolder:
+    """A folder with the last versions of a prefix, which all processes see.
+
+    Args:
+        accelerator: The accelerator of the trainer.
+        parent: The folder to make it in; the system's temporary folder by default. A server must see it under the same path.
+    """
+
+    def __init__(self, accelerator: Accelerator, parent: str | Path | None = None) -> None:
+        self.accelerator = accelerator
+        paths = [tempfile.mkdtemp(prefix="prefix-policy-", dir=parent) if accelerator.is_main_process else None]
+        broadcast_object_list(paths)
+        self.path = Path(str(paths[0]))
+        self.version = 0
+
+    def save(self, model: Any) -> Path:
+        """Saves the active prefix of a model, in all processes together, and returns its folder.
+
+        Args:
+            model: The `PeftModel`, in whatever wrapper.
+
+        Raises:
+            ValueError: If no prefix is active.
+        """
+        policy = policy_of(self.accelerator.unwrap_model(model))
+        name = active_prefix(policy)
+        state = self.accelerator.get_state_dict(model) if _is_sharded(self.accelerator) else None
+        self.version += 1
+        folder = self.path / str(self.version)
+        if self.accelerator.is_main_process:
+            # The other adapters as well: a LoRA adapter below is read from beside the prefix.
+            policy.save_pretrained(str(folder), state_dict=state)
+            shutil.rmtree(self.path / str(self.version - _NUM_KEPT), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return folder if name == "default" else folder / name
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def policy_of(model: Any) -> PeftModel:
+    """Returns the model that is trained.
+
+    Raises:
+        ValueError: If it is no `PeftModel` with an active prefix.
+    """
+    if not isinstance(model, PeftModel) or active_prefix(model) is None:
+        raise ValueError(
+            "These trainers generate with a prefix: give a model with one, or `peft_config=PrefixExtConfig(...)`. For "
+            "others, use those of TRL."
+        )
+    return model
+
+
+def active_prefix(model: PeftModel) -> str | None:
+    """Returns the name of the active prefix of a model, `None` if there is none."""
+    active = [name for name in model.active_adapters if isinstance(model.peft_config[name], PrefixExtConfig)]
+    return active[0] if active else None
+
+
+def _is_sharded(accelerator: Accelerator) -> bool:
+    plugin = accelerator.state.deepspeed_plugin
+    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
