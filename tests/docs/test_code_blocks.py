@@ -55,7 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, subword_tokenizer: Any) -> 
     save_vision_model(folder / "llava")
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     for words in commands(block("bash", TRAINS)):
-        subprocess.run([sys.executable, "-m", "peft_prefix_ext", *words[1:], "--use_cpu"], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "peft_prefix_ext", *words[1:], "--use_cpu"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
     return folder
 
 

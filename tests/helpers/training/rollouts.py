@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from statistics import mean
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_CI_ENV": "1"}
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -22,11 +23,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, RLOOConfig
 from trl.experimental.online_dpo import OnlineDPOConfig
+from vllm import SamplingParams
 
 from peft_prefix_ext import PrefixExtConfig
 from peft_prefix_ext.trl import GRPOTrainer, OnlineDPOTrainer, RLOOTrainer, with_frozen_reference
 
-TARGET = 7
 PROMPTS = Dataset.from_list([{"prompt": f"w{3 + index} w4 w{5 + index % 3}"} for index in range(16)])
 COMMON = {
     "max_steps": 4,
@@ -45,8 +46,8 @@ ENGINE = {"enforce_eager": True, "max_model_len": 96, "block_size": 32, "kv_cach
 
 
 def reward(completions: list[str], **columns: object) -> list[float]:
-    """The share of one word."""
-    return [text.split().count(f"w{TARGET}") / max(1, len(text.split())) for text in completions]
+    """The mean number of the words, w0 to w127, from 0 to 1."""
+    return [mean([int(word.strip("w")) for word in text.split()] or [0]) / 128 for text in completions]
 
 
 def trainer_of(name: str, model: torch.nn.Module, tokenizer: object, folder: Path, url: str | None) -> object:
@@ -71,13 +72,21 @@ def logprobs_of(model: torch.nn.Module, prompt: list[int], answer: list[int]) ->
 def difference(trainer: object, tokenizer: object) -> float:
     """The engine's log-probabilities of an answer that it samples, against the trainer's of the same answer."""
     prompt = tokenizer(PROMPTS[0]["prompt"]).input_ids
-    _, (answer,), (row,), _ = trainer.vllm_generation.generate([prompt], None, 1)
-    engine = torch.tensor([each[0] for each in row])
+    if trainer.args.vllm_mode == "colocate":
+        holder = trainer if isinstance(trainer, OnlineDPOTrainer) else trainer.vllm_generation
+        params = SamplingParams(max_tokens=8, logprobs=0)
+        output = holder.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0]
+        answer = output.token_ids
+        engine = [row[token].logprob for row, token in zip(output.logprobs, answer, strict=True)]
+    else:
+        _, (answer,), (rows,), _ = trainer.vllm_generation.generate([prompt], None, 1)
+        engine = [row[0] for row in rows]
     model = trainer.model
+    was_training = model.training
     model.eval()
     found = logprobs_of(model, list(prompt), list(answer))
-    model.train()
-    return float((engine - found).abs().max())
+    model.train(was_training)
+    return float((torch.tensor(engine) - found).abs().max())
 
 
 def main(folder: Path, name: str, url: str | None = None) -> None:
@@ -87,14 +96,16 @@ def main(folder: Path, name: str, url: str | None = None) -> None:
     model = with_frozen_reference(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
     trainer = trainer_of(name, model, tokenizer, folder, url)
     differences = []
-    if name == "grpo":
-        sync = trainer.vllm_generation.sync_weights
+    place, method = (
+        (trainer, "_move_model_to_vllm") if name == "online-dpo" else (trainer.vllm_generation, "sync_weights")
+    )
+    sync = getattr(place, method)
 
-        def checked() -> None:
-            sync()
-            differences.append(difference(trainer, tokenizer))
+    def checked() -> None:
+        sync()
+        differences.append(difference(trainer, tokenizer))
 
-        trainer.vllm_generation.sync_weights = checked
+    setattr(place, method, checked)
     trainer.train()
     print(json.dumps({"history": trainer.state.log_history, "differences": differences}))
 

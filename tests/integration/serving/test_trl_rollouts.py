@@ -42,6 +42,9 @@ def test_grpo_colocated(folder):
 
 @pytest.mark.parametrize("name", ["rloo", "online-dpo"])
 def test_other_trainers_colocated(name, folder):
-    steps = [row for row in trained(folder, name)["history"] if "loss" in row]
+    run = trained(folder, name)
+    assert len(run["differences"]) >= 4
+    assert max(run["differences"]) < 1e-4
+    steps = [row for row in run["history"] if "loss" in row]
     assert len(steps) == 4
     assert all(row["grad_norm"] > 0 for row in steps)
