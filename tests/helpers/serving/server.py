@@ -58,13 +58,15 @@ def serve(folder: Path, *options: str, adapters: Mapping[str, Path] | None = Non
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "log"
-    adapters = adapters or {name: folder / name for name in PREFIXES}
+    if adapters is None:
+        adapters = {name: folder / name for name in PREFIXES}
+    prefixes = ["--prefix-adapter", *(f"{name}={path}" for name, path in adapters.items()), "--prefix-adapter-warmup"]
     with log.open("w") as stream:
         server = launch(
             folder,
             *("--port", str(port), "--enable-prompt-tokens-details"),
-            *("--prefix-adapter", *(f"{name}={path}" for name, path in adapters.items())),
-            *("--prefix-adapter-warmup", *options),
+            *(prefixes if adapters else []),
+            *options,
             stdout=stream,
             stderr=subprocess.STDOUT,
         )

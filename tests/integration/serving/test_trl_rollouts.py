@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from helpers.scripts import run_script
+from helpers.serving import server
 from helpers.tiny import tiny_model
 
 
@@ -48,3 +49,20 @@ def test_other_trainers_colocated(name, folder):
     steps = [row for row in run["history"] if "loss" in row]
     assert len(steps) == 4
     assert all(row["grad_norm"] > 0 for row in steps)
+
+
+@pytest.mark.soak
+def test_grpo_with_a_server(folder, monkeypatch):
+    (folder / "model").symlink_to(folder / "base", target_is_directory=True)
+    monkeypatch.setitem(server.ENVIRONMENT, "VLLM_SERVER_DEV_MODE", "1")
+    options = ("--enable-prefix-adapters", "--logprobs-mode", "processed_logprobs")
+    with server.serve(folder, *options, adapters={}) as client:
+        url = str(client.base_url).removesuffix("/v1/")
+        run = trained(folder, "grpo", url)
+        assert {model.id for model in client.models.list()} == {"base", "policy"}
+    assert len(run["differences"]) >= 4
+    assert max(run["differences"]) < 1e-4
+    steps = [row for row in run["history"] if "loss" in row]
+    for row in steps:
+        for name in ("min", "mean", "max"):
+            assert math.isclose(row[f"sampling/importance_sampling_ratio/{name}"], 1, abs_tol=1e-4)
