@@ -41,7 +41,7 @@ class PrefixClient(VLLMClient):
         Raises:
             RuntimeError: If the server refuses it.
         """
-        body = {"lora_name": POLICY, "lora_path": folder, "load_inplace": True}
+        body: Any = {"lora_name": POLICY, "lora_path": folder, "load_inplace": True}
         response = self.session.post(f"{self.base_url}/v1/load_prefix_adapter", json=body)
         if response.status_code != 200:
             raise RuntimeError(

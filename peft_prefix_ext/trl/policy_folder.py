@@ -42,8 +42,7 @@ class PolicyFolder:
         Raises:
             ValueError: If no prefix is active.
         """
-        policy = policy_of(self.accelerator.unwrap_model(model))
-        name = active_prefix(policy)
+        policy, name = policy_of(self.accelerator.unwrap_model(model))
         state = self.accelerator.get_state_dict(model) if _is_sharded(self.accelerator) else None
         self.version += 1
         folder = self.path / str(self.version)
@@ -60,24 +59,20 @@ class PolicyFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def policy_of(model: Any) -> PeftModel:
-    """Returns the model that is trained.
+def policy_of(model: Any) -> tuple[PeftModel, str]:
+    """Returns the model that is trained and the name of its active prefix.
 
     Raises:
         ValueError: If it is no `PeftModel` with an active prefix.
     """
-    if not isinstance(model, PeftModel) or active_prefix(model) is None:
-        raise ValueError(
-            "These trainers generate with a prefix: give a model with one, or `peft_config=PrefixExtConfig(...)`. For "
-            "others, use those of TRL."
-        )
-    return model
-
-
-def active_prefix(model: PeftModel) -> str | None:
-    """Returns the name of the active prefix of a model, `None` if there is none."""
-    active = [name for name in model.active_adapters if isinstance(model.peft_config[name], PrefixExtConfig)]
-    return active[0] if active else None
+    if isinstance(model, PeftModel):
+        for name in model.active_adapters:
+            if isinstance(model.peft_config[name], PrefixExtConfig):
+                return model, name
+    raise ValueError(
+        "These trainers generate with a prefix: give a model with one, or `peft_config=PrefixExtConfig(...)`. For others, "
+        "use those of TRL."
+    )
 
 
 def _is_sharded(accelerator: Accelerator) -> bool:

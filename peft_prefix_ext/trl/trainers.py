@@ -91,4 +91,5 @@ class OnlineDPOTrainer(online_dpo_trainer.OnlineDPOTrainer):
         return self._policy_folder
 
     def _move_model_to_vllm(self) -> None:
-        send_prefix(self._policy, self.model, self.llm if self.vllm_mode == "colocate" else self.vllm_client)
+        target: Any = self.llm if self.vllm_mode == "colocate" else self.vllm_client
+        send_prefix(self._policy, self.model, target)
