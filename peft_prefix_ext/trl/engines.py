@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -57,7 +58,15 @@ def classes_in_place(module: ModuleType, **replacements: Callable[..., Any]) -> 
     """Lets code of a module make other objects than those of its own classes, which it looks up in the module.
 
     TRL has no hook for its engine, its client and its `VLLMGeneration`.
+
+    Raises:
+        ImportError: If this release of TRL has no such classes there.
     """
+    for name in replacements:
+        if not hasattr(module, name):
+            raise ImportError(
+                f"TRL {version('trl')} has no `{module.__name__}.{name}`, which prefixes take the place of: use TRL 1.16."
+            )
     originals = {name: getattr(module, name) for name in replacements}
     for name, replacement in replacements.items():
         setattr(module, name, replacement)

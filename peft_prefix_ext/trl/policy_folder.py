@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
@@ -28,7 +28,9 @@ class PolicyFolder:
 
     def __init__(self, accelerator: Accelerator, parent: str | Path | None = None) -> None:
         self.accelerator = accelerator
-        paths = [tempfile.mkdtemp(prefix="prefix-policy-", dir=parent) if accelerator.is_main_process else None]
+        # Goes with this object, at the latest when the process ends.
+        self._own = TemporaryDirectory(prefix="prefix-policy-", dir=parent) if accelerator.is_main_process else None
+        paths = [self._own.name if self._own else None]
         broadcast_object_list(paths)
         self.path = Path(str(paths[0]))
         self.version = 0
@@ -52,11 +54,6 @@ class PolicyFolder:
             shutil.rmtree(self.path / str(self.version - _NUM_KEPT), ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return folder if name == "default" else folder / name
-
-    def remove(self) -> None:
-        """Removes the folder."""
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def policy_of(model: Any) -> tuple[PeftModel, str]:
