@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prefix-ext",
-        description="Inspects, verifies, converts and composes prefix adapters, ours (PREFIX_EXT) and stock PEFT's\n"
+        description="Trains, measures, inspects, converts and composes prefix adapters, ours (PREFIX_EXT) and stock PEFT's\n"
         "(PREFIX_TUNING, CARTRIDGE), and runs other programs that load them.",
         epilog=f"Run `prefix-ext COMMAND --help` for examples. Only safetensors files are read.\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

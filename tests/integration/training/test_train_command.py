@@ -154,3 +154,24 @@ def test_a_base_model_that_is_not_there(data, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(words(data, tmp_path / "none", tmp_path / "out"))
     assert "There is no base model with a tokenizer at" in capsys.readouterr().err
+
+
+WITHOUT_TRL = """
+import sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.partition(".")[0] == "trl" else find(name, *rest))
+
+from peft_prefix_ext.cli import main
+
+main(["train", "data.jsonl", "--model", "base", "--out", "out"])
+"""
+
+
+def test_without_trl_it_says_what_to_install():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRL], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        'prefix-ext train: error: TRL is not installed; install the extra `train`: pip install "peft-prefix-ext[train]".'
+    )
