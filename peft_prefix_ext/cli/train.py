@@ -60,7 +60,7 @@ def run_words(words: Sequence[str]) -> None:
     if find_spec("trl") is None or find_spec("datasets") is None:
         refuse(
             COMMAND,
-            ValueError('TRL is not installed; install the extra `train`: pip install "peft-prefix-ext[train]".'),
+            ValueError("TRL is not installed; install the extra `train`."),
         )
     from safetensors import SafetensorError
 

@@ -73,9 +73,7 @@ def check_metrics(names: Sequence[str]) -> None:
     for name in names:
         package = METRICS[name][1] if name in METRICS else None
         if package is not None and find_spec(package) is None:
-            raise ValueError(
-                f'The metric {name} needs {package}; install the extra `train`: pip install "peft-prefix-ext[train]".'
-            )
+            raise ValueError(f"The metric {name} needs {package}; install the extra `train`.")
 
 
 def evaluate(
