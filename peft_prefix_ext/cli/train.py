@@ -58,10 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_words(words: Sequence[str]) -> None:
     """Parses the words behind the command, and trains."""
     if find_spec("trl") is None or find_spec("datasets") is None:
-        refuse(
-            COMMAND,
-            ValueError("TRL is not installed; install the extra `train`."),
-        )
+        refuse(COMMAND, ValueError("TRL is not installed; install the extra `train`."))
     from safetensors import SafetensorError
 
     from peft_prefix_ext.training.arguments import parse
