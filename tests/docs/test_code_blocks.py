@@ -78,6 +78,7 @@ def server(folder: Path) -> Iterator[Callable[[], int]]:
         return port
 
     yield ready
+    ready()  # a server that still starts loses the signal
     process.terminate()
     process.wait(60)
 
