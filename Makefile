@@ -84,7 +84,7 @@ test-wheel: $(STAMP)
 	$(call environment,.venv-wheel)
 	$(call install,.venv-wheel,build pytest pytest-timeout)
 	.venv-wheel/bin/python -m build --outdir .wheel .
-	.venv-wheel/bin/python $(PIP_INSTALL) .wheel/*.whl
+	.venv-wheel/bin/python $(PIP_INSTALL) "$$(ls .wheel/*.whl)[train]"
 	.venv-wheel/bin/python -m pip check
 	.venv-wheel/bin/pytest --override-ini pythonpath=tests --confcutdir tests/wheel tests/wheel $(ARGS)
 

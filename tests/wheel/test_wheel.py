@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 import shlex
 import subprocess
 import sys
-from importlib import import_module
-from importlib.metadata import distribution
+from importlib.metadata import distribution, requires
 from importlib.util import find_spec
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 import peft_prefix_ext
 from helpers.code_blocks import CLI, LOCAL, block, run
@@ -55,6 +55,24 @@ for name, program in {PROGRAMS!r}.items():
         os._exit(0)
     assert os.wait()[1] == 0
 """
+# Imports every module while the packages of the extra `train` cannot be found. PEFT itself asks for accelerate.
+ALONE = """
+import pkgutil, sys
+from importlib import import_module
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] in {hidden!r} else find(name, *rest)
+)
+import peft_prefix_ext
+
+for module in pkgutil.walk_packages(peft_prefix_ext.__path__, "peft_prefix_ext."):
+    if not module.name.endswith("__main__") and not module.name.startswith(
+        ("peft_prefix_ext.training.", "peft_prefix_ext.trl")
+    ):
+        import_module(module.name)
+"""
 
 
 def command(name: str) -> str:
@@ -79,14 +97,20 @@ def test_it_is_the_wheel_and_it_is_alone() -> None:
 
 
 def test_no_module_of_the_training_half_needs_more_than_it_asks_for() -> None:
-    for module in pkgutil.walk_packages(peft_prefix_ext.__path__, "peft_prefix_ext."):
-        if not module.name.endswith("__main__"):
-            import_module(module.name)
+    """Without the extra `train`, all but the rooms that it is for."""
+    asked = [Requirement(text) for text in requires("peft-prefix-ext") or []]
+    base = {each.name for each in asked if each.marker is None}
+    extra = {each.name.replace("-", "_") for each in asked if "train" in str(each.marker) and each.name not in base}
+    assert {"trl", "datasets"} <= extra
+    done = ask(sys.executable, "-c", ALONE.format(hidden=extra - {"accelerate"}), folder=Path.cwd())
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_readmes_first_code_trains(folder: Path) -> None:
-    config = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["base_model_name_or_path"]) == ("PREFIX_EXT", str(folder / "base"))
+def test_the_readmes_first_command_and_its_code_train(folder: Path) -> None:
+    run(block("python", "get_peft_model"), folder)
+    for name in (ADAPTER, f"{ADAPTER}-by-hand"):
+        config = json.loads((folder / name / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["base_model_name_or_path"]) == ("PREFIX_EXT", str(folder / "base"))
 
 
 def test_what_nobody_told_of_the_type_ends_as_the_docs_say_and_is_mended_as_they_say(folder: Path) -> None:
