@@ -67,7 +67,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
 
 def load_adapter(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Loads the adapter of `add_adapter` on its base model, and the tokenizer.
+    """Loads the adapter of `add_adapter` on its base model, and the tokenizer, with the chat template that goes on behind it.
 
     Raises:
         ValueError: If one of them cannot be loaded.
@@ -78,14 +78,17 @@ def load_adapter(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokeniz
     from peft_prefix_ext.checkpoint.hub import resolve
     from peft_prefix_ext.checkpoint.reader import read_prefix
 
-    args.base = args.base or read_prefix(args.path).base_model_name_or_path
+    prefix = read_prefix(resolve(args.path))
+    args.base = args.base or prefix.base_model_name_or_path
     if not args.base:
         raise ValueError(f"{args.path} does not say what its base model is: give --base MODEL.")
-    tokenizer = _load_tokenizer(args.base)
+    tokenizer = _load_tokenizer(args.base, "--base")
+    if prefix.chat_template is not None:  # it stands for the opening of a chat, which must not come twice
+        tokenizer.chat_template = prefix.chat_template
     base = load_base(args)
     if torch.accelerator.is_available():
         base.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    return PeftModel.from_pretrained(base, str(resolve(args.path))).eval(), tokenizer
+    return PeftModel.from_pretrained(base, str(prefix.path)).eval(), tokenizer
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:
@@ -118,14 +121,14 @@ def load_context(args: argparse.Namespace, *, chat: bool) -> tuple[PreTrainedTok
     return tokenizer, chat_context(tokenizer, messages, dict(zip(args.sources, texts, strict=True)))
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: str, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
         return tokenizer
     except (OSError, ValueError) as error:
-        raise ValueError(f"There is no tokenizer at {source!r}; give --tokenizer MODEL.") from error
+        raise ValueError(f"There is no tokenizer at {source!r}; give {option} MODEL.") from error
 
 
 def load_base(args: argparse.Namespace) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from helpers.distillation import chat_model, chatml_tokenizer
 from peft_prefix_ext.cli import main
@@ -98,3 +99,27 @@ def test_a_chat_remembers(folder, monkeypatch, capsys):
     _, second = chat(folder, monkeypatch, capsys, "say 3", "say 4")
     (alone,) = chat(folder, monkeypatch, capsys, "say 4", "/exit", "say 5")
     assert second != alone
+
+
+def test_a_prefix_that_stands_for_an_opening_brings_its_template(folder, tmp_path, monkeypatch, capsys):
+    """The chat goes on behind the opening, which does not come a second time."""
+    (tmp_path / "opening.txt").write_text("Describe it.")
+    main(
+        [
+            "compile",
+            str(tmp_path / "opening.txt"),
+            "--system",
+            "--base",
+            str(folder / "base"),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
+    answer = "\n".join(chat(tmp_path, monkeypatch, capsys, "say 3"))
+    tokenizer, base = chatml_tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "base")
+    messages = [{"role": "system", "content": "Describe it."}, {"role": "user", "content": "say 3"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    tokens = base.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert answer.split() == tokenizer.decode(tokens, skip_special_tokens=True).split()
+    assert answer.split() != "\n".join(chat(folder, monkeypatch, capsys, "/base", "say 3")[1:]).split()
