@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import trl.experimental.online_dpo.online_dpo_trainer as online_dpo_trainer
@@ -15,7 +16,24 @@ from peft_prefix_ext.trl.policy_folder import PolicyFolder
 from peft_prefix_ext.trl.rollouts import PrefixRollouts, engine_classes, send_prefix
 
 
-class GRPOTrainer(grpo_trainer.GRPOTrainer):
+class _WithPrefixRollouts:
+    """What GRPO and RLOO share: TRL makes their `VLLMGeneration` in the constructor, and ours takes its place there."""
+
+    trl_module: ModuleType
+
+    def __init__(
+        self,
+        *args: Any,
+        vllm_engine: Mapping[str, Any] | None = None,
+        vllm_prefix_folder: str | None = None,
+        **options: Any,
+    ) -> None:
+        rollouts = partial(PrefixRollouts, engine=vllm_engine, folder=vllm_prefix_folder)
+        with classes_in_place(self.trl_module, VLLMGeneration=rollouts):
+            super().__init__(*args, **options)
+
+
+class GRPOTrainer(_WithPrefixRollouts, grpo_trainer.GRPOTrainer):
     """TRL's `GRPOTrainer`, whose `use_vllm=True` generates with the prefix that it trains.
 
     Args:
@@ -26,38 +44,13 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
         **options: The keyword arguments of TRL's trainer.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        vllm_engine: Mapping[str, Any] | None = None,
-        vllm_prefix_folder: str | None = None,
-        **options: Any,
-    ) -> None:
-        rollouts = partial(PrefixRollouts, engine=vllm_engine, folder=vllm_prefix_folder)
-        with classes_in_place(grpo_trainer, VLLMGeneration=rollouts):
-            super().__init__(*args, **options)
+    trl_module = grpo_trainer
 
 
-class RLOOTrainer(rloo_trainer.RLOOTrainer):
-    """TRL's `RLOOTrainer`, whose `use_vllm=True` generates with the prefix that it trains.
+class RLOOTrainer(_WithPrefixRollouts, rloo_trainer.RLOOTrainer):
+    """TRL's `RLOOTrainer`, whose `use_vllm=True` generates with the prefix that it trains; its arguments are `GRPOTrainer`'s."""
 
-    Args:
-        *args: The arguments of TRL's trainer.
-        vllm_engine: See `GRPOTrainer`.
-        vllm_prefix_folder: See `GRPOTrainer`.
-        **options: The keyword arguments of TRL's trainer.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        vllm_engine: Mapping[str, Any] | None = None,
-        vllm_prefix_folder: str | None = None,
-        **options: Any,
-    ) -> None:
-        rollouts = partial(PrefixRollouts, engine=vllm_engine, folder=vllm_prefix_folder)
-        with classes_in_place(rloo_trainer, VLLMGeneration=rollouts):
-            super().__init__(*args, **options)
+    trl_module = rloo_trainer
 
 
 class OnlineDPOTrainer(online_dpo_trainer.OnlineDPOTrainer):
