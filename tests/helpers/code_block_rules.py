@@ -20,6 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from helpers.code_blocks import LOCAL, ROOT, Block, commands, run
+from helpers.program_rules import check_configuration, check_lm_eval, check_swift, imports_a_program
 from peft_prefix_ext.cli import main
 from peft_prefix_ext.training.columns import examples_of, format_of
 
@@ -138,7 +139,9 @@ NOT_RUN: dict[tuple[str, ...], tuple[str, Callable[[list[str]], None]]] = {
     ("docker", "run"): ("needs a daemon and vLLM's image", check_docker_run),
     ("kubectl", "apply"): ("needs a cluster", check_nothing),
     ("sudo", "systemctl"): ("needs an init system and its rights", check_nothing),
-    ("prefix-ext", "run", "lm_eval"): ("lm_eval is no dependency of the tests", check_nothing),
+    ("prefix-ext", "run", "lm_eval"): ("lm_eval is no dependency of the tests", lambda words: check_lm_eval(words[2:])),
+    ("lm_eval",): ("lm_eval is no dependency of the tests", check_lm_eval),
+    ("swift", "sft"): ("ms-swift wants an older PEFT", check_swift),
 }
 
 
@@ -146,6 +149,8 @@ NOT_RUN: dict[tuple[str, ...], tuple[str, Callable[[list[str]], None]]] = {
 
 
 def python(each: Block, page: Page) -> None:
+    if imports_a_program(each.code):
+        return
     code = page.address(each.local_code) if "localhost" in each.code else each.local_code
     if "__main__" not in code:
         exec(compile(code, str(each), "exec"), page.names)
@@ -175,9 +180,18 @@ def shell(each: Block, page: Page) -> None:
             pytest.fail(f"{each}: no rule for {shlex.join(words)!r}; run it, or list it in NOT_RUN")
 
 
-def kubernetes(each: Block, page: Page) -> None:
+def manifest_or_configuration(each: Block, page: Page) -> None:
+    """A manifest for Kubernetes, or the configuration of a trainer."""
+    documents = list(yaml.safe_load_all(each.code))
+    if "kind" in documents[0]:
+        kubernetes(documents, page)
+    else:
+        check_configuration(*documents)
+
+
+def kubernetes(manifest: list[Any], page: Page) -> None:
     """The options are read by vLLM's parser, names fit together, probes answer."""
-    documents = {document["kind"]: document for document in yaml.safe_load_all(each.code)}
+    documents = {document["kind"]: document for document in manifest}
     assert documents.keys() == {"Deployment", "Service"}
     template = documents["Deployment"]["spec"]["template"]
     labels = template["metadata"]["labels"]
@@ -244,7 +258,7 @@ def names_and_trees(each: Block, page: Page) -> None:
 RULES: dict[str, Callable[[Block, Page], None]] = {
     "python": python,
     "bash": shell,
-    "yaml": kubernetes,
+    "yaml": manifest_or_configuration,
     "ini": unit,
     "dockerfile": dockerfile,
     "json": adapter_config_or_row,

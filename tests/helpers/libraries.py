@@ -27,6 +27,12 @@ from helpers.release_sources import Release, changes, imported, order, record
 RECORDED = Path(__file__).with_name("recorded")
 PACKAGES = ("transformers", "peft")
 TRAINING = Path(peft_prefix_ext.__file__).parent
+# What runs a command, or is imported by a program that is not installed: see `other_trainers.py`.
+NOT_IMPORTED = {
+    "peft_prefix_ext.__main__",
+    "peft_prefix_ext.integrations.axolotl",
+    "peft_prefix_ext.integrations.ms_swift",
+}
 # What is called on objects that the libraries hand over, or in the manner of what ours takes the place of.
 _CALLED = {
     "transformers.cache_utils": [
@@ -95,7 +101,7 @@ CALLED = {f"{module}:{name}" for module, names in _CALLED.items() for name in na
 def classes() -> Iterator[type]:
     """Yields the classes of the training half."""
     for module in pkgutil.walk_packages([str(TRAINING)], "peft_prefix_ext."):
-        if module.name != "peft_prefix_ext.__main__":
+        if module.name not in NOT_IMPORTED:
             found = vars(import_module(module.name)).values()
             yield from (each for each in found if inspect.isclass(each) and each.__module__ == module.name)
 

@@ -74,10 +74,14 @@ class Release:
 
 def imported(folder: Path, package: str) -> set[str]:
     """Lists what the sources in `folder` import from a package, as `module:name`."""
+    return {name for path in folder.rglob("*.py") for name in imported_by(path.read_text(encoding="utf-8"), package)}
+
+
+def imported_by(code: str, package: str) -> set[str]:
+    """Lists what code imports from a package, as `module:name`."""
     return {
         f"{node.module}:{alias.name}"
-        for path in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package
         for alias in node.names
     }
