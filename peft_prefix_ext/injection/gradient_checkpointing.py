@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -61,8 +62,23 @@ def uses_reentrant_checkpointing(decoder: nn.Module) -> bool:
         if module.training and getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, functools.partial):
-                return function.keywords.get("use_reentrant") is not False
+                return _is_reentrant(function)
     return False
+
+
+# Of each function that a model checkpoints its layers with, whether it is reentrant.
+_KNOWN: WeakKeyDictionary[functools.partial, bool] = WeakKeyDictionary()
+
+
+def _is_reentrant(function: functools.partial) -> bool:
+    """Tries it: ms-swift puts a function of its own in the place of torch's, which has other ideas than its keywords."""
+    if torch.compiler.is_compiling():
+        return function.keywords.get("use_reentrant") is not False
+    if function not in _KNOWN:
+        with torch.enable_grad():
+            tried = function(torch.clone, torch.zeros(1, requires_grad=True))
+        _KNOWN[function] = type(tried.grad_fn).__name__ == "CheckpointFunctionBackward"
+    return _KNOWN[function]
 
 
 def require_gradient(embeddings: torch.Tensor, context: PrefixForwardContext) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from helpers.prefixed import perturb, with_prefix
 from helpers.tiny import random_ids, tiny_model
@@ -32,6 +35,27 @@ def test_gradients_under_checkpointing_equal_those_without(name, reparam, reentr
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     actual = gradients(model, ids)
     assert expected.keys() == actual.keys()
+    for key in expected:
+        assert expected[key].abs().max() > 0
+        assert torch.equal(actual[key], expected[key]), key
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_function_that_ignores_its_keywords(llama, reentrant):
+    """As ms-swift puts in the place of torch's."""
+    model = with_prefix(llama, reparam="mlp").train()
+    perturb(model)
+    ids = random_ids(2, 33)
+    expected = gradients(model, ids)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": not reentrant})
+
+    def ours(*args, use_reentrant, **kwargs):
+        return checkpoint(*args, use_reentrant=reentrant, **kwargs)
+
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = functools.partial(ours, use_reentrant=not reentrant)
+    actual = gradients(model, ids)
     for key in expected:
         assert expected[key].abs().max() > 0
         assert torch.equal(actual[key], expected[key]), key
