@@ -95,10 +95,11 @@ def _add_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) 
 
 def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Checks the saved config even if the adapter exists, when PEFT would not read it."""
-    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    live = model.peft_config.get(call["adapter_name"])
+    # Not by the signature: ms-swift wraps the method as well, in one that passes on whatever it gets.
+    call = {**dict(zip(("model_id", "adapter_name"), args, strict=False)), **kwargs}
+    live = model.peft_config.get(call.get("adapter_name"))
     if isinstance(live, PrefixExtConfig):
-        hub_options, _ = model._split_kwargs(call.get("kwargs", {}))
+        hub_options, _ = model._split_kwargs(kwargs)
         try:
             saved = PeftConfig.from_pretrained(call["model_id"], **hub_options)
         except (OSError, ValueError):
@@ -111,7 +112,7 @@ def _load_adapter(wrapped: Any, model: Any, args: tuple, kwargs: dict[str, Any])
         with keep_offloading(model.get_base_model()) if _has_prefix(model) else nullcontext():
             return wrapped(*args, **kwargs)
     except KeyError as error:
-        config = model.peft_config.get(call["adapter_name"])
+        config = model.peft_config.get(call.get("adapter_name"))
         if not isinstance(config, PrefixExtConfig):
             raise
         raise ValueError(
