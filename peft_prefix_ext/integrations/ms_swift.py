@@ -59,9 +59,8 @@ def register(name: str = TUNER, **options: Any) -> type[PeftTuner]:
             # `PeftTuner` leaves out the state dict, in which DeepSpeed and FSDP have gathered what is trained.
             if isinstance(model, PeftModel):
                 kwargs.setdefault("selected_adapters", ["default"])
-            model.save_pretrained(
-                save_directory, state_dict=state_dict, safe_serialization=safe_serialization, **kwargs
-            )
+            save: Any = model.save_pretrained
+            save(save_directory, state_dict=state_dict, safe_serialization=safe_serialization, **kwargs)
 
     tuners_map[name] = PrefixExtTuner
     return PrefixExtTuner
