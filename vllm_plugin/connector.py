@@ -183,6 +183,12 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         return
 
+    def release_device_memory(self) -> None:
+        """Drops the prefixes on the device; the worker calls it before the engine sleeps."""
+        for writer in (self.writer, self.draft_writer):
+            if writer is not None:
+                writer.release_device_memory()
+
     # Both sides
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

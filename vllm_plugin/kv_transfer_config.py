@@ -18,7 +18,7 @@ CONNECTOR_MODULE = "vllm_plugin.connector"
 # Keys of the connector's extra config: the adapters to open, the registry's folder, whether to warm up each adapter.
 # `ADAPTERS` is also the key of a request's packed `PrefixSpec` in its KV transfer parameters.
 ADAPTERS, REGISTRY, WARMUP = "prefix_adapters", "prefix_registry", "prefix_adapter_warmup"
-# Device memory for prefixes, in bytes. vLLM's memory profiling does not include it.
+# Device memory for prefixes, in bytes. On a GPU the KV cache leaves it free.
 DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY = "prefix_device_memory", 512 << 20
 # Connectors that key their blocks by vLLM's salted block hashes. Others key by token ids, where the placeholders of two
 # adapters look alike, so that one adapter could be served with the K/V of another.

@@ -1,9 +1,10 @@
 """When the patches are attached: a few when vLLM imports what they wrap, all others once an engine serves prefixes.
 
 vLLM loads the plugin into each of its processes. There `install` patches the parsing of the command line, the creation
-of the engine's config, and the methods that accept a LoRA adapter, which could be a prefix. It waits until vLLM imports
-them. All other patches wait for `require`, so vLLM without prefixes runs unchanged. A patch that no longer fits this
-vLLM is left out, and `require` then raises a single error that names all of them.
+of the engine's config, the methods that accept a LoRA adapter, which could be a prefix, and those of a worker that run
+before it has a connector. It waits until vLLM imports them. All other patches wait for `require`, so vLLM without
+prefixes runs unchanged. A patch that no longer fits this vLLM is left out, and `require` then raises a single error that
+names all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from vllm_plugin.front_end.cli_args import OPTIONS
 from vllm_plugin.kv_transfer_config import CONNECTOR, CONNECTOR_MODULE, settings_in
 from vllm_plugin.patches import patch
 from vllm_plugin.patches.patch import MethodPatch
+from vllm_plugin.patches.worker import WORKER_PATCHES
 
 # First supported and first unsupported release.
 MIN_VERSION, END_VERSION = (0, 32), (0, 34)
@@ -75,6 +78,9 @@ def require(*, server: bool) -> None:
     if not MIN_VERSION <= version < END_VERSION:
         patch.problems["version"] = "this release was written for 0.32 and 0.33"
     for method_patch in all_patches(server=server):
+        if method_patch.in_workers and method_patch.module not in sys.modules:
+            # Attached by `install` when a worker imports it, and checked when the worker gets here.
+            continue
         try:
             patch.attach(method_patch, importlib.import_module(method_patch.module))
         except ImportError as error:
@@ -190,4 +196,5 @@ START_PATCHES = (
         ("vllm_config", "req_states"),
         _build_custom_logits_processors,
     ),
+    *WORKER_PATCHES,
 )

@@ -24,12 +24,14 @@ class MethodPatch:
         method: `Class.method` in it.
         parameters: Names of parameters that the method must have.
         wrapper: Runs instead of the method, with the arguments that `wrapt` passes.
+        in_workers: Whether only workers use the module, which no other process should have to import.
     """
 
     module: str
     method: str
     parameters: tuple[str, ...]
     wrapper: Callable[..., Any]
+    in_workers: bool = False
 
     def problem(self, module: ModuleType) -> str | None:
         """Returns how the method differs from what the wrapper expects; None if it does not."""

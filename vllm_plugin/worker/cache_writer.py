@@ -16,6 +16,7 @@ from vllm_plugin.logger import logger
 from vllm_plugin.metadata import NULL_BLOCK, PrefixLoad
 from vllm_plugin.metrics import RESIDENT, PrefixStats
 from vllm_plugin.worker.cache_layers import CacheLayer, LayerStack
+from vllm_plugin.worker.device_copy import to_device
 from vllm_plugin.worker.prefix_manager import PrefixKV, PrefixManager
 from vllm_plugin.worker.state_writer import StateWriter
 
@@ -66,6 +67,11 @@ class PrefixWriter:
             for load, _ in ready:
                 self._give_up(load)
 
+    def release_device_memory(self) -> None:
+        """Drops the prefixes on the device. The next loads copy them from the host."""
+        self._manager.release_device_memory()
+        self.stats.data[RESIDENT] = self._manager.num_resident
+
     def take_unwritten(self) -> set[int]:
         """Returns the blocks whose content is wrong because a load failed since the last call."""
         blocks, self._unwritten = self._unwritten, set()
@@ -78,7 +84,7 @@ class PrefixWriter:
         slots_N = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(slots for _, slots in targets)]))
         if not len(slots_N):
             return
-        slots_N = slots_N.to(self._device)
+        slots_N = to_device(slots_N, self._device)
         sources = [
             (prefix.keys_LPHD[index], prefix.values_LPHD[index], first, load.stop)
             for (load, prefix), (first, _) in zip(ready, targets, strict=True)
@@ -90,8 +96,8 @@ class PrefixWriter:
         num_layers = max(1, GATHERED_BYTES // bytes_per_layer)
         for start in range(0, len(modules), num_layers):
             layers = slice(start, start + num_layers)
-            keys = _joined([key[layers, first:stop].to(self._device) for key, _, first, stop in sources])
-            values = _joined([value[layers, first:stop].to(self._device) for _, value, first, stop in sources])
+            keys = _joined([to_device(key[layers, first:stop], self._device) for key, _, first, stop in sources])
+            values = _joined([to_device(value[layers, first:stop], self._device) for _, value, first, stop in sources])
             for module, key_NHD, value_NHD in zip(modules[layers], keys, values, strict=True):
                 _update_cache(layer, module, key_NHD, value_NHD, slots_N)
 

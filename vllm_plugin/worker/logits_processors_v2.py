@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 
+from vllm_plugin.worker.device_copy import to_device
 from vllm_plugin.worker.logits_processors import num_placeholders
 
 # vLLM loads the logits processors of all installed packages, whatever its options are.
@@ -69,7 +70,7 @@ class ShownRequests:
             ours.np[slots] = theirs.np[slots] - self.num_placeholders.np[slots]
             ours.copy_to_uva()
         self.num_placeholders.copy_to_uva()
-        slots_N = torch.tensor(slots, device=self.device)
+        slots_N = to_device(torch.tensor(slots), self.device)
         self._copy(slots_N, torch.arange(int(self.prefill_len.np[slots].max()), device=self.device)[None])
 
     def update(self, slots_R: torch.Tensor, num_new: int) -> None:

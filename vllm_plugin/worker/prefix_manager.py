@@ -22,6 +22,7 @@ from vllm_plugin.adapters.validation import check_states
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 from vllm_plugin.worker.cache_layers import LayerStack, shard
+from vllm_plugin.worker.device_copy import to_device
 from vllm_plugin.worker.state_layers import StateLayer, model_states
 from vllm_plugin.worker.state_layout import part_of_rank
 
@@ -49,7 +50,7 @@ class PrefixKV:
 
     def to(self, device: torch.device) -> PrefixKV:
         keys, values, *states = (
-            tuple(tensor.to(device) for tensor in tensors)
+            tuple(to_device(tensor, device) for tensor in tensors)
             for tensors in (self.keys_LPHD, self.values_LPHD, *self.states)
         )
         return PrefixKV(keys, values, tuple(states))
@@ -97,6 +98,10 @@ class LRUPool:
         """Adds a prefix; there must be room for it."""
         self._prefixes[digest] = prefix
         self.used += prefix.nbytes
+
+    def clear(self) -> None:
+        self._prefixes.clear()
+        self.used = 0
 
 
 class PrefixManager:
@@ -149,6 +154,11 @@ class PrefixManager:
         # By content, so that a prefix with two names is kept once.
         found = {digest: self._get(spec, needed) for digest, spec in needed.items()}
         return [found[spec.digest] for spec in specs]
+
+    def release_device_memory(self) -> None:
+        """Drops the prefixes on the device, unless the device is the host, which has no other copy of them."""
+        if self.device.type != "cpu":
+            self._on_device.clear()
 
     def open(self, spec: PrefixSpec) -> PrefixKV:
         """Reads a prefix into host memory.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_plugin.metadata import NULL_BLOCK, PrefixLoad
+from vllm_plugin.worker.device_copy import to_device
 from vllm_plugin.worker.prefix_manager import PrefixKV
 from vllm_plugin.worker.state_layers import StateLayer
 
@@ -43,14 +44,14 @@ class StateWriter:
             for prefix, block_ids in targets.values():
                 if not block_ids:
                     continue
-                blocks = torch.tensor(sorted(block_ids), device=self._device)
+                blocks = to_device(torch.tensor(sorted(block_ids)), self._device)
                 for number, module in modules:
                     if not prefix.states:
                         for cache in module.kv_cache:
                             cache.index_fill_(0, blocks, 0)
                         continue
                     for cache, state in zip(module.kv_cache, prefix.states[number], strict=True):
-                        cache[blocks] = state.to(self._device)
+                        cache[blocks] = to_device(state, self._device)
 
     def blocks(self, load: PrefixLoad) -> set[int]:
         """Returns the blocks that a load writes to."""
