@@ -18,18 +18,20 @@ def make_parser(name: str, description: str | None) -> ArgumentParser:
     )
 
 
-def add_output_options(parser: ArgumentParser, name: str, page: str) -> None:
+def add_output_options(parser: ArgumentParser, name: str, page: str, results: str | None = None) -> None:
     """Adds `--results`, `--report` and `--page`.
 
     Args:
         name: The benchmark.
         page: The file in `docs/benchmarks/` that has its report.
+        results: The results file in `benchmarks/results/`; by default it has the name of the benchmark.
     """
+    results = results or f"{name}.json"
     parser.add_argument(
         "--results",
         type=Path,
-        default=RESULTS / f"{name}.json",
-        help=f"results file, read and written (default: benchmarks/results/{name}.json)",
+        default=RESULTS / results,
+        help=f"results file, read and written (default: benchmarks/results/{results})",
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; write the report from the results file")
     parser.add_argument(
@@ -39,12 +41,12 @@ def add_output_options(parser: ArgumentParser, name: str, page: str) -> None:
         help="Markdown file to write the report into, between its markers; "
         f"--report on the default results file writes docs/benchmarks/{page}",
     )
-    parser.set_defaults(default_page=DOCS / page)
+    parser.set_defaults(default_page=DOCS / page, default_results=RESULTS / results)
 
 
-def page_to_write(options: Namespace, name: str) -> Path | None:
+def page_to_write(options: Namespace) -> Path | None:
     """Returns the page that gets the report, if any: the results of others must not end up in the documentation."""
-    if options.page is None and options.report and options.results == RESULTS / f"{name}.json":
+    if options.page is None and options.report and options.results == options.default_results:
         return Path(options.default_page)
     return options.page
 
@@ -73,7 +75,7 @@ def run(
         found = measure(options)
         options.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     text = report(found)
-    page = page_to_write(options, name)
+    page = page_to_write(options)
     if page is not None:
         write_generated_part(page, name, text)
     print(text)

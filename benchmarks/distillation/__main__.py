@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_args(arguments)
     if not options.report:
         measure(options)
-    print(write_report(options.results, page_to_write(options, "distillation")))
+    print(write_report(options.results, page_to_write(options)))
     return 0
 
 

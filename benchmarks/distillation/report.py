@@ -110,8 +110,13 @@ def together_table(content: Record) -> str:
     )
 
 
+def speed_section(content: Record) -> str:
+    """Returns `speed_table` with a heading, if it was measured."""
+    return f"### Speed\n\n{found}" if (found := speed_table(content)) else ""
+
+
 def speed_table(content: Record) -> str:
-    """Returns the ratios of a distilled prefix to the ways to give the full context."""
+    """Returns the ratios of a distilled prefix to the ways to give the full context, and their conditions."""
     records = _of(content, speed.TASK)
     if not records:
         return ""
@@ -125,7 +130,6 @@ def speed_table(content: Record) -> str:
     header = ["distilled prefix / ...", "output tokens/s", "time to first token", "the same, one request"]
     return "\n\n".join(
         [
-            "### Speed",
             f"A prefix of {settings['prefix_tokens']} tokens against {settings['context_tokens']} tokens of context: "
             f"{settings['requests']} requests at once, {settings['input_tokens']} input and {settings['output_tokens']} output "
             f"tokens, {settings['speed_dtype']}. Median (quartiles) of {settings['speed_rounds']} interleaved rounds.",
@@ -155,7 +159,7 @@ SECTIONS: tuple[Callable[[Record], str], ...] = (
     many_shot_table,
     document_tables,
     together_table,
-    speed_table,
+    speed_section,
     step_table,
 )
 

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             benchmark.run([method for method in METHODS if options.only in method.name])
     if options.report:
-        print(write_report(options.results, METHODS, page_to_write(options, "quality")))
+        print(write_report(options.results, METHODS, page_to_write(options)))
     return 0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.common.cli import add_output_options, make_parser, page_to_write
 from benchmarks.common.results import ResultsFile
-from benchmarks.common.shapes import SHAPES, write_shape
+from benchmarks.common.shapes import SERVED_SHAPES, write_shape
 from benchmarks.serving.benchmark import Benchmark
 from benchmarks.serving.comparisons import SHORT, TRANSPORTS, Settings
 from benchmarks.serving.report import write_report
@@ -36,16 +36,20 @@ def main(arguments: list[str] | None = None) -> int:
             if options.shape:
                 changes |= {"model": str(write_shape(folder / options.shape, options.shape)), "load_format": "dummy"}
             settings = Settings(**{**(SHORT if options.short else {}), **changes})
-            Benchmark(settings, ResultsFile(options.results, settings.record()), folder).run(options.transports)
-    print(write_report(options.results, page_to_write(options, "serving")))
+            results = ResultsFile(options.results, settings.record())
+            Benchmark(settings, results, folder, options.comparisons).run(options.transports)
+    print(write_report(options.results, page_to_write(options)))
     return 0
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser("serving", __doc__)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="instead of --model: random weights in this shape")
+    parser.add_argument(
+        "--shape", choices=sorted(SERVED_SHAPES), help="instead of --model: random weights in this shape"
+    )
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS, help="default: all")
+    parser.add_argument("--comparisons", nargs="+", help='such as base lengths mixes "LoRA, 8" (default: all)')
     parser.add_argument("--short", action="store_true", help="fewer comparisons, requests and rounds")
     for name, field in Settings.__dataclass_fields__.items():
         if isinstance(field.default, int) and not isinstance(field.default, bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +39,13 @@ class Benchmark:
         settings: The settings of all comparisons.
         results: The results file.
         folder: An empty folder for adapters.
+        names: The comparisons to make; by default all.
     """
 
-    def __init__(self, settings: Settings, results: ResultsFile, folder: Path) -> None:
-        self.settings, self.results = settings, results
+    def __init__(
+        self, settings: Settings, results: ResultsFile, folder: Path, names: Collection[str] | None = None
+    ) -> None:
+        self.settings, self.results, self.names = settings, results, names
         config = AutoConfig.from_pretrained(settings.model).get_text_config()
         self.workload = Workload(settings.requests, settings.input_tokens, settings.output_tokens, config.vocab_size)
         self.prefixes, self.loras = self._write_adapters(folder)
@@ -52,13 +55,16 @@ class Benchmark:
         for transport in transports:
             for comparison in comparisons(self.settings, transport):
                 key = {"transport": transport, "comparison": comparison.name}
-                if not self.results.find(**key):
+                if self._is_wanted(comparison.name) and not self.results.find(**key):
                     print(f"{transport}: {comparison.name}", file=sys.stderr, flush=True)
                     measured: dict[str, list[Measurement]] = {}
                     for start in range(comparison.starts):
                         for name, rounds in self._measure(comparison, transport, start).items():
                             measured.setdefault(name, []).extend(rounds)
                     self.results.add({**key, "machine": machine(), "measurements": measured})
+
+    def _is_wanted(self, name: str) -> bool:
+        return self.names is None or name in self.names
 
     def _measure(self, comparison: Comparison, transport: str, start: int) -> dict[str, list[Measurement]]:
         workload = replace(self.workload, num_requests=comparison.num_requests)
@@ -132,8 +138,9 @@ class Benchmark:
         if settings.load_format == "dummy":
             with torch.device(device):
                 base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model), dtype=dtype)
-            # transformers needs the weights; vLLM makes up its own.
-            base.save_pretrained(settings.model)
+            if self._is_wanted(TRANSFORMERS):
+                # transformers needs the weights; vLLM makes up its own.
+                base.save_pretrained(settings.model)
         else:
             base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, device_map=device)
         prefixes: dict[str, Path] = {}
@@ -141,7 +148,12 @@ class Benchmark:
             number = max(settings.mixes) if length == settings.mix_tokens else 1
             prefixes |= write_prefixes(folder, base, length, number)
         ranks = settings.ranks if settings.loras else ()
-        return prefixes, {rank: write_loras(folder, base, rank, max(settings.loras)) for rank in ranks}
+        loras = {rank: write_loras(folder, base, rank, max(settings.loras)) for rank in ranks}
+        del base
+        if device == "cuda":
+            # The engines, in processes of their own, need what torch keeps of it.
+            torch.cuda.empty_cache()
+        return prefixes, loras
 
 
 def _command_line(option: str, value: Any) -> list[str]:

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         changes = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
         settings = Settings(**{**changes, **(SHORT if options.short else {})})
         Benchmark(settings, options.results).run()
-    print(write_report(options.results, page_to_write(options, "training")))
+    print(write_report(options.results, page_to_write(options)))
     return 0
 
 
@@ -52,6 +52,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if has_gpu else default.device, help="default: cuda if available")
     parser.add_argument("--threads", type=int, default=default.threads, help="number of torch threads (default: 2)")
+    parser.add_argument("--attention", help="attn_implementation, such as flash_attention_2 (default: transformers')")
+    parser.add_argument("--compiled", action="store_true", help="run the model by torch.compile")
     parser.add_argument(
         "--short", action="store_true", help="a few minutes: 4 layers, batch sizes 1 and 16, prefixes of 16 and 1024"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ class Settings:
         dtype: The data type of the weights.
         device: Where to train.
         threads: The number of torch threads on a CPU.
+        attention: transformers' `attn_implementation`; None for its default.
+        compiled: Whether `torch.compile` runs the model.
     """
 
     model: str
@@ -44,11 +47,16 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 2
+    attention: str | None = None
+    compiled: bool = False
 
     def record(self) -> Record:
         """Returns the settings for the results file, with the name of the model instead of its folder."""
         lists = {"batches": [*self.batches], "prefixes": [*self.prefixes]}
-        return {**asdict(self), **lists, "model": Path(self.model).name}
+        fields = {**asdict(self), **lists, "model": Path(self.model).name}
+        # Older results lack these, and were made with their defaults.
+        newer = {"attention": None, "compiled": False}
+        return {name: value for name, value in fields.items() if name not in newer or value != newer[name]}
 
 
 # Fewer layers: all methods share them.
@@ -61,13 +69,16 @@ class Benchmark:
     Args:
         settings: The settings of all cells.
         results: The results file, with one record per cell.
+        methods: The names of the methods, of `METHODS`; the references are always measured.
     """
 
-    def __init__(self, settings: Settings, results: Path) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, results: Path, methods: Sequence[str] = tuple(METHODS)) -> None:
+        self.settings, self.methods = settings, [name for name in METHODS if name in {*methods, *REFERENCES}]
         self.results = ResultsFile(results, settings.record())
         self.device = torch.device(settings.device)
-        self.base = load(settings.model, getattr(torch, settings.dtype), self.device, settings.layers)
+        self.base = load(
+            settings.model, getattr(torch, settings.dtype), self.device, settings.layers, settings.attention
+        )
 
     def run(self) -> None:
         """Measures the cells that have no record yet, from small to large."""
@@ -85,7 +96,8 @@ class Benchmark:
         ids = torch.randint(self.base.config.vocab_size, (batch, self.settings.length), generator=generator).to(
             self.device
         )
-        steps = {name: TrainingStep(self.base, method, prefix) for name, method in METHODS.items()}
+        compiled = self.settings.compiled
+        steps = {name: TrainingStep(self.base, METHODS[name], prefix, compiled) for name in self.methods}
         candidates = {name: partial(self._timed, step, ids) for name, step in steps.items()}
         measured = interleave(candidates, self.settings.rounds)
         return {

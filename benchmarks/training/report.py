@@ -67,8 +67,10 @@ def caption(content: Record) -> str:
     settings = content["settings"]
     layers = "" if settings["layers"] is None else f" with {settings['layers']} of its layers"
     threads = f", {settings['threads']} threads" if settings["device"] == "cpu" else ""
+    attention = f", {settings['attention']}" if settings.get("attention") else ""
+    compiled = ", torch.compile" if settings.get("compiled") else ""
     return (
-        f"{settings['model']}{layers}, {settings['dtype']}{threads}, rows of {settings['length']} tokens. Step times are ratios: "
+        f"{settings['model']}{layers}, {settings['dtype']}{threads}{attention}{compiled}, rows of {settings['length']} tokens. Step times are ratios: "
         f"median (quartiles) of {settings['rounds']} interleaved rounds. {describe_all(content['records'])}."
     )
 
@@ -85,7 +87,8 @@ def cell_table(cell: Record) -> str:
     ]
     rows = []
     for name in METHODS:
-        method = cell["methods"][name]
+        if (method := cell["methods"].get(name)) is None:
+            continue
         ratios = [format_spread(method["ratios"][other], 2) for other in (LIMIT, STOCK_FLAT, STOCK_MLP)]
         rows.append([name, *ratios, *(f"{method[field] / MIB:.0f}" for field in ("saved", "peak"))])
     return markdown_table(header, rows)

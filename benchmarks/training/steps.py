@@ -72,9 +72,10 @@ class TrainingStep:
         base: The model. It does not change; its weights are shared, not copied.
         method: The method.
         num_virtual_tokens: The length of a prefix.
+        compiled: Whether `torch.compile` runs the model.
     """
 
-    def __init__(self, base: PreTrainedModel, method: Method, num_virtual_tokens: int) -> None:
+    def __init__(self, base: PreTrainedModel, method: Method, num_virtual_tokens: int, compiled: bool = False) -> None:
         model = share_weights(base).requires_grad_(False)
         self.model = (
             model if method.make_config is None else get_peft_model(model, method.make_config(num_virtual_tokens))
@@ -82,6 +83,7 @@ class TrainingStep:
         if method.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
+        self._run = torch.compile(self.model) if compiled else self.model
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE) if self.trained else None
 
@@ -89,9 +91,9 @@ class TrainingStep:
         """Returns the mean language modeling loss of `input_ids`, `[batch, length]`."""
         mask = torch.ones_like(input_ids)  # data collators add a mask even without padding
         if self.trained:
-            return self.model(input_ids=input_ids, attention_mask=mask, labels=input_ids, use_cache=False).loss
+            return self._run(input_ids=input_ids, attention_mask=mask, labels=input_ids, use_cache=False).loss
         embeddings = self.model.get_input_embeddings()(input_ids).requires_grad_()
-        return self.model(inputs_embeds=embeddings, attention_mask=mask, labels=input_ids, use_cache=False).loss
+        return self._run(inputs_embeds=embeddings, attention_mask=mask, labels=input_ids, use_cache=False).loss
 
     def update(self, loss: torch.Tensor) -> None:
         """Runs the backward pass and the optimizer step."""
@@ -106,7 +108,9 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-def load(model: str, dtype: torch.dtype, device: torch.device, num_layers: int | None) -> PreTrainedModel:
+def load(
+    model: str, dtype: torch.dtype, device: torch.device, num_layers: int | None, attention: str | None = None
+) -> PreTrainedModel:
     """Loads the base model.
 
     Args:
@@ -114,12 +118,14 @@ def load(model: str, dtype: torch.dtype, device: torch.device, num_layers: int |
         dtype: The data type of the weights.
         device: Where to load it.
         num_layers: The number of layers to use; None for all.
+        attention: transformers' `attn_implementation`; None for its default.
     """
     fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    how = {} if attention is None else {"attn_implementation": attention}
     if model not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device, **fewer)
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device, **how, **fewer)
     torch.manual_seed(0)
     config = copy.deepcopy(SHAPES[model])
     config.update(fewer)
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **how)

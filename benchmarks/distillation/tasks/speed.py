@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common.interleaving import Measurement, interleave
 from benchmarks.common.random_adapters import write_prefixes
@@ -65,42 +65,50 @@ def run(bench: Bench) -> None:
     if not bench.is_missing(task=TASK):
         return
     settings = bench.settings
+    base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.speed_dtype))
+    bench.add(task=TASK, measurements=measure(settings, base))
+
+
+def measure(settings: Settings, base: PreTrainedModel, **options: Any) -> dict[str, list[Measurement]]:
+    """Lets the candidates take turns on one engine.
+
+    Args:
+        settings: The settings.
+        base: The model, for which random prefixes are written: what they hold does not affect speed.
+        options: Arguments of `LLM` that differ.
+
+    Returns:
+        The measurements of each candidate, by round.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        prefixes = _write_prefixes(settings, Path(folder))
+        prefixes = {
+            **write_prefixes(Path(folder), base, settings.prefix_tokens, 1),
+            **write_prefixes(Path(folder), base, settings.context_tokens, 1),
+        }
         vocabulary = AutoConfig.from_pretrained(settings.model).get_text_config().vocab_size
         workload = Workload(settings.requests, settings.input_tokens, settings.output_tokens, vocabulary)
-        with Engine(vllm_engine, _engine_arguments(settings), prefixes) as engine:
+        with Engine(vllm_engine, {**_engine_arguments(settings), **options}, prefixes) as engine:
             found = candidates(settings)
             for candidate in found.values():
                 # One request fills the cache before the measurement.
                 engine.run(candidate.requests(replace(workload, num_requests=1), "warm-up"), 1)
-            measured = interleave(
+            return interleave(
                 {name: _measurement(engine, workload, name, candidate) for name, candidate in found.items()},
                 settings.speed_rounds,
             )
-    bench.add(task=TASK, measurements=measured)
 
 
 def _measurement(engine: Engine, workload: Workload, name: str, candidate: Candidate) -> Callable[[], Measurement]:
     rounds = iter(range(sys.maxsize))
 
-    def measure() -> Measurement:
+    def take_turn() -> Measurement:
         number = next(rounds)
         together = engine.run(candidate.requests(workload, f"{name} {number}"), workload.output_tokens)
         one = replace(workload, num_requests=1)
         alone = engine.run(candidate.requests(one, f"{name} {number}, alone"), workload.output_tokens)
         return {**together, FIRST_ALONE: alone["ttft_p50"]}
 
-    return measure
-
-
-def _write_prefixes(settings: Settings, folder: Path) -> dict[str, Path]:
-    """Writes prefixes of both lengths: what they hold does not affect speed."""
-    base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.speed_dtype))
-    return {
-        **write_prefixes(folder, base, settings.prefix_tokens, 1),
-        **write_prefixes(folder, base, settings.context_tokens, 1),
-    }
+    return take_turn
 
 
 def _engine_arguments(settings: Settings) -> dict[str, Any]:
