@@ -7,6 +7,7 @@
 | `serving` | How fast is a prefix served, compared with cached text, the base model and LoRA? |
 | `scheduler` | How much CPU time does a prefix cost in vLLM's front end and scheduler? |
 | `cold_start` | What do startup, the first request and run-time loading cost with many adapters? |
+| `gpu` | Is everything right on an NVIDIA GPU, and how fast is it there? |
 | `load` | Are all answers right under load, while adapters are replaced? |
 
 `common` holds what they share; `results` holds their results as JSON, and the plots.

@@ -22,6 +22,7 @@ from benchmarks.common.machine import machine
 from benchmarks.common.results import Record, ResultsFile
 from benchmarks.gpu.plan import Step
 
+ROOT = Path(__file__).parents[2]
 DONE, FAILED, TOO_LONG, NO_TIME, CANNOT = "done", "failed", "took too long", "no time left", "cannot run here"
 # With less left, a step is not begun.
 LEAST_SECONDS = 15
@@ -58,7 +59,8 @@ def run_steps(steps: Iterable[Step], results: ResultsFile, dry_run: bool, budget
         Whether all are done, but for those that cannot run here.
     """
     deadline = None if budget is None else time.monotonic() + budget
-    place, statuses = {**machine(), **device()}, []
+    place = {**machine(), **device()}
+    statuses: list[str] = []
     for step in steps:
         if results.find(step=step.name, status=DONE):
             continue
@@ -124,7 +126,8 @@ def environment(step: Step, dry_run: bool) -> dict[str, str]:
     """Returns the environment of a step's process; what the user has set remains."""
     missing = {variable: "0" for package, variable in WITHOUT_PACKAGES.items() if find_spec(package) is None}
     defaults: Mapping[str, str] = {**ENVIRONMENT, **missing, **(ON_CPU if dry_run else {}), **step.environment}
-    return {**defaults, **os.environ}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**defaults, **os.environ, "PYTHONPATH": path}
 
 
 def _wait(command: list[str], variables: dict[str, str], limit: float, said: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
@@ -83,7 +84,7 @@ class TrainingStep:
         if method.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
-        self._run = torch.compile(self.model) if compiled else self.model
+        self._run: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE) if self.trained else None
 

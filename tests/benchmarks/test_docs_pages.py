@@ -12,6 +12,7 @@ from benchmarks.cold_start.report import report as cold_start_report
 from benchmarks.common.cli import make_parser, run
 from benchmarks.common.docs_pages import DOCS, image, markers, write_generated_part
 from benchmarks.common.results import RESULTS
+from benchmarks.gpu.report import write_report as write_gpu
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.report import write_report as write_quality
 from benchmarks.scheduler.report import report as scheduler_report
@@ -49,6 +50,19 @@ def test_pages_show_the_results(name, write, tmp_path):
         target.parent.mkdir(parents=True)
         target.write_bytes(source.read_bytes())
     write(results, page)
+    assert page.read_text(encoding="utf-8") == (DOCS / page.name).read_text(encoding="utf-8")
+
+
+def test_the_gpu_page_shows_the_results(tmp_path):
+    results, page = (
+        tmp_path / "benchmarks" / "results" / "gpu" / "gpu.json",
+        tmp_path / "docs" / "benchmarks" / "gpu.md",
+    )
+    for source, target in ((RESULTS / "gpu" / results.name, results), (DOCS / page.name, page)):
+        target.parent.mkdir(parents=True)
+        if source.exists():  # there may be none yet, which the page then says
+            target.write_bytes(source.read_bytes())
+    write_gpu(results, page)
     assert page.read_text(encoding="utf-8") == (DOCS / page.name).read_text(encoding="utf-8")
 
 

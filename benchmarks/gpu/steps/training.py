@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
-
 from benchmarks.common.shapes import SHAPES
 from benchmarks.gpu.steps.arguments import device_of, parser_of
 from benchmarks.training.benchmark import Benchmark, Settings
@@ -51,8 +49,10 @@ def let_every_method_compile() -> None:
 
     What it cannot compile of a method runs as it is, and does not end the benchmark.
     """
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.suppress_errors = True
+    from torch._dynamo import config
+
+    config.recompile_limit = 64
+    config.suppress_errors = True
 
 
 if __name__ == "__main__":
