@@ -69,5 +69,5 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         type=parse_gib,
         default=None,
         help="Memory per device for prefixes outside the KV cache, in GiB. Other prefixes stay in up to eight times as much "
-        "host memory. Not part of --gpu-memory-utilization. Default: 0.5.",
+        "host memory. On a GPU the KV cache gets that much less, unless --kv-cache-memory-bytes sets it. Default: 0.5.",
     )
