@@ -18,7 +18,16 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     Args:
         tensor: On the host, or on the device.
         device: The device of the KV cache; the host itself on a CPU.
+
+    Raises:
+        torch.OutOfMemoryError: If the device has no room for it.
     """
     if tensor.device.type == device.type:
         return tensor
-    return async_tensor_h2d(tensor, device)
+    try:
+        return async_tensor_h2d(tensor, device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # The host has no memory that could be pinned. A copy that waits is better than an engine that ends.
+        return tensor.to(device)

@@ -80,6 +80,16 @@ def test_a_changed_method_is_noticed() -> None:
     assert "has no EngineArgs.from_cli_args" in str(second.problem(module))
 
 
+def test_a_patch_of_workers_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes would import what takes seconds, only to check it."""
+    modules = {each.module for each in install.START_PATCHES if each.in_workers}
+    assert modules
+    for name in modules:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    install.require(server=True)
+    assert modules.isdisjoint(sys.modules)
+
+
 def test_patches_are_attached_once() -> None:
     from vllm.engine.arg_utils import EngineArgs
 

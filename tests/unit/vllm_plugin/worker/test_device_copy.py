@@ -153,6 +153,23 @@ def test_what_is_on_the_device_stays_as_it_is() -> None:
     assert to_device(here, torch.device("cpu")) is here
 
 
+def test_without_memory_to_pin_a_copy_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("vllm_plugin.worker.device_copy.async_tensor_h2d", refuse)
+    assert to_device(torch.zeros(2), DEVICE).device == DEVICE
+
+
+def test_without_memory_on_the_device_a_copy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("vllm_plugin.worker.device_copy.async_tensor_h2d", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        to_device(torch.zeros(2), DEVICE)
+
+
 def test_memory_of_the_device_is_given_back_and_taken_again(spec: PrefixSpec) -> None:
     worker = Worker(1 << 20)
     worker.write(load(spec, 1, 2))
