@@ -11,7 +11,7 @@ from typing import Any
 PARITY, SERVING, DISTILLED, TRAINING, KERNELS = "parity", "serving", "distilled", "training", "kernels"
 # Triton multiplies float32 matrices in TF32 otherwise, which is not exact.
 EXACT = {"TRITON_F32_DEFAULT": "ieee"}
-TRITON = {"attention_backend": "TRITON_ATTN"}
+TRITON: dict[str, Any] = {"attention_backend": "TRITON_ATTN"}
 
 
 @dataclass(frozen=True)

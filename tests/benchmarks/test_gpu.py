@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.common.docs_pages import markers
 from benchmarks.common.results import ResultsFile
@@ -18,7 +19,9 @@ from benchmarks.distillation.tasks import speed
 from benchmarks.gpu import run_steps
 from benchmarks.gpu.__main__ import NO_GPU, main
 from benchmarks.gpu.goals import goals
+from benchmarks.gpu.models import MODELS, config_of, write_model
 from benchmarks.gpu.plan import DISTILLED, KERNELS, PARITY, SERVING, TRAINING, Step, plan
+from benchmarks.gpu.reference import Reference
 from benchmarks.gpu.report import NO_RESULTS, write_report
 from benchmarks.gpu.steps.distilled import ON_GPU as DISTILLED_SETTINGS
 from benchmarks.gpu.steps.serving import ON_GPU as SERVING_SETTINGS
@@ -55,6 +58,29 @@ def test_comparisons_of_steps_exist(step: Step) -> None:
     wanted = step.arguments[step.arguments.index("--comparisons") + 1 :]
     known = {one.name for one in comparisons(Settings("tiny", **SERVING_SETTINGS), "offline")}
     assert set(wanted) <= known | {"LoRA, 4"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_can_be_made(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(name))
+    assert model.config.architectures is None or type(model).__name__ in model.config.architectures
+
+
+@pytest.mark.parametrize("name", ["llama", "hybrid", "MLA"])
+def test_the_reference_scores_what_it_generates(name: str, tmp_path: Path) -> None:
+    """Hybrids and latents are checked on a GPU only; their models and references are not."""
+    lengths = {"p5": 5, "p9": 9}
+    base = write_model(tmp_path, name, torch.float32, "cpu", lengths)
+    reference = Reference(base, {prefix: tmp_path / prefix for prefix in lengths}, torch.float32, "cpu")
+    prompt, scores = [7, 8, 9, 10], {}
+    for prefix in (None, *lengths):
+        answer = reference.generate(prefix, prompt, 6)
+        assert len(answer) == 6
+        found = scores[prefix] = reference.scores(prefix, prompt, answer)
+        torch.testing.assert_close(found.of_answer, found.of_best, atol=1e-4, rtol=0)
+    firsts = {round(float(found.of_best[0]), 3) for found in scores.values()}
+    assert len(firsts) == 3
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

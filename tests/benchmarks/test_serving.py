@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ import pytest
 from benchmarks.common.docs_pages import markers
 from benchmarks.common.interleaving import Measurement, interleave, ratio
 from benchmarks.common.random_adapters import write_loras, write_prefixes
+from benchmarks.common.results import ResultsFile
+from benchmarks.common.shapes import write_shape
 from benchmarks.common.workload import PromptRequest, Workload
+from benchmarks.serving.benchmark import Benchmark
 from benchmarks.serving.comparisons import TRANSPORTS, Settings, comparisons, ratios
 from benchmarks.serving.offline_engine import Engine, transformers_engine
 from benchmarks.serving.report import absolute_table, ratio_table, write_report
@@ -32,6 +36,16 @@ def test_ratios_are_of_candidates_that_were_measured() -> None:
             wanted = ratios(SETTINGS.record(), comparison.name)
             assert wanted
             assert {name for one in wanted for name in (one.ours, one.theirs)} <= names
+
+
+def test_only_the_named_comparisons_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Benchmark, "_write_adapters", lambda self, folder: ({}, {}))
+    monkeypatch.setattr(Benchmark, "_measure", lambda self, comparison, transport, start: {})
+    settings = replace(SETTINGS, model=str(write_shape(tmp_path / "0.5B", "0.5B")))
+    results = ResultsFile(tmp_path / "results.json", settings.record())
+    Benchmark(settings, results, tmp_path, ["mixes", "LoRA, 8"]).run(TRANSPORTS)
+    made = [(record["transport"], record["comparison"]) for record in results.records]
+    assert made == [("offline", "mixes"), ("offline", "LoRA, 8"), ("http", "mixes")]
 
 
 def test_requests_have_their_length_and_are_new_each_time() -> None:

@@ -11,8 +11,8 @@ from benchmarks.common.shapes import SHAPES
 from benchmarks.training.__main__ import main
 from benchmarks.training.benchmark import SHORT, Benchmark, Settings
 from benchmarks.training.footprint import footprint
-from benchmarks.training.report import write_report
-from benchmarks.training.steps import LIMIT, METHODS, STOCK_FLAT, TrainingStep, load
+from benchmarks.training.report import cell_table, write_report
+from benchmarks.training.steps import LIMIT, METHODS, STOCK_FLAT, STOCK_MLP, TrainingStep, load
 from helpers.prefixed import prefix_layers
 from helpers.tiny import random_ids, tiny_model
 
@@ -65,6 +65,36 @@ def test_a_cell_is_measured_once_and_a_lost_one_again(finished, settings, tmp_pa
     assert measured == [(lost["batch"], lost["prefix"])]
     with pytest.raises(ValueError, match="other settings"):
         Benchmark(replace(settings, **SHORT), path)
+
+
+def test_named_methods_are_measured_beside_the_references(settings, tmp_path):
+    path = tmp_path / "training.json"
+    Benchmark(replace(settings, batches=(1,), prefixes=(3,), rounds=1), path, ["ours, flat"]).run()
+    (cell,) = json.loads(path.read_text())["records"]
+    assert cell["methods"].keys() == {"ours, flat", LIMIT, STOCK_FLAT, STOCK_MLP}
+    assert cell_table(cell).count("\n") == 1 + 4
+
+
+def test_older_results_have_the_defaults_of_newer_settings(settings):
+    assert not {"attention", "compiled"} & settings.record().keys()
+    assert replace(settings, attention="eager", compiled=True).record() == {
+        **settings.record(),
+        "attention": "eager",
+        "compiled": True,
+    }
+
+
+def test_the_attention_function_is_that_of_the_settings():
+    model = load("0.5B", torch.bfloat16, torch.device("meta"), 1, attention="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_compiled_step_has_the_same_loss():
+    base, ids = tiny_model("llama"), random_ids(2, 9)
+    plain = TrainingStep(base, METHODS[LIMIT], 5).forward(ids)
+    torch.compiler.reset()
+    torch.testing.assert_close(TrainingStep(base, METHODS[LIMIT], 5, compiled=True).forward(ids), plain)
+    torch.compiler.reset()
 
 
 def test_counts_what_is_kept_and_the_peak():

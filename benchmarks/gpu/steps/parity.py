@@ -151,12 +151,9 @@ def served(
             llm.wake_up()
         elif number == 2 and not llm.reset_prefix_cache():
             raise RuntimeError("The prefix cache was not reset.")
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompts[index]} for _, index in order],
-            sampling,
-            lora_request=[name and PrefixAdapterRequest(name) for name, _ in order],
-            use_tqdm=False,
-        )
+        requests: list[Any] = [{"prompt_token_ids": prompts[index]} for _, index in order]
+        prefixes: list[Any] = [name and PrefixAdapterRequest(name) for name, _ in order]
+        outputs = llm.generate(requests, sampling, lora_request=prefixes, use_tqdm=False)
         turns.append(dict(zip(order, outputs, strict=True)))
     llm.llm_engine.engine_core.shutdown()
     del llm
