@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.machine import machine
+from benchmarks.common.machine import machine, versions
 from benchmarks.common.results import Record, ResultsFile
 from benchmarks.gpu.plan import Step
 
@@ -40,6 +40,8 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_NO_USAGE_STATS": "1",
 }
+# Of which kernels may come, beside those that every benchmark records.
+PACKAGES = ("triton", "flash-attn", "flashinfer-python")
 # Kernels that vLLM takes where it does not know that their packages are missing.
 WITHOUT_PACKAGES = {"flashinfer": "VLLM_USE_FLASHINFER_SAMPLER", "deep_gemm": "VLLM_USE_DEEP_GEMM"}
 ON_CPU = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
@@ -59,7 +61,8 @@ def run_steps(steps: Iterable[Step], results: ResultsFile, dry_run: bool, budget
         Whether all are done, but for those that cannot run here.
     """
     deadline = None if budget is None else time.monotonic() + budget
-    place = {**machine(), **device()}
+    place = {**machine(), "device": device()}
+    place["versions"] |= versions(PACKAGES)
     statuses: list[str] = []
     for step in steps:
         if results.find(step=step.name, status=DONE):
@@ -87,10 +90,20 @@ def device() -> dict[str, Any]:
         return {}
     properties = torch.cuda.get_device_properties(0)
     return {
-        "device_memory_gib": round(properties.total_memory / 2**30),
+        "memory_gib": round(properties.total_memory / 2**30),
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found[0] if found else None
 
 
 def _run(step: Step, dry_run: bool, limit: float, log: Path) -> Record:
