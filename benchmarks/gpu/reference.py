@@ -36,6 +36,8 @@ class Reference:
 
     def __init__(self, base: Path, adapters: Mapping[str, Path], dtype: torch.dtype, device: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval().to(device)
+        # Answers go on behind it, as those of an engine that ignores it.
+        model.generation_config.eos_token_id = None
         (first, path), *more = adapters.items()
         self._model = PeftModel.from_pretrained(model, str(path), adapter_name=first)
         for name, path in more:
@@ -45,7 +47,7 @@ class Reference:
 
     @torch.inference_mode()
     def generate(self, name: str | None, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """Returns the greedy answer, whose end-of-sequence tokens are ignored.
+        """Returns the greedy answer, which has as many tokens as asked for.
 
         Args:
             name: The prefix; None for the base model.
@@ -58,9 +60,7 @@ class Reference:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=num_tokens,
-                min_new_tokens=num_tokens,
                 do_sample=False,
-                eos_token_id=None,
                 pad_token_id=0,
             )[0]
         answer: list[int] = row[len(prompt) :].tolist()
