@@ -39,7 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 4,
     },
 }
-MODELS = (*TINY, *SERVED_SHAPES)
+MODELS = tuple(dict.fromkeys((*TINY, *SERVED_SHAPES)))
 
 
 def config_of(name: str) -> PreTrainedConfig:
