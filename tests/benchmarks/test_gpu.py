@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common.docs_pages import markers
 from benchmarks.common.results import ResultsFile
+from benchmarks.common.shapes import name_architecture
 from benchmarks.distillation.tasks import speed
 from benchmarks.gpu import run_steps
 from benchmarks.gpu.__main__ import NO_GPU, main
@@ -61,10 +62,12 @@ def test_comparisons_of_steps_exist(step: Step) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_can_be_made(name: str) -> None:
+def test_models_can_be_made_and_name_their_class(name: str) -> None:
+    config = config_of(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(name))
-    assert model.config.architectures is None or type(model).__name__ in model.config.architectures
+        model = AutoModelForCausalLM.from_config(config)
+    name_architecture(config)
+    assert config.architectures == [type(model).__name__]
 
 
 @pytest.mark.parametrize("name", ["llama", "hybrid", "MLA"])
