@@ -34,6 +34,12 @@ TINY: dict[str, dict[str, Any]] = {
         **{"num_experts_per_tok": 0, "shared_intermediate_size": 384},
         **{"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 128},
     },
+    # On a GPU vLLM keeps its states in another order than on a CPU.
+    "gated delta": {
+        **{"model_type": "qwen3_5_text", "layer_types": _RECURRENT_AND_FULL, "head_dim": 256},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    },
     "MLA": {
         **{"model_type": "deepseek_v2", "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 512},
         "first_k_dense_replace": 4,

@@ -79,6 +79,7 @@ def _more_checks() -> list[Step]:
         _parity("fp8 cache", "0.5B", "bfloat16", 80, kv_cache_dtype="fp8", **TRITON),
         _parity("bfloat16 8B", "8B", "bfloat16", 110),
         _parity("bfloat16 hybrid", "hybrid", "bfloat16", 120),
+        _parity("bfloat16 gated delta", "gated delta", "bfloat16", 120),
         # Kernels for latents take half precision only.
         _parity("bfloat16 MLA", "MLA", "bfloat16", 100, block_size=64),
     ]

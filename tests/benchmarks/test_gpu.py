@@ -70,7 +70,7 @@ def test_models_can_be_made_and_name_their_class(name: str) -> None:
     assert config.architectures == [type(model).__name__]
 
 
-@pytest.mark.parametrize("name", ["llama", "hybrid", "MLA"])
+@pytest.mark.parametrize("name", ["llama", "hybrid", "gated delta", "MLA"])
 def test_the_reference_scores_what_it_generates(name: str, tmp_path: Path) -> None:
     """Hybrids and latents are checked on a GPU only; their models and references are not."""
     lengths = {"p5": 5, "p9": 9}

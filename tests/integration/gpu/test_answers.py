@@ -81,9 +81,10 @@ def test_both_model_runners(tmp_path: Path, runner: str) -> None:
         ("llama", TRITON),
         ("llama", {"kv_cache_dtype": "fp8", **TRITON}),
         ("hybrid", {}),
+        ("gated delta", {}),
         ("MLA", {"block_size": 64}),
     ],
-    ids=["defaults", "Triton", "fp8 cache", "hybrid", "MLA"],
+    ids=["defaults", "Triton", "fp8 cache", "hybrid", "gated delta", "MLA"],
 )
 def test_log_probabilities_in_bfloat16(tmp_path: Path, model: str, options: dict[str, Any]) -> None:
     check(tmp_path, model, "bfloat16", options)
