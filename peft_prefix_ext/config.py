@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from os import PathLike
 from typing import Any
 
@@ -29,9 +30,8 @@ INITS: dict[str, str | None] = {
 AUTO = "auto"
 # Data of the user, which is never saved with the adapter.
 UNSAVED_FIELDS = ("init_exemplars", "init_kv")
-# Fields that came with the states of recurrent layers, and are left out of a config that they say nothing in: an adapter
-# without states is the same file as before.
-STATE_FIELDS = {"state_prefix": True, "prefix_states": None}
+# Fields that came later, and are left out of a config that they say nothing in: the adapter is the same file as before.
+LATER_FIELDS = {"state_prefix": True, "prefix_states": None, "min_learning_rate": None}
 ADAPTER_PARTS = ("all", "keys")
 REPARAMS = ("none", "mlp")
 
@@ -85,8 +85,8 @@ class PrefixExtConfig(PeftConfig):
             The tokenizer for text, rows and vocabulary; that of the base model by default.
         reparam (`str`):
             `"mlp"` trains an MLP whose output is the K/V, `"none"` trains the K/V themselves, which needs a learning rate
-            about ten times as high. Both start exactly at the initial K/V. States of recurrent layers have no MLP; beside one
-            they are scaled so that its learning rate fits them.
+            about ten times as high, see `min_learning_rate`. Both start exactly at the initial K/V. States of recurrent
+            layers have no MLP; beside one they are scaled so that its learning rate fits them.
         reparam_residual (`bool`):
             Whether the output of the MLP is added to the initial K/V (its last layer is initialized to zero). Otherwise it is
             the K/V (its last layer is initialized by least squares, which needs a `reparam_hidden_size` well above the
@@ -126,6 +126,9 @@ class PrefixExtConfig(PeftConfig):
         state_prefix (`bool`):
             Whether the recurrent layers of a hybrid model, or of a model that has no others, also have a prefix: the states
             that they start from. Otherwise they start as in the base model, and only attention layers have a prefix.
+        min_learning_rate (`float`, *optional*):
+            Lower learning rates of Adam and its kin are raised to it for the prefix, with their schedule, since a prefix learns
+            next to nothing at rates for weights. 1e-3 with an MLP and 2e-2 without by default; 0 raises none.
         modules_to_save (`list[str]`, *optional*):
             Modules of the base model to train and save besides the prefix, such as the head of a classifier. They must not
             contain an attention layer with a prefix. An adapter with such modules cannot be served.
@@ -220,6 +223,9 @@ class PrefixExtConfig(PeftConfig):
     state_prefix: bool = field(
         default=True, metadata={"help": "Whether recurrent layers also have a prefix: the states that they start from."}
     )
+    min_learning_rate: float | None = field(
+        default=None, metadata={"help": "Lower learning rates are raised to it; 1e-3 with an MLP and 2e-2 without."}
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules of the base model to train and save besides the prefix, such as a classifier."},
@@ -287,6 +293,8 @@ class PrefixExtConfig(PeftConfig):
         for name in ("reparam_dropout", "prefix_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.min_learning_rate is not None and not 0 <= self.min_learning_rate < inf:
+            raise ValueError(f"`min_learning_rate` must be a number >= 0, got {self.min_learning_rate}.")
         if self.layers_to_train is not None:
             _check_integers("layers_to_train", self.layers_to_train)
         tokens = self.trainable_token_indices
@@ -319,7 +327,7 @@ class PrefixExtConfig(PeftConfig):
         fields = {**super(PrefixExtConfig, shared).to_dict(), **self._saved_fields}
         if fields["prefix_layers"] is not None and not fields["prefix_states"]:
             del fields["state_prefix"]  # as no states were saved
-        return {name: value for name, value in fields.items() if STATE_FIELDS.get(name, ...) != value}
+        return {name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value}
 
 
 def _init_of_source(config: PrefixExtConfig) -> str:

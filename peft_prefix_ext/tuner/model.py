@@ -21,7 +21,7 @@ from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
 from peft_prefix_ext.peft_type import PREFIX_EXT
 from peft_prefix_ext.tuner.adapter_names import use_adapter_names
 from peft_prefix_ext.tuner.injection_plan import InjectionPlan, create_hook, create_layer, make_injection_plan
-from peft_prefix_ext.tuner.learning_rate import watch_learning_rate
+from peft_prefix_ext.tuner.learning_rate import raise_low_learning_rates
 from peft_prefix_ext.tuner.other_adapters import active_base_adapters
 from peft_prefix_ext.tuner.peft_model import wrap_peft_model
 from peft_prefix_ext.tuner.requirements import HEADS
@@ -122,7 +122,7 @@ class PrefixExtModel(UnmergeableTuner):
                     module.copy_adapter_from(adapter_name, source_adapter)
         complete_tied_head(self.model)
         if not given.inference_mode:
-            watch_learning_rate(model)
+            raise_low_learning_rates(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         assert self._injected_adapter is not None
