@@ -3,7 +3,7 @@
     python deepspeed_zero.py FOLDER CASE...
 
 A case is `ADAPTER-STAGE-WHEN`, such as `mlp-3-late`: the model is made before DeepSpeed is known of, or after, when ZeRO-3 has it
-born partitioned. Leaves in FOLDER/CASE what was evaluated, `losses.json`: at the end of training, the same after resuming in
+born partitioned. With `-low` the learning rate is too low for a prefix. Leaves in FOLDER/CASE what was evaluated, `losses.json`: at the end of training, the same after resuming in
 the middle, and with the saved adapter on a model of plain transformers.
 """
 
@@ -45,7 +45,7 @@ def base(folder: Path) -> torch.nn.Module:
 
 
 def trainer_of(folder: Path, case: str, seed: int, steps: int) -> Trainer:
-    adapter, stage, when = case.split("-")
+    adapter, stage, when, *low = case.split("-")
 
     def make() -> PeftModel:
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def trainer_of(folder: Path, case: str, seed: int, steps: int) -> Trainer:
         max_steps=steps,
         save_steps=2,
         report_to="none",
-        learning_rate=0.01,
+        learning_rate=1e-4 if low else 2e-2,
         lr_scheduler_type="constant",
         disable_tqdm=True,
         deepspeed={

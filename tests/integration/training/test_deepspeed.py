@@ -8,7 +8,17 @@ import pytest
 
 from helpers.scripts import run_script
 
-CASES = ["mlp-3-early", "mlp-3-late", "flat-3-early", "flat-3-late", "part-3-late", "part-2-early"]
+CASES = [
+    "mlp-3-early",
+    "mlp-3-late",
+    "flat-3-early",
+    "flat-3-late",
+    "part-3-late",
+    "part-2-early",
+    "flat-3-late-low",
+    "flat-2-early-low",
+    "flat-2-early",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +38,9 @@ def test_resuming_and_loading_are_exact(case, losses):
 @pytest.mark.parametrize("adapter", ["mlp", "flat"])
 def test_models_partitioned_at_creation_train_like_others(adapter, losses):
     assert losses[f"{adapter}-3-late"]["end"] == pytest.approx(losses[f"{adapter}-3-early"]["end"], abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["flat-3-late", "flat-2-early"])
+def test_a_low_learning_rate_is_raised(case, losses):
+    """The optimizer has flat parts of DeepSpeed's instead of the parameters."""
+    assert losses[f"{case}-low"]["end"] == pytest.approx(losses[case]["end"], abs=1e-5)
