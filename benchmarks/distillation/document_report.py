@@ -20,7 +20,9 @@ MEASURES = {
     LOGPROB: "log-probability of the right answer, nats per token",
     SCORE: "word F1 of free answers",
 }
+SHORT = {CHOICE: "Right choices", LOGPROB: "Right answer's log-prob.", SCORE: "Free answers' F1"}
 COLORS = {DISTILLED: plots.OURS, NEXT_TOKEN: plots.DARK}
+OTHERS = ("truncation", "sampled chunks", "a summary")
 
 
 def document_tables(content: Record) -> str:
@@ -37,24 +39,23 @@ def document_tables(content: Record) -> str:
 
 
 def save_plot(content: Record, path: Path) -> bool:
-    """Plots the recovered share by the length of the prefix, an axes for each document, by the first measure that separates.
+    """Plots the recovered share by the length of the prefix: of the first document, an axes for each measure that separates.
 
     Returns:
         Whether there is something to plot.
     """
-    shown = {
-        name: (found, clear[0])
-        for name in DOCUMENTS
-        if (found := DocumentResults(content, name)).records and (clear := list(filter(found.is_clear, MEASURES)))
-    }
-    if not shown:
+    for name in DOCUMENTS:
+        found = DocumentResults(content, name)
+        if found.records and (clear := list(filter(found.is_clear, MEASURES))):
+            break
+    else:
         return False
-    title = "Recovered share by the length of the prefix"
-    subtitle = f"{content['settings']['model']}; 0 is nothing, 1 the full context"
-    with plots.plot(path, title, subtitle, height=4, columns=len(shown), share_y=True) as columns:
-        for axes, (name, (found, measure)) in zip(columns, shown.items(), strict=True):
+    title = f"{name.capitalize()}: recovered share by the length of the prefix"
+    subtitle = f"{content['settings']['model']}; 0 is nothing, 1 the full context. Grey: {', '.join(OTHERS)}"
+    with plots.plot(path, title, subtitle, height=4, columns=len(clear), share_y=True) as columns:
+        for axes, measure in zip(columns, clear, strict=True):
             _draw(axes, found, measure)
-            axes.set_title(f"{name.capitalize()}: {MEASURES[measure].partition(' of ')[0]}")
+            axes.set_title(SHORT[measure])
     return True
 
 
@@ -67,15 +68,14 @@ def _draw(axes: Axes, found: DocumentResults, measure: str) -> None:
         # Of an opening, nothing may fit a short length.
         means = [fmean(values) if values else nan for values in shares]
         plots.line(axes, means, color)
-        if shares[-1]:
-            ends.append((means[-1], name, color))
+        if shares[-1] and name in COLORS:
+            ends.append((means[-1], name.removesuffix(" training"), color))
     places = range(len(lengths))
-    gap = 0.06 * max(1.0, max((y for y, _, _ in ends), default=1) - min((y for y, _, _ in ends), default=0))
-    plots.label_points(axes, places[-1] + 0.1, ends, gap, "left")
-    axes.axhline(1, color=plots.LIGHT, linewidth=1.5, zorder=0)
-    axes.axhline(0, color=plots.LIGHT, linewidth=1.5, zorder=0)
+    plots.label_points(axes, places[-1] + 0.2, ends, 0.12, "left")
+    for share in (0, 1):
+        axes.axhline(share, color=plots.LIGHT, linewidth=1.5, zorder=0)
     axes.set_xticks(places, [str(length) for length in lengths])
-    axes.set(xlim=(-0.2, places[-1] + 0.35 + 0.55 * len(lengths)), xlabel="tokens")
+    axes.set(xlim=(-0.2, places[-1] + 0.4 + 0.5 * len(lengths)), xlabel="tokens")
 
 
 def _tables(content: Record, name: str) -> str:
@@ -111,4 +111,5 @@ def _table(found: DocumentResults, name: str, measure: str, title: str) -> str:
 def _verdict(found: DocumentResults, measure: str) -> str:
     ahead = [str(length) for length in found.lengths if found.is_ahead(DISTILLED, length, measure)]
     where = f"at {', '.join(ahead)} tokens" if ahead else "at no length"
-    return f"Recovered shares; distilled is ahead of all others by more than the seeds differ {where}."
+    margin = "by more than the seeds differ " if len(found.references) > 1 else ""
+    return f"Recovered shares; distilled is ahead of all others {margin}{where}{'' if margin else ', with one seed'}."
