@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality E2E_FOLDER --model SmolLM2-135M-Instruct   # make the runs that have no result yet
     python -m benchmarks.quality E2E_FOLDER --model ... --vary              # ablations of the first method
-    python -m benchmarks.quality --report                                   # tables and plot from the results
+    python -m benchmarks.quality E2E_FOLDER --model ... --rates             # held-out loss by learning rate, in rates.json
+    python -m benchmarks.quality --report                                   # tables and plots from the results
 
 E2E_FOLDER holds the challenge's `devset.csv` (for training) and `testset_w_refs.csv` (for scoring). Runs on the whole
 training set come first, and all methods are run with one seed before the next. Each run is saved as soon as it is done; an
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,20 +25,28 @@ import torch
 from benchmarks.common.cli import add_output_options, make_parser, page_to_write
 from benchmarks.quality.benchmark import Benchmark, Settings
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.rates import run_rates, write_rates
 from benchmarks.quality.report import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_args(arguments)
+    rates = options.results.with_name("rates.json")
     if options.data is not None:
         torch.set_num_threads(options.threads)
-        benchmark = Benchmark(options.data, Settings(model=options.model), options.results)
-        if options.vary:
-            benchmark.run_variants(METHODS[0])
+        settings = Settings(model=options.model)
+        if options.rates:
+            run_rates(options.data, replace(settings, dtype="float32", attention="sdpa"), rates)
+        elif options.vary:
+            Benchmark(options.data, settings, options.results).run_variants(METHODS[0])
         else:
+            benchmark = Benchmark(options.data, settings, options.results)
             benchmark.run([method for method in METHODS if options.only in method.name])
     if options.report:
-        print(write_report(options.results, METHODS, page_to_write(options)))
+        page = page_to_write(options)
+        print(write_report(options.results, METHODS, page))
+        if rates.exists():
+            print(write_rates(rates, page))
     return 0
 
 
@@ -47,6 +57,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
     parser.add_argument("--only", default="", help="only methods whose name contains this, such as lora")
+    parser.add_argument("--rates", action="store_true", help="instead, the held-out loss by learning rate")
     parser.add_argument("--vary", action="store_true", help="instead, change one option of the first method at a time")
     parser.add_argument("--threads", type=int, default=1, help="number of torch threads (default: 1)")
     add_output_options(parser, "quality", "quality.md")

@@ -86,15 +86,18 @@ class Benchmark:
         data: The folder of the challenge's files.
         settings: The settings of all runs.
         results: The results file; generated texts go into a folder of the same name.
+        reverse: Whether the task is to find the facts in a sentence, instead of writing it.
     """
 
-    def __init__(self, data: Path, settings: Settings, results: Path) -> None:
+    def __init__(self, data: Path, settings: Settings, results: Path, reverse: bool = False) -> None:
         self.settings = settings
         self.results = ResultsFile(results, settings.record())
         self.answers = results.with_suffix("")
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.pairs, held_out = hold_out(read_pairs(data / TRAIN_FILE), settings.held_out_meanings)
         sampled = random.Random(0).sample(held_out, settings.held_out_rows)
+        if reverse:
+            self.pairs, sampled = ([pair.reversed() for pair in pairs] for pairs in (self.pairs, sampled))
         self.held_out = [encode(self.tokenizer, pair) for pair in sampled]
         max_tests = max(size.tests for size in settings.sizes)
         self.tests = random.Random(0).sample(group(read_pairs(data / TEST_FILE)), max_tests)
@@ -122,22 +125,22 @@ class Benchmark:
             run = Run(variant, size, seed)
             if not self.results.find(kind="variant", **run.key):
                 learning_rate = self._learning_rate(variant)
-                model, _ = self._train(run, learning_rate)
-                loss = self._held_out_loss(model)
+                model, _ = self.train(run, learning_rate)
+                loss = self.held_out_loss(model)
                 self.results.add({"kind": "variant", **run.key, "learning_rate": learning_rate, "held_out_loss": loss})
                 print(f"{variant.name}: {loss}", flush=True)
 
     def _run_one(self, run: Run) -> Record:
         start = time.process_time()
         learning_rate = self._learning_rate(run.method)
-        model, losses = self._train(run, learning_rate)
+        model, losses = self.train(run, learning_rate)
         record = {
             "kind": "run",
             **run.key,
             "learning_rate": learning_rate,
             "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             "train_loss": [round(loss, 3) for loss in losses],
-            "held_out_loss": self._held_out_loss(model),
+            "held_out_loss": self.held_out_loss(model),
             "scores": self._score(model, run.size.tests, run.name),
             "cpu_seconds": round(time.process_time() - start),
         }
@@ -153,12 +156,13 @@ class Benchmark:
             run = Run(method, self.settings.search, seed=0)
             key = {"kind": "search", **run.key, "learning_rate": candidate}
             if not self.results.find(**key):
-                model, _ = self._train(run, candidate)
-                self.results.add({**key, "held_out_loss": self._held_out_loss(model)})
+                model, _ = self.train(run, candidate)
+                self.results.add({**key, "held_out_loss": self.held_out_loss(model)})
             losses[candidate] = self.results.find(**key)[0]["held_out_loss"]
         return min(losses, key=lambda candidate: losses[candidate])
 
-    def _train(self, run: Run, learning_rate: float) -> tuple[PeftModel, list[float]]:
+    def train(self, run: Run, learning_rate: float) -> tuple[PeftModel, list[float]]:
+        """Returns the trained model, and the loss of each step."""
         pairs = random.Random(run.seed).sample(self.pairs, run.size.rows or len(self.pairs))
         base = self._load()
         set_seed(run.seed)
@@ -174,7 +178,8 @@ class Benchmark:
         )
         return model, losses
 
-    def _held_out_loss(self, model: PeftModel) -> float:
+    def held_out_loss(self, model: PeftModel) -> float:
+        """Returns the loss per answer token of rows that no method trains on, in nats."""
         loss = mean_loss(model, self.held_out, 4 * self.settings.batch_size, self.tokenizer.pad_token_id)
         return round(loss, 4)
 

@@ -13,10 +13,15 @@ TEST_FILE = "testset_w_refs.csv"
 
 @dataclass(frozen=True)
 class Pair:
-    """A meaning representation, such as "name[Cotto], eatType[pub]", and one sentence written for it."""
+    """A meaning representation, such as "name[Cotto], eatType[pub]", and one sentence written for it; or the other way round."""
 
     meaning: str
     sentence: str
+    label: str = "Description"
+
+    def reversed(self) -> Pair:
+        """Returns the pair of the other task: to find the facts in a sentence."""
+        return Pair(self.sentence, self.meaning, "Facts")
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ def hold_out(pairs: list[Pair], num_meanings: int) -> tuple[list[Pair], list[Pai
     return [pair for pair in pairs if pair.meaning not in held], [pair for pair in pairs if pair.meaning in held]
 
 
-def prompt_of(meaning: str) -> str:
+def prompt_of(meaning: str, label: str = "Description") -> str:
     """Returns the prompt, the same for every method and the base model."""
-    return f"{meaning}\nDescription:"
+    return f"{meaning}\n{label}:"
 
 
 def answer_of(sentence: str) -> str:

@@ -41,8 +41,11 @@ class Method:
         fields = dict(self.options)
         if fields.get("init") == "exemplars":
             fields["init_exemplars"] = [
-                {"prompt": prompt_of(pair.meaning), "completion": answer_of(pair.sentence)} for pair in pairs
+                {"prompt": prompt_of(pair.meaning, pair.label), "completion": answer_of(pair.sentence)}
+                for pair in pairs
             ]
+        if self.config is PrefixExtConfig:
+            fields.setdefault("min_learning_rate", 0.0)  # a candidate is measured as it is
         if fields.get("init", "random") != "random":
             fields["tokenizer_name_or_path"] = tokenizer
         return self.config(task_type="CAUSAL_LM", **fields)

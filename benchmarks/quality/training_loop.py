@@ -36,7 +36,7 @@ class Encoded:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Encoded:
-    prompt = tokenizer.encode(prompt_of(pair.meaning), add_special_tokens=False)
+    prompt = tokenizer.encode(prompt_of(pair.meaning, pair.label), add_special_tokens=False)
     answer = tokenizer.encode(answer_of(pair.sentence), add_special_tokens=False)
     return Encoded(prompt, [*answer, tokenizer.eos_token_id])
 

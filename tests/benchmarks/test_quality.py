@@ -9,6 +9,7 @@ from benchmarks.common.results import ResultsFile
 from benchmarks.quality import methods
 from benchmarks.quality.benchmark import Benchmark, Settings, Size
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.rates import COMPARED, TASKS, run_rates, write_rates
 from benchmarks.quality.report import variant_table, write_report
 from helpers.tiny import tiny_model
 
@@ -98,3 +99,24 @@ def test_report_fills_the_page_and_saves_the_plot(finished, tmp_path):
     assert lines[0].count("|") == lines[-1].count("|")
     assert "±" in lines[-1]
     assert finished.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates(settings, e2e, tmp_path):
+    path, page = tmp_path / "rates.json", tmp_path / "quality.md"
+    run_rates(e2e, settings, path, rates=(5e-5, 2e-2))
+    records = json.loads(path.read_text())["records"]
+    assert len(records) == len(TASKS) * len(COMPARED) * 2
+    losses = {(each["task"], each["label"], each["learning_rate"]): each["held_out_loss"] for each in records}
+    for task in TASKS:
+        # Without an MLP the lowest rate is 2e-2, to which 5e-5 is raised; as given, it is not.
+        assert losses[task, "ours, flat", 5e-5] == losses[task, "ours, flat", 2e-2]
+        assert losses[task, "ours, flat, as given", 5e-5] != losses[task, "ours, flat", 5e-5]
+        assert losses[task, "ours, flat, as given", 2e-2] == losses[task, "ours, flat", 2e-2]
+    assert losses["describe", "LoRA, rank 8", 2e-2] != losses["parse", "LoRA, rank 8", 2e-2]
+    run_rates(e2e, settings, path, rates=(5e-5, 2e-2))
+    assert json.loads(path.read_text())["records"] == records
+    page.write_text("\n".join(markers("rates")))
+    text = write_rates(path, page)
+    assert text in page.read_text()
+    assert "| learning rate | 5e-05 | 0.02 | farthest from its best at 2e-5 to 2e-4 |" in text
+    assert path.with_suffix(".png").stat().st_size > 10_000
