@@ -77,6 +77,16 @@ def test_rows_become_an_adapter(data, base, tmp_path, capfd):
     assert abs(float(loss) - losses["trained"]) < 0.3
 
 
+def test_a_quantized_base_with_a_paged_optimizer(data, base, tmp_path, capfd):
+    """QLoRA's recipe, at its learning rate, which is raised for a prefix."""
+    options = ("--load-in-4bit", "--optim", "paged_adamw_8bit", "--learning_rate", "2e-4", "--gradient_checkpointing")
+    main(words(data, base, tmp_path / "out", *options, "--max_steps", "30", "--num-samples", "0"))
+    losses = json.loads((tmp_path / "out" / "training.json").read_text())["held_out_loss"]
+    assert losses["trained"] < losses["start"] - 0.5
+    prefix = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in prefix.values()} == {torch.float32}
+
+
 def test_a_killed_training_ends_at_the_same_adapter(data, base, tmp_path):
     options = ("--max_steps", "12", "--eval_steps", "4", "--save_steps", "4", "--num-samples", "0")
     main(words(data, base, tmp_path / "whole", *options))

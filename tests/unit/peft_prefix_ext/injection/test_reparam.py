@@ -117,3 +117,15 @@ def test_a_longer_prefix_is_still_exact_in_a_plain_mlp():
     expected = prefix_kv(flat)
     for name, kv in prefix_kv(plain).items():
         torch.testing.assert_close(kv, expected[name], atol=2e-5, rtol=1e-5)
+
+
+def test_the_number_of_trained_numbers_is_as_documented():
+    """By the formula of the page on memory."""
+    p, latent, width = 7, 12, 24
+    model = with_prefix(
+        tiny_model("llama"), num_virtual_tokens=p, reparam="mlp", reparam_latent_size=latent, reparam_hidden_size=width
+    )
+    config = model.get_base_model().config
+    per_token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+    expected = p * latent + (latent + 1) * width + (width + 1) * per_token
+    assert sum(each.numel() for each in model.parameters() if each.requires_grad) == expected

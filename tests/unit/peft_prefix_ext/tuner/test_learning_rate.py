@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 
+import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset
@@ -80,7 +81,7 @@ def after(model, optimizer, rates):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adam])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adam, bitsandbytes.optim.PagedAdamW32bit])
 @pytest.mark.parametrize(
     ("reparam", "given", "rates", "steps_at"),
     [
