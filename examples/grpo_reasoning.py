@@ -1,9 +1,9 @@
 """Trains a prefix by GRPO on a procedural task of reasoning-gym, with rollouts of vLLM, and draws the reward.
 
-    python examples/grpo_reasoning.py                        # chain sums of two one-digit numbers, on SmolLM2-135M
-    python examples/grpo_reasoning.py --task spell_backward --model BASE --steps 200
+    python examples/grpo_reasoning.py                        # words of three letters backwards, on SmolLM2-135M
+    python examples/grpo_reasoning.py --task chain_sum --model BASE --steps 200
 
-Needs `pip install -e ".[rl]"` and vLLM. Leaves the prefix, the log and `reward.png` in `--out`.
+The prefix starts from a few solved problems, so that some answers are right and there is something to reinforce. Needs `pip install -e ".[rl]"` and vLLM. Leaves the prefix, the log and `reward.png` in `--out`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from trl import GRPOConfig
 from peft_prefix_ext import PrefixExtConfig
 from peft_prefix_ext.trl import GRPOTrainer
 
-INSTRUCTION = "Answer with the number alone."
-OPTIONS = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+# Of tasks that are otherwise too hard for a small model.
+OPTIONS = {
+    "spell_backward": {"min_word_len": 3, "max_word_len": 3},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_args(arguments)
     set_seed(options.seed)
-    problems = reasoning_gym.create_dataset(
-        options.task, size=options.size, seed=options.seed, **OPTIONS.get(options.task, {})
-    )
-    rows = [
-        {"prompt": [{"role": "user", "content": each["question"]}], "index": index}
-        for index, each in enumerate(problems)
-    ]
+    task = OPTIONS.get(options.task, {})
+    problems = reasoning_gym.create_dataset(options.task, size=options.size, seed=options.seed, **task)
+    solved = reasoning_gym.create_dataset(options.task, size=options.num_virtual_tokens, seed=options.seed + 1, **task)
+    rows = [{"prompt": [user(each)], "index": index} for index, each in enumerate(problems)]
+    shots = [{"messages": [user(each), {"role": "assistant", "content": each["answer"]}]} for each in solved]
 
     def reward(completions: list[Any], index: list[int], **columns: Any) -> list[float]:
         """The task's own score of each answer, from 0 to 1."""
@@ -51,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = PrefixExtConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=options.num_virtual_tokens,
-        init_text=INSTRUCTION,
-        init_chat_template=True,
+        init_exemplars=shots,
     )
     engine = {"max_model_len": 512} if torch.cuda.is_available() else {"max_model_len": 512, "enforce_eager": True}
     trainer = GRPOTrainer(
@@ -92,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
+def user(problem: dict[str, Any]) -> dict[str, str]:
+    return {"role": "user", "content": problem["question"]}
+
+
 def plot(rewards: Sequence[float], path: Path, task: str) -> None:
     """Draws the reward by step, with the mean of five."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -107,14 +111,14 @@ def plot(rewards: Sequence[float], path: Path, task: str) -> None:
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the base model")
-    parser.add_argument("--task", default="chain_sum", help="a task of reasoning-gym (default: chain_sum)")
+    parser.add_argument("--task", default="spell_backward", help="of reasoning-gym (default: spell_backward)")
     parser.add_argument("--out", type=Path, default=Path("grpo"), help="the folder of the prefix (default: grpo)")
     parser.add_argument("--size", type=int, default=500, help="number of problems (default: 500)")
     parser.add_argument("--steps", type=int, default=60, help="default: 60")
     parser.add_argument("--batch-size", type=int, default=32, help="answers in a step (default: 32)")
     parser.add_argument("--num-generations", type=int, default=8, help="answers to a problem (default: 8)")
-    parser.add_argument("--max-completion-length", type=int, default=12, help="tokens of an answer (default: 12)")
-    parser.add_argument("--num-virtual-tokens", type=int, default=32, help="default: 32")
+    parser.add_argument("--max-completion-length", type=int, default=8, help="tokens of an answer (default: 8)")
+    parser.add_argument("--num-virtual-tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 1e-3")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
