@@ -10,6 +10,7 @@ answers them with the page in its prompt; the prefix learns its answers. Prints 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,6 +23,7 @@ from peft_prefix_ext.distillation.distill import Distillation
 from peft_prefix_ext.distillation.questions import read_questions
 from peft_prefix_ext.distillation.reporting.report_page import to_markdown
 from peft_prefix_ext.distillation.settings import DistillationSettings
+from peft_prefix_ext.training.report import server
 
 
 def main() -> int:
@@ -43,7 +45,7 @@ def main() -> int:
     )
     folder = distillation.save(args.output / "adapter")
     print(to_markdown(distillation.report(folder)))
-    print(f"vllm serve {model} --prefix-adapter manual={folder}")
+    print(shlex.join([*server(), model, "--prefix-adapter", f"manual={folder}"]))
     return 0
 
 

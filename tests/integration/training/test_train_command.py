@@ -60,7 +60,7 @@ def test_rows_become_an_adapter(data, base, tmp_path, capfd):
     assert f"| trained | {losses['trained']:.4f} |" in card
     assert "## Prefix `default`" in card
     serve, ask = (shlex.split(line) for line in printed.strip().splitlines()[-3::2])
-    assert serve == ["vllm", "serve", str(base), "--prefix-adapter", f"restaurant={out}"]
+    assert serve == ["prefix-serve", str(base), "--prefix-adapter", f"restaurant={out}"]
     assert ask[:2] == ["curl", "http://localhost:8000/v1/chat/completions"]
     assert json.loads(ask[-1])["model"] == "restaurant"
     # The loss is that of the saved adapter.
