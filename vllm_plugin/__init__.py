@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_plugin.offline import PrefixAdapterRequest, prefix_adapters
+    from vllm_plugin.offline import PrefixAdapterRequest, prefix_adapters, remove_prefix_adapter
 
-__all__ = ["PrefixAdapterRequest", "prefix_adapters", "register"]
+__all__ = ["PrefixAdapterRequest", "prefix_adapters", "register", "remove_prefix_adapter"]
 
 
 def register() -> None:

@@ -23,11 +23,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.adapters.remote import use_cache
 from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
 from vllm_plugin.adapters.validation import check_shapes, check_states
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.kv_transfer_config import DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
+from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
 from vllm_plugin.metadata import PrefixMetadata
 from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
 from vllm_plugin.patches.install import require
@@ -64,6 +65,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             _check_only_engine(vllm_config)
             self.scheduler = PrefixScheduler(_block_size(kv_cache_config))
             return
+        use_cache(self._kv_transfer_config.get_from_extra_config(CACHE_SIZE, None))
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         tp_rank, tp_size = get_tensor_model_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size

@@ -15,9 +15,11 @@ from vllm_plugin.errors import PrefixServeError
 
 CONNECTOR = "PrefixConnector"
 CONNECTOR_MODULE = "vllm_plugin.connector"
-# Keys of the connector's extra config: the adapters to open, the registry's folder, whether to warm up each adapter.
+# Keys of the connector's extra config: the adapters to open, the registry's folder, which adapters to warm up (True for all).
 # `ADAPTERS` is also the key of a request's packed `PrefixSpec` in its KV transfer parameters.
 ADAPTERS, REGISTRY, WARMUP = "prefix_adapters", "prefix_registry", "prefix_adapter_warmup"
+# Where adapters are found by the names in requests: folders, and owners on the Hub. The size of the cache of remote adapters.
+FOLDERS, OWNERS, CACHE_SIZE = "prefix_adapter_dir", "prefix_adapter_hub", "prefix_adapter_cache_size"
 # Device memory for prefixes, in bytes. On a GPU the KV cache leaves it free.
 DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY = "prefix_device_memory", 512 << 20
 # Connectors that key their blocks by vLLM's salted block hashes. Others key by token ids, where the placeholders of two

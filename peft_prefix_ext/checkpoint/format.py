@@ -62,6 +62,10 @@ _PREFIX_TENSOR = re.compile(
     r"|prefix_ext\.prefix_ext_reparam(_encoder)?\..+)"
 )
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The tensors that a reader returns.
+_READ_TENSOR = re.compile(
+    r".+\.prefix_ext\.prefix_ext_(key|value|(conv|recurrent)_state_\d+)|prompt_embeddings", re.DOTALL
+)
 
 
 class PrefixCheckpointError(ValueError):
@@ -108,12 +112,14 @@ class PrefixCheckpoint:
         layers: K/V by layer index, on the CPU, in the dtype on disk.
         base_model_name_or_path: The model that the adapter was trained on, as PEFT records it.
         base_fingerprint: The architecture of that model, see `fingerprint.py`; empty in a stock adapter.
-        digest: SHA-256 of the weights file, in hex.
+        digest: SHA-256 of the weights file, in hex; empty if only its header was read.
         modules: The attention module of each layer, by layer index; empty in a stock adapter.
         base_adapters: The adapters that the base model had in training, such as LoRA; the prefix is wrong without them.
         config: The whole of `adapter_config.json`.
         states: The states of recurrent layers by layer index, on the CPU, in the dtype on disk; empty if the adapter has none.
         state_modules: The module of each recurrent layer, by layer index.
+        largest: The largest absolute value of all tensors; `None` if only the header of the weights was read, in which case
+            the tensors are on the meta device.
     """
 
     path: Path
@@ -128,6 +134,7 @@ class PrefixCheckpoint:
     config: dict[str, Any]
     states: dict[int, LayerState] = field(default_factory=dict)
     state_modules: dict[int, str] = field(default_factory=dict)
+    largest: float | None = None
 
     def tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
         """Yields `(layer index, kind, tensor)` for all K/V and states."""
@@ -255,6 +262,11 @@ def state_key(module: str, kind: str, number: int) -> str:
 def is_of_prefix(name: str) -> bool:
     """Whether a tensor in the file belongs to the prefix and not to the base model."""
     return _PREFIX_TENSOR.fullmatch(name) is not None
+
+
+def is_read(name: str) -> bool:
+    """Whether a tensor in the file is part of what a reader returns."""
+    return _READ_TENSOR.fullmatch(name) is not None
 
 
 def magnitude(tensor: torch.Tensor) -> float:

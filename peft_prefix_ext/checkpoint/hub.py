@@ -23,16 +23,10 @@ def resolve(source: str | Path) -> Path:
     except (OSError, RuntimeError) as error:
         # An unknown user's home, a name that is too long, a folder without permission.
         raise PrefixNotFoundError(f"No prefix adapter at {str(source)!r} ({error}).") from error
-    place = _REPO.fullmatch(str(source))
-    if place is None:
+    if _REPO.fullmatch(str(source)) is None:
         raise PrefixNotFoundError(f"No prefix adapter at {str(source)!r}: it is neither a folder nor a Hub repository.")
-    from huggingface_hub import snapshot_download
-
-    # PEFT saves an adapter that is not called "default" in a subfolder.
-    subfolder = place["folder"].lstrip("/")
-    files = [str(PurePosixPath(subfolder, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
-        return Path(snapshot_download(place["repo"], revision=place["revision"], allow_patterns=files)) / subfolder
+        return download(str(source))
     except Exception as error:
         # Several packages raise errors here; the name of the type says more than some of their messages.
         reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
@@ -40,3 +34,19 @@ def resolve(source: str | Path) -> Path:
             f"No prefix adapter at {str(source)!r}: there is no such folder, and the Hub has no such repository or "
             f"revision, or cannot be reached ({reason})."
         ) from error
+
+
+def download(repository: str) -> Path:
+    """Returns the folder of an adapter in a snapshot of the Hub repository `owner/name[/folder][@revision]`.
+
+    Raises:
+        Exception: Any error of the client of the Hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    place = _REPO.fullmatch(repository)
+    assert place is not None
+    # PEFT saves an adapter that is not called "default" in a subfolder.
+    subfolder = place["folder"].lstrip("/")
+    files = [str(PurePosixPath(subfolder, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    return Path(snapshot_download(place["repo"], revision=place["revision"], allow_patterns=files)) / subfolder

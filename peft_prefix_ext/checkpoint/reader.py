@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
+import marshal
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from peft_prefix_ext.checkpoint.atomic_save import config_of
 from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter, read_base_adapters
@@ -29,11 +29,14 @@ from peft_prefix_ext.checkpoint.format import (
     PrefixCheckpointError,
     PrefixNotFoundError,
     is_of_prefix,
+    is_read,
     is_stock_encoder_decoder,
     layer_key,
     magnitude,
     state_key,
 )
+from peft_prefix_ext.checkpoint.regular_file import MAX_CONFIG_BYTES, read_regular
+from peft_prefix_ext.checkpoint.safetensors_file import SafetensorsError, SafetensorsFile, read_safetensors
 
 
 def read_prefix(path: str | Path) -> PrefixCheckpoint:
@@ -42,7 +45,28 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
     Raises:
         PrefixCheckpointError: If it cannot be used; the message says in one sentence what is wrong and what to do.
     """
-    folder = Path(path)
+    checkpoint = _read(Path(path), values=True)
+    largest = 0.0
+    for index, kind, tensor in checkpoint.tensors():
+        found = magnitude(tensor)
+        if not math.isfinite(found):
+            raise PrefixCheckpointError(
+                f"The {kind} of layer {index} in {checkpoint.path / WEIGHTS_NAME} holds NaN or Inf; train it again."
+            )
+        largest = max(largest, found)
+    return dataclasses.replace(checkpoint, largest=largest)
+
+
+def read_header(path: str | Path) -> PrefixCheckpoint:
+    """Reads and checks the adapter in the folder `path` without its values: its config, and the header of its weights.
+
+    Raises:
+        PrefixCheckpointError: If it cannot be used, as far as that can be said without its values.
+    """
+    return _read(Path(path), values=False)
+
+
+def _read(folder: Path, *, values: bool) -> PrefixCheckpoint:
     config = _read_config(folder)
     peft_type = config["peft_type"]
     weights = folder / WEIGHTS_NAME
@@ -52,36 +76,25 @@ def read_prefix(path: str | Path) -> PrefixCheckpoint:
     p = config.get("num_virtual_tokens")
     if not isinstance(p, int) or isinstance(p, bool) or p < 1:
         raise PrefixCheckpointError(f"`num_virtual_tokens` in {folder / CONFIG_NAME} must be >= 1, got {p!r}.")
-    digest = hashlib.sha256()
     try:
-        with weights.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        with safe_open(weights, framework="pt") as tensors:
-            _refuse_other_weights(tensors, weights)
-            read = _read_stock if peft_type in STOCK_TYPES else _read_prefix_ext
-            layers = read(tensors, config, p, folder)
-            states, state_modules = _read_states(tensors, config, folder)
-    except (SafetensorError, OSError) as error:
+        tensors = read_safetensors(weights, is_read if values else None)
+    except (SafetensorsError, OSError) as error:
         raise PrefixCheckpointError(f"{weights} cannot be read as safetensors ({error}); copy it again.") from error
-    checkpoint = PrefixCheckpoint(
+    layers, states, state_modules = (_read_tables if values else _read_known_tables)(tensors, config, folder)
+    return PrefixCheckpoint(
         path=folder,
         peft_type=peft_type,
         num_virtual_tokens=p,
         layers=layers,
         base_model_name_or_path=config.get("base_model_name_or_path"),
         base_fingerprint=config.get("base_fingerprint") or {},
-        digest=digest.hexdigest(),
+        digest=tensors.digest,
         modules={} if peft_type in STOCK_TYPES else {row["index"]: row["module"] for row in config["prefix_layers"]},
         base_adapters=_base_adapters(config, folder),
         config=config,
         states=states,
         state_modules=state_modules,
     )
-    for index, kind, tensor in checkpoint.tensors():
-        if not math.isfinite(magnitude(tensor)):
-            raise PrefixCheckpointError(f"The {kind} of layer {index} in {weights} holds NaN or Inf; train it again.")
-    return checkpoint
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -89,13 +102,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise PrefixNotFoundError(f"No prefix adapter at {folder}: there is no such folder.")
     try:
         try:
-            text = config_of(folder).read_text(encoding="utf-8")
+            text = read_regular(config_of(folder), MAX_CONFIG_BYTES)
         except FileNotFoundError:  # a pending config was just moved into place
-            text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
-        config = json.loads(text)
+            text = read_regular(folder / CONFIG_NAME, MAX_CONFIG_BYTES)
+        config = json.loads(text.decode())
     except FileNotFoundError as error:
         raise PrefixNotFoundError(f"No {CONFIG_NAME} in {folder}: it is not a PEFT adapter.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PrefixCheckpointError(
             f"{folder / CONFIG_NAME} cannot be read as JSON ({error}); copy it again."
         ) from error
@@ -121,9 +134,41 @@ def _base_adapters(config: dict[str, Any], folder: Path) -> tuple[BaseAdapter, .
         raise PrefixCheckpointError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
 
 
-def _refuse_other_weights(tensors: Any, weights: Path) -> None:
+# Layers and states, and the modules of the states, by layer index.
+_Tables = tuple[dict[int, LayerKV], dict[int, LayerState], dict[int, str]]
+# The latest tables of headers. Thousands of adapters of one model have the same, and building them takes most of the time.
+_known_tables: dict[Any, _Tables] = {}
+_MAX_KNOWN_TABLES = 64
+# The fields of a config that the tables depend on.
+_TABLE_FIELDS = (
+    *("peft_type", "num_virtual_tokens", "format_version", "prefix_layers", "prefix_states"),
+    *("num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"),
+)
+
+
+def _read_known_tables(tensors: SafetensorsFile, config: dict[str, Any], folder: Path) -> _Tables:
+    """Reads the tables of a file whose header alone was read, on the meta device; they are shared and must not be changed."""
+    # `marshal` is the fastest way to something hashable; its version 2 depends on nothing but the values.
+    key = tensors.header, marshal.dumps([config.get(name) for name in _TABLE_FIELDS], 2)
+    tables = _known_tables.get(key)
+    if tables is None:
+        tables = _read_tables(tensors, config, folder)
+        if len(_known_tables) >= _MAX_KNOWN_TABLES:
+            _known_tables.clear()
+        _known_tables[key] = tables
+    return tables
+
+
+def _read_tables(tensors: SafetensorsFile, config: dict[str, Any], folder: Path) -> _Tables:
+    _refuse_other_weights(tensors, folder / WEIGHTS_NAME)
+    read = _read_stock if config["peft_type"] in STOCK_TYPES else _read_prefix_ext
+    layers = read(tensors, config, config["num_virtual_tokens"], folder)
+    return layers, *_read_states(tensors, config, folder)
+
+
+def _refuse_other_weights(tensors: SafetensorsFile, weights: Path) -> None:
     """Raises `PrefixCheckpointError` if modules of the base model were trained or resized with the prefix."""
-    others = [name for name in tensors.keys() if not is_of_prefix(name) and name != "prompt_embeddings"]
+    others = [name for name in tensors.headers if not is_of_prefix(name) and name != "prompt_embeddings"]
     if others:
         raise PrefixCheckpointError(
             f"{weights} holds weights of the base model beside the prefix ({others[0]}), which are not part of a "
@@ -131,7 +176,7 @@ def _refuse_other_weights(tensors: Any, weights: Path) -> None:
         )
 
 
-def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
+def _read_prefix_ext(tensors: SafetensorsFile, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
     table = config.get("prefix_layers")
     if not isinstance(table, list) or not (table or config.get("prefix_states")):
         raise PrefixCheckpointError(f"`prefix_layers` is missing from {folder / CONFIG_NAME}; save the adapter again.")
@@ -158,7 +203,9 @@ def _read_prefix_ext(tensors: Any, config: dict[str, Any], p: int, folder: Path)
     return layers
 
 
-def _read_states(tensors: Any, config: dict[str, Any], folder: Path) -> tuple[dict[int, LayerState], dict[int, str]]:
+def _read_states(
+    tensors: SafetensorsFile, config: dict[str, Any], folder: Path
+) -> tuple[dict[int, LayerState], dict[int, str]]:
     """Reads the states of recurrent layers, and the names of their modules, by layer index."""
     table = config.get("prefix_states") or []
     if not isinstance(table, list) or bool(table) != (config.get("format_version") == STATES_VERSION):
@@ -185,7 +232,7 @@ def _read_states(tensors: Any, config: dict[str, Any], folder: Path) -> tuple[di
     return states, modules
 
 
-def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
+def _read_stock(tensors: SafetensorsFile, config: dict[str, Any], p: int, folder: Path) -> dict[int, LayerKV]:
     """Splits PEFT's flat layout like `PeftModel.get_prompt` (peft 0.21, peft_model.py)."""
     sizes: list[Any] = [config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
     if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[2] % sizes[1]:
@@ -207,20 +254,13 @@ def _read_stock(tensors: Any, config: dict[str, Any], p: int, folder: Path) -> d
     return {index: LayerKV(kv[row, 0].contiguous(), kv[row, 1].contiguous()) for index, row in enumerate(rows)}
 
 
-def _checked(tensors: Any, name: str, shape: list[int], folder: Path) -> torch.Tensor:
+def _checked(tensors: SafetensorsFile, name: str, shape: list[int], folder: Path) -> torch.Tensor:
     """Reads one tensor after comparing its header with the config, so that a malformed file cannot cause an allocation."""
-    try:
-        header = tensors.get_slice(name)
-    except SafetensorError as error:
-        # Not checked beforehand: `keys()` builds the list of all names each time.
-        if name in tensors.keys():
-            raise
+    header = tensors.headers.get(name)
+    if header is None:
+        raise PrefixCheckpointError(f"{folder / WEIGHTS_NAME} has no tensor {name!r}; save the adapter again.")
+    if list(header.shape) != shape or header.dtype not in FLOAT_DTYPES:
         raise PrefixCheckpointError(
-            f"{folder / WEIGHTS_NAME} has no tensor {name!r}; save the adapter again."
-        ) from error
-    if header.get_shape() != shape or header.get_dtype() not in FLOAT_DTYPES:
-        raise PrefixCheckpointError(
-            f"{name!r} in {folder / WEIGHTS_NAME} is {header.get_dtype()} {header.get_shape()}, expected floats of shape "
-            f"{shape}."
+            f"{name!r} in {folder / WEIGHTS_NAME} is {header.dtype} {list(header.shape)}, expected floats of shape {shape}."
         )
-    return tensors.get_tensor(name)
+    return tensors.tensor(name)

@@ -123,8 +123,6 @@ def check_place(folder: str | Path, replaced: Sequence[str] = PREFIX_TYPES) -> N
 def write_adapter(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes a folder in PEFT's layout: `config` as JSON, `tensors` as safetensors.
 
-    The tensors may be memory-mapped from the file that is replaced.
-
     Raises:
         PrefixCheckpointError: If `path` holds something else, see `check_place`.
     """

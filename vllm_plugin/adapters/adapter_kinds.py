@@ -1,55 +1,85 @@
-"""LoRA adapters and prefixes look alike on disk. A user who mixes them up is told where each belongs."""
+"""LoRA adapters and prefixes look alike on disk. A prefix is recognized by its `adapter_config.json`, wherever it is named."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from peft_prefix_ext.checkpoint.atomic_save import config_of
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME, STOCK_TYPES
-from vllm_plugin.errors import PrefixServeError
+from peft_prefix_ext.checkpoint.regular_file import MAX_CONFIG_BYTES, read_regular
+from vllm_plugin.adapters.remote import filesystem, is_remote
 
-# The folder of a LoRA request is read once.
-_known_paths: set[str] = set()
-
-
-def holds_prefix(path: str | Path) -> bool:
-    """Returns whether a local folder holds a prefix."""
-    return _peft_type(path) in ("PREFIX_EXT", *STOCK_TYPES)
+PREFIX_TYPES = ("PREFIX_EXT", *STOCK_TYPES)
+# As vLLM takes it: without a folder or a revision.
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_lora_paths: set[str] = set()
 
 
-def holds_lora(path: str | Path) -> bool:
-    """Returns whether a local folder holds a LoRA adapter."""
-    return _peft_type(path) == "LORA"
+def holds_prefix(source: str | Path) -> bool:
+    """Returns whether an adapter is a prefix: one in a local folder, in remote storage, or in a repository of the Hub."""
+    return adapter_type(source) in PREFIX_TYPES
 
 
-def check_modules(modules: Any) -> None:
-    """Raises `PrefixServeError` if one of `--lora-modules` is a prefix."""
-    for module in modules or ():
-        if holds_prefix(module.path):
-            raise PrefixServeError(
-                f"{module.path} holds a prefix, not a LoRA; give it as --prefix-adapter {module.name}={module.path} instead of "
-                "--lora-modules."
-            )
+def holds_lora(source: str | Path) -> bool:
+    """Returns whether an adapter is a LoRA."""
+    return adapter_type(source) == "LORA"
+
+
+def adapter_type(source: str | Path) -> str | None:
+    """Returns what PEFT calls the type of an adapter; None if there is none, or it cannot be read."""
+    source = str(source)
+    try:
+        if is_remote(source):
+            return _remote_type(source)
+        folder = Path(source).expanduser()
+        if folder.exists() or _REPO.fullmatch(source) is None:
+            return _type_in(read_regular(config_of(folder), MAX_CONFIG_BYTES))
+    except Exception:
+        # No adapter, or one that cannot be read: whoever reads it says what is wrong.
+        return None
+    return type_on_hub(source)
+
+
+def type_on_hub(repository: str) -> str | None:
+    """Returns the type of the adapter in a repository of the Hub; None if there is none, or the Hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _type_in(read_regular(hf_hub_download(repository, CONFIG_NAME), MAX_CONFIG_BYTES))
+    except Exception:
+        return None
+
+
+def _remote_type(url: str) -> str | None:
+    files, path = filesystem(url)
+    return _type_in(files.cat_file(f"{path}/{CONFIG_NAME}", 0, MAX_CONFIG_BYTES))
+
+
+def _type_in(config: bytes | bytearray) -> str | None:
+    fields = json.loads(config)
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def check_lora(request: Any) -> None:
-    """Raises `PrefixRequestError` if a `LoRARequest` names a prefix, which would crash vLLM's engine."""
-    if not request.lora_path or request.lora_path in _known_paths:
-        return
-    if holds_prefix(request.lora_path):
+    """Raises `PrefixRequestError` if a `LoRARequest` names a prefix, which would crash an engine without prefixes."""
+    if request.lora_path and is_prefix_path(request.lora_path):
         from vllm_plugin.request_errors import PrefixRequestError
 
         raise PrefixRequestError(
             f"{request.lora_path} holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({{{request.lora_name!r}: "
             f"path}}))`, and pass `PrefixAdapterRequest({request.lora_name!r})` instead of a `LoRARequest`."
         )
-    _known_paths.add(request.lora_path)
 
 
-def _peft_type(path: str | Path) -> Any:
-    try:
-        config = json.loads((Path(path).expanduser() / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):
-        return None
-    return config.get("peft_type") if isinstance(config, dict) else None
+def is_prefix_path(path: str) -> bool:
+    """Returns whether the path of a `LoRARequest` is the local folder of a prefix. A folder is looked into once."""
+    if path in _lora_paths:
+        return False
+    if not is_remote(path) and Path(path).expanduser().is_dir() and holds_prefix(path):
+        return True
+    _lora_paths.add(path)
+    return False

@@ -7,6 +7,7 @@ subfolder of its name. The LoRA adapter is looked for there, and identified by t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 from peft_prefix_ext.checkpoint.base_adapters import BaseAdapter, model_with
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME, PrefixCheckpoint
+from peft_prefix_ext.checkpoint.regular_file import MAX_WEIGHTS_BYTES, open_regular
+from vllm_plugin.adapters.file_state import FileState, state_of
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.errors import PrefixServeError
 
@@ -142,15 +145,21 @@ async def load(engine: Any, specs: Iterable[PrefixSpec]) -> None:
 def _folders(prefix: Path, base_adapter: BaseAdapter) -> Iterator[Path]:
     """Yields the folders where PEFT may have saved the LoRA adapter of a prefix."""
     # The name comes from a file. It must be the name of a folder, and not a path.
-    if Path(base_adapter.name).name == base_adapter.name:
+    if Path(base_adapter.name).name == base_adapter.name != "..":
         yield prefix / base_adapter.name
         yield prefix.parent / base_adapter.name
     yield prefix.parent
 
 
 def _digest(path: Path) -> str | None:
+    return _digest_of_state(path, state_of(path))
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of_state(path: Path, state: FileState | None) -> str | None:
+    """Returns the SHA-256 of a file, which many prefixes may share."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, MAX_WEIGHTS_BYTES) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None

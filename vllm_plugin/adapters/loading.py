@@ -1,25 +1,54 @@
-"""Reads adapters from disk or the Hub: checked when they are opened, and read again by the workers that serve them."""
+"""Reads adapters from disk, the Hub or remote storage: their headers when they are registered, all of it before the first request.
+
+Registering thousands of adapters reads none of their values. What needs values, the digest and the search for NaN, waits for
+the first request, or is known from an earlier start (`digest_cache.py`). The workers that serve an adapter read it again.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from peft_prefix_ext.checkpoint.base_adapters import model_with
-from peft_prefix_ext.checkpoint.format import PrefixCheckpoint, PrefixCheckpointError, PrefixNotFoundError
+from peft_prefix_ext.checkpoint.format import (
+    WEIGHTS_NAME,
+    PrefixCheckpoint,
+    PrefixCheckpointError,
+    PrefixNotFoundError,
+)
 from peft_prefix_ext.checkpoint.hub import resolve
-from peft_prefix_ext.checkpoint.reader import read_prefix
+from peft_prefix_ext.checkpoint.reader import read_header, read_prefix
 from vllm_plugin.adapters.adapter_kinds import holds_lora
 from vllm_plugin.adapters.base_lora import find_base_lora
+from vllm_plugin.adapters.digest_cache import ValueFacts, digest_cache
+from vllm_plugin.adapters.file_state import state_of
 from vllm_plugin.adapters.options import AdapterOption
 from vllm_plugin.adapters.registry import Adapter, Registry
+from vllm_plugin.adapters.remote import fetch, is_remote
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.validation import check_adapter, check_shapes, check_states
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+
+# From the name of an adapter and where it lies to the adapter.
+Load = Callable[[str, str], PrefixCheckpoint]
+
+
+def folder_of(source: str) -> Path:
+    """Returns the local folder of an adapter, a copy if it lies elsewhere.
+
+    Args:
+        source: A folder, `owner/name[/folder][@revision]` on the Hub, or an address of remote storage such as `s3://...`.
+
+    Raises:
+        PrefixNotFoundError: If there is none.
+    """
+    return fetch(source) if is_remote(source) else resolve(source)
 
 
 def load(name: str, source: str) -> PrefixCheckpoint:
@@ -28,12 +57,33 @@ def load(name: str, source: str) -> PrefixCheckpoint:
     Raises:
         PrefixServeError: If it cannot be read. The message is one sentence that names the adapter.
     """
+    return _told(name, source, _read)
+
+
+def load_known(name: str, source: str) -> PrefixCheckpoint:
+    """Reads one adapter as `load` does, but without its values if what they say is known already."""
+    return _told(name, source, lambda folder: _with_known_facts(read_header(folder)) or _read(folder))
+
+
+def load_header(name: str, source: str) -> PrefixCheckpoint:
+    """Reads one adapter without its values, as `load` does otherwise. Its digest is empty, unless it is known already."""
+
+    def read(folder: Path) -> PrefixCheckpoint:
+        header = read_header(folder)
+        return _with_known_facts(header) or header
+
+    return _told(name, source, read)
+
+
+def _told(name: str, source: str, read: Callable[[Path], PrefixCheckpoint]) -> PrefixCheckpoint:
+    folder = None
     try:
-        return read_prefix(resolve(source))
+        folder = folder_of(source)
+        return read(folder)
     except PrefixCheckpointError as error:
         error_type = AdapterNotFoundError if isinstance(error, PrefixNotFoundError) else PrefixServeError
         told = f"Prefix adapter {name!r}: {error}"
-        if holds_lora(source):
+        if folder is not None and holds_lora(folder):
             told = (
                 f"{told.rstrip('.')}; a LoRA is served with --enable-lora --lora-modules NAME=PATH, at run time by POST "
                 "/v1/load_lora_adapter, and offline with a `LoRARequest`."
@@ -41,29 +91,76 @@ def load(name: str, source: str) -> PrefixCheckpoint:
         raise error_type(told) from error
 
 
-def open_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Adapter]:
-    """Reads and checks adapters, a few at a time. There may be thousands, so no tensors are kept.
+def _read(folder: Path) -> PrefixCheckpoint:
+    weights = folder / WEIGHTS_NAME
+    before = state_of(weights)
+    checkpoint = read_prefix(folder)
+    assert checkpoint.largest is not None
+    if before is not None and before.is_settled and state_of(weights) == before:
+        digest_cache().put(weights.resolve(), before, ValueFacts(checkpoint.digest, checkpoint.largest))
+    return checkpoint
+
+
+def _with_known_facts(header: PrefixCheckpoint) -> PrefixCheckpoint | None:
+    weights = header.path / WEIGHTS_NAME
+    facts = digest_cache().get(weights.resolve(), state_of(weights))
+    return None if facts is None else dataclasses.replace(header, digest=facts.digest, largest=facts.largest)
+
+
+def register_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Adapter]:
+    """Checks adapters without their values, which wait for their first requests. There may be thousands.
 
     Raises:
         PrefixServeError: If one of them cannot be served.
     """
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda option: open_adapter(option, vllm_config), options))
+    return [_opened(option, vllm_config, None, load_header) for option in options]
 
 
-def open_adapter(option: AdapterOption, vllm_config: Any, registry: Registry | None = None) -> Adapter:
+def open_adapter(
+    option: AdapterOption, vllm_config: Any, registry: Registry | None = None, read: Load = load
+) -> Adapter:
     """Reads one adapter and checks that this engine can serve it.
 
     Args:
         option: Its name and where it lies.
         vllm_config: The engine's config.
         registry: Where the engine has published its layers, if it has started.
+        read: `load`, or `load_known`.
 
     Raises:
         PrefixServeError: If it cannot be served. The message is one sentence that names the adapter.
     """
+    return _opened(option, vllm_config, registry, read)
+
+
+def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Adapter:
+    """Reads an adapter of which only the header was read, and returns it with its digest.
+
+    Raises:
+        PrefixServeError: If it cannot be served.
+    """
+    spec = adapter.spec
+    draft = None if spec.draft is None else spec.draft.path
+    option = AdapterOption(spec.name, spec.path, adapter.base_model_name, draft)
     try:
-        return _open_adapter(option, vllm_config, registry)
+        opened = open_adapter(option, vllm_config, registry, load_known)
+    except AdapterNotFoundError:
+        if not is_elsewhere(spec):
+            raise
+        # The local copy is gone.
+        option = AdapterOption(spec.name, spec.source, adapter.base_model_name, spec.draft and spec.draft.source)
+        opened = open_adapter(option, vllm_config, registry, load_known)
+    draft_spec = opened.spec.draft
+    if draft_spec is not None and spec.draft is not None:
+        draft_spec = dataclasses.replace(draft_spec, source=spec.draft.source)
+    return dataclasses.replace(
+        opened, spec=dataclasses.replace(opened.spec, source=spec.source, draft=draft_spec), files=adapter.files
+    )
+
+
+def _opened(option: AdapterOption, vllm_config: Any, registry: Registry | None, read: Load) -> Adapter:
+    try:
+        return _open(option, vllm_config, registry, read)
     except PrefixServeError:
         raise
     except Exception as error:
@@ -73,21 +170,24 @@ def open_adapter(option: AdapterOption, vllm_config: Any, registry: Registry | N
         ) from error
 
 
-def _open_adapter(option: AdapterOption, vllm_config: Any, registry: Registry | None) -> Adapter:
+def _open(option: AdapterOption, vllm_config: Any, registry: Registry | None, read: Load) -> Adapter:
     name = option.name
-    checkpoint = load(name, option.path)
+    checkpoint = read(name, option.path)
     check_adapter(name, checkpoint, vllm_config.model_config)
     if registry is not None and (layers := registry.layers()) is not None:
         check_shapes(name, checkpoint.layer_shapes, layers)
         check_states(name, checkpoint.state_shapes, registry.states())
-    draft = None if option.draft_path is None else _open_draft(option, checkpoint.num_virtual_tokens, vllm_config)
+    draft = None if option.draft_path is None else _open_draft(option, checkpoint.num_virtual_tokens, vllm_config, read)
     spec = _spec(name, option.path, checkpoint, draft=draft, **find_base_lora(name, checkpoint, vllm_config))
+    if draft is not None and not draft.digest:
+        # Both are read with the first request.
+        spec = dataclasses.replace(spec, digest="")
     return Adapter(
         spec, option.base_model_name, checkpoint.layer_shapes, checkpoint.state_shapes, checkpoint.chat_template
     )
 
 
-def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any) -> PrefixSpec:
+def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any, read: Load) -> PrefixSpec:
     """Reads the prefix of the draft model that goes with an adapter, and checks it."""
     name, path = option.name, option.draft_path
     assert path is not None
@@ -99,7 +199,7 @@ def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any
             "`draft_path`."
         )
     try:
-        checkpoint = load(name, path)
+        checkpoint = read(name, path)
         check_adapter(name, checkpoint, model)
     except PrefixServeError as error:
         raise type(error)(f"The prefix {path!r} for the draft model {model.model!r} cannot be used: {error}") from error
@@ -123,7 +223,7 @@ def _spec(name: str, source: str, checkpoint: PrefixCheckpoint, **more: Any) -> 
         # Links are resolved now: their target may be another adapter later.
         path=str(checkpoint.path.resolve()),
         num_virtual_tokens=checkpoint.num_virtual_tokens,
-        digest=digest_of(checkpoint),
+        digest=digest_of(checkpoint) if checkpoint.digest else "",
         **more,
     )
 
@@ -134,7 +234,13 @@ def reload(spec: PrefixSpec) -> PrefixCheckpoint:
     Raises:
         PrefixServeError: If the files are no longer those that were opened.
     """
-    checkpoint = load(spec.name, spec.path)
+    try:
+        checkpoint = load(spec.name, spec.path)
+    except AdapterNotFoundError:
+        if not is_elsewhere(spec):
+            raise
+        # The local copy is gone, or is on the machine of the server.
+        checkpoint = load(spec.name, spec.source)
     if digest_of(checkpoint) != spec.digest:
         raise PrefixServeError(
             f"The weights of prefix adapter {spec.name!r} in {spec.path} are no longer those it was loaded with; load it "
@@ -142,6 +248,11 @@ def reload(spec: PrefixSpec) -> PrefixCheckpoint:
             "request with `load_inplace=True`."
         )
     return checkpoint
+
+
+def is_elsewhere(spec: PrefixSpec) -> bool:
+    """Returns whether the folder of a prefix is a local copy of what lies on the Hub or in remote storage."""
+    return is_remote(spec.source) or os.path.realpath(os.path.expanduser(spec.source)) != spec.path
 
 
 def digest_of(checkpoint: PrefixCheckpoint) -> str:

@@ -17,6 +17,9 @@ from vllm_plugin.errors import PrefixServeError
 _DRAFT = ",draft="
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,255}")
 
+# A file system takes names of 255 bytes, and each of these is one byte. The first excludes "..", hidden folders and options.
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,254}")
+
 
 class AdapterOption(NamedTuple):
     """One adapter to serve.
@@ -70,6 +73,11 @@ def check_name(name: str) -> None:
         raise PrefixServeError(
             f"A prefix adapter's name must be up to 256 letters, digits and, after the first, any of ._/:@+-; got {name!r}."
         )
+
+
+def is_folder_name(name: str) -> bool:
+    """Returns whether an adapter's name can be that of a folder, and never a path."""
+    return _FOLDER_NAME.fullmatch(name) is not None
 
 
 def check_unique(options: Iterable[AdapterOption]) -> None:

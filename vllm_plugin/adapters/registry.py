@@ -50,6 +50,8 @@ class Adapter:
         shapes: The shapes of its layers.
         states: The shapes of its states of recurrent layers; empty if these start from zero.
         chat_template: The chat template of the messages behind it, if it stands for the opening of a chat.
+        files: The state that its files had when they were read, for an adapter that a request has found by its name and whose
+            files are looked at again; None for one that the operator has named.
     """
 
     spec: PrefixSpec
@@ -57,6 +59,22 @@ class Adapter:
     shapes: Shapes
     states: StateShapes = ()
     chat_template: str | None = None
+    files: str | None = None
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether its values were read and checked. An engine gets no other adapter."""
+        return bool(self.spec.digest)
+
+
+class _Change(msgspec.Struct):
+    """A line of the journal: an adapter that is added or replaced, or None for one that is removed."""
+
+    name: str
+    adapter: Adapter | None
+
+
+_CHANGE = msgspec.json.Decoder(_Change)
 
 
 class Registry:
@@ -75,7 +93,6 @@ class Registry:
             self._length = mmap.mmap(length.fileno(), len(_NO_LENGTH))
         self._lock = threading.Lock()
         self._adapters: dict[str, Adapter] = {}
-        # Adapters of one model have the same shapes, which are kept once.
         self._shapes: dict[Shapes | StateShapes, Any] = {}
         self._seen, self._seen_length = 0, _NO_LENGTH
 
@@ -104,17 +121,22 @@ class Registry:
             new = {adapter.spec.name: adapter for adapter in adapters}
             if not replace and (taken := new.keys() & self._adapters.keys()):
                 raise NameTakenError(min(taken))
-            self._append(
-                {
-                    "name": name,
-                    "spec": dataclasses.asdict(adapter.spec),
-                    "base_model_name": adapter.base_model_name,
-                    "shapes": adapter.shapes,
-                    "states": adapter.states,
-                    "chat_template": adapter.chat_template,
-                }
-                for name, adapter in new.items()
-            )
+            self._append({"name": name, "adapter": adapter} for name, adapter in new.items())
+
+    def exchange(self, old: Adapter | None, new: Adapter | None) -> bool:
+        """Puts `new` in the place of `old`, unless someone else has changed what is there. None stands for no adapter.
+
+        Returns:
+            Whether it is there now.
+        """
+        named = old or new
+        assert named is not None
+        name = named.spec.name
+        with self._changing():
+            if self._adapters.get(name) != old:
+                return False
+            self._append([{"name": name, "adapter": new}])
+            return True
 
     def remove(self, name: str) -> None:
         """Removes an adapter. Running requests keep it: they carry all that the engine needs.
@@ -125,7 +147,7 @@ class Registry:
         with self._changing():
             if name not in self._adapters:
                 raise KeyError(name)
-            self._append([{"name": name, "spec": None}])
+            self._append([{"name": name, "adapter": None}])
 
     def layers(self) -> Shapes | None:
         """Returns the shapes of the engine's layers with a KV cache.
@@ -193,7 +215,7 @@ class Registry:
                 fcntl.flock(self._journal, fcntl.LOCK_UN)
 
     def _append(self, changes: Iterable[dict[str, Any]]) -> None:
-        lines = b"".join(json.dumps(change).encode() + b"\n" for change in changes)
+        lines = b"".join(msgspec.json.encode(change) + b"\n" for change in changes)
         written = self._journal.write(lines)
         if written != len(lines):
             os.ftruncate(self._journal.fileno(), self._seen)
@@ -207,18 +229,14 @@ class Registry:
         # Only complete lines: another process may be writing.
         lines = lines[: lines.rfind(b"\n") + 1]
         for line in lines.splitlines():
-            change = json.loads(line)
-            if change["spec"] is None:
-                del self._adapters[change["name"]]
+            change = _CHANGE.decode(line)
+            if change.adapter is None:
+                del self._adapters[change.name]
             else:
-                shapes = tuple(tuple(row) for row in change["shapes"])
-                shapes = self._shapes.setdefault(shapes, shapes)
-                states = _state_shapes(change["states"])
-                states = self._shapes.setdefault(states, states)
-                spec = msgspec.convert(change["spec"], PrefixSpec)
-                self._adapters[change["name"]] = Adapter(
-                    spec, change["base_model_name"], shapes, states, change["chat_template"]
-                )
+                # Adapters of one model have the same shapes, which are kept once.
+                shapes = self._shapes.setdefault(change.adapter.shapes, change.adapter.shapes)
+                states = self._shapes.setdefault(change.adapter.states, change.adapter.states)
+                self._adapters[change.name] = dataclasses.replace(change.adapter, shapes=shapes, states=states)
         self._seen += len(lines)
         self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")
 

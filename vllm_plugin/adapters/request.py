@@ -23,6 +23,7 @@ class PrefixAdapterRequest(LoRARequest, omit_defaults=True, array_like=True):
         load_inplace: Whether to load the adapter again, from `lora_path` or from where it came, in place of the one
             that has this name. It is loaded once per call, whatever the number of prompts.
         draft_path: Folder or Hub repository of the prefix for the draft model that is loaded with it, if any.
+        path: Another name of `lora_path`, for use as a keyword.
         spec: The adapter itself, once the front end has looked it up. The request keeps it even if the name is replaced
             or unloaded before the request reaches the engine.
     """
@@ -34,10 +35,11 @@ class PrefixAdapterRequest(LoRARequest, omit_defaults=True, array_like=True):
     is_3d_lora_weight: bool = False
     spec: PrefixSpec | None = None
     draft_path: str = ""
+    path: str = ""
 
     def __post_init__(self) -> None:
         # vLLM's own requires a path.
-        self.lora_path = os.fspath(self.lora_path or "")
+        self.lora_path = self.path = os.fspath(self.lora_path or self.path or "")
         self.draft_path = os.fspath(self.draft_path or "")
 
     # vLLM keys its own tables by name. A prefix never equals the LoRA adapter of the same name.

@@ -7,10 +7,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_plugin.adapters.loading import open_adapter
+from vllm_plugin.adapters.adapter_kinds import is_prefix_path
+from vllm_plugin.adapters.loading import open_adapter, verify_adapter
 from vllm_plugin.adapters.options import AdapterOption, check_name
 from vllm_plugin.adapters.registry import Adapter, Registry, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
+from vllm_plugin.adapters.resolver import Resolver
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.speculation import warn_of_drafts
 from vllm_plugin.adapters.startup_log import log_adapters
@@ -21,6 +23,7 @@ from vllm_plugin.request_errors import PrefixRequestError
 
 # Held while loading, so that concurrent requests with one path read it once.
 _load_lock = threading.Lock()
+_resolvers: dict[Registry, Resolver] = {}
 # An error message lists at most this many names.
 _MAX_NAMES = 20
 
@@ -54,7 +57,8 @@ def load_requested(requests: Sequence[Any], vllm_config: Any) -> Sequence[Any]:
     specs: dict[tuple[str, str, str, bool], PrefixSpec] = {}
 
     def with_spec(request: Any) -> Any:
-        if not isinstance(request, PrefixAdapterRequest) or not (request.lora_path or request.load_inplace):
+        request = as_prefix_request(request, vllm_config)
+        if not isinstance(request, PrefixAdapterRequest) or request.spec is not None:
             return request
         key = request.lora_name, request.lora_path, request.draft_path, request.load_inplace
         if key not in specs:
@@ -62,6 +66,21 @@ def load_requested(requests: Sequence[Any], vllm_config: Any) -> Sequence[Any]:
         return PrefixAdapterRequest(request.lora_name, spec=specs[key])
 
     return [with_spec(request) for request in requests]
+
+
+def as_prefix_request(request: Any, vllm_config: Any) -> Any:
+    """Returns the request for a prefix that a `LoRARequest` names by its folder; any other request as it is."""
+    if request is None or isinstance(request, PrefixAdapterRequest) or not request.lora_path:
+        return request
+    registry = registry_in(vllm_config.kv_transfer_config)
+    if registry is None:
+        return request
+    known = registry.get(request.lora_name)
+    if not (known is not None and _came_from(known.spec, request.lora_path)) and not is_prefix_path(request.lora_path):
+        return request
+    return PrefixAdapterRequest(
+        request.lora_name, lora_path=request.lora_path, load_inplace=getattr(request, "load_inplace", False)
+    )
 
 
 def adapter_of(request: PrefixAdapterRequest, vllm_config: Any) -> PrefixSpec:
@@ -78,13 +97,40 @@ def adapter_of(request: PrefixAdapterRequest, vllm_config: Any) -> PrefixSpec:
             f"The prefix adapter {name!r} does not exist; this engine has: none; start it with "
             "`LLM(..., **prefix_adapters(name=path))`."
         )
-    loads = request.lora_path or request.load_inplace
-    if not loads and (known := registry.get(name)) is not None:
-        return known.spec
-    if not loads:
+    if request.lora_path or request.load_inplace:
+        with _load_lock:
+            return _load(request, registry, vllm_config).spec
+    try:
+        adapter = resolver_of(registry, vllm_config).resolve(name)
+    except PrefixServeError as error:
+        raise PrefixRequestError(str(error)) from error
+    if adapter is None:
         raise PrefixRequestError(_unknown(name, registry))
+    return adapter.spec
+
+
+def resolver_of(registry: Registry, vllm_config: Any) -> Resolver:
+    """Returns what finds the adapters of an engine in this process."""
     with _load_lock:
-        return _load(request, registry, vllm_config).spec
+        if registry not in _resolvers:
+            _resolvers[registry] = Resolver(registry, vllm_config)
+        return _resolvers[registry]
+
+
+def remove(name: str, vllm_config: Any) -> None:
+    """Removes an adapter of a running engine. Requests that have it keep it.
+
+    Raises:
+        PrefixServeError: If there is none of this name.
+    """
+    registry = registry_in(vllm_config.kv_transfer_config)
+    try:
+        if registry is None:
+            raise KeyError(name)
+        registry.remove(name)
+    except KeyError as error:
+        has = "none" if registry is None else names_in(registry)
+        raise PrefixServeError(f"The prefix adapter {name!r} cannot be removed; this engine has: {has}.") from error
 
 
 def names_in(registry: Registry) -> str:
@@ -104,7 +150,7 @@ def _load(request: PrefixAdapterRequest, registry: Registry, vllm_config: Any) -
     name, known = request.lora_name, registry.get(request.lora_name)
     if known is not None and not request.load_inplace:
         if _came_from(known.spec, request.lora_path) and _came_from(known.spec.draft, request.draft_path):
-            return known
+            return known if known.is_verified else _verified(known, registry, vllm_config)
         raise PrefixRequestError(
             f"The prefix adapter {name!r} was loaded from {known.spec.source!r}; set `load_inplace=True` to replace it by "
             f"the one in {request.lora_path!r}, or choose another name."
@@ -124,6 +170,15 @@ def _load(request: PrefixAdapterRequest, registry: Registry, vllm_config: Any) -
         raise PrefixRequestError(str(error)) from error
     publish(adapter, registry, vllm_config, replace=request.load_inplace)
     return adapter
+
+
+def _verified(adapter: Adapter, registry: Registry, vllm_config: Any) -> Adapter:
+    try:
+        verified = verify_adapter(adapter, vllm_config, registry)
+    except PrefixServeError as error:
+        raise PrefixRequestError(str(error)) from error
+    registry.exchange(adapter, verified)
+    return verified
 
 
 def _came_from(spec: PrefixSpec | None, path: str) -> bool:

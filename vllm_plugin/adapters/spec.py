@@ -23,7 +23,7 @@ class PrefixSpec:
         source: Folder or Hub repository, as the operator gave it.
         path: The local folder it was read from.
         num_virtual_tokens: p.
-        digest: SHA-256 of its weights and config, in hex.
+        digest: SHA-256 of its weights and config, in hex; empty until its values are read, with its first request.
         lora_path: The local folder of the LoRA adapter that it was trained on, if any.
         lora_digest: SHA-256 of that LoRA adapter's weights and config, in hex.
         draft: The prefix of the draft model that goes with it, of the same length, if the operator named one.

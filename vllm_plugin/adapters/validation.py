@@ -16,7 +16,7 @@ from peft_prefix_ext.checkpoint.compatibility import (
     layers_in_words,
 )
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
-from peft_prefix_ext.checkpoint.format import LayerState, PrefixCheckpoint, PrefixCheckpointError, magnitude
+from peft_prefix_ext.checkpoint.format import LayerState, PrefixCheckpoint, PrefixCheckpointError
 from vllm_plugin.adapters.base_lora import confuses_slots
 from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.adapters.rotary import check_rotation
@@ -66,7 +66,8 @@ def check_engine(vllm_config: Any) -> None:
 def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
     """Raises `PrefixServeError` if a prefix does not fit a model or its context.
 
-    This checks what the model's config says, before the engine starts; `check_shapes` checks the engine's layers.
+    This checks what the model's config says, before the engine starts; `check_shapes` checks the engine's layers. Values are
+    checked if they were read.
 
     Args:
         name: The name of the adapter.
@@ -91,12 +92,8 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
             trained_on,
             model.model,
         )
-    largest = max(magnitude(tensor) for _, _, tensor in checkpoint.tensors())
-    if not torch.tensor(largest, dtype=torch.float64).to(model.dtype).isfinite():
-        raise PrefixServeError(
-            f"Prefix adapter {name!r} holds values too large for {str(model.dtype).removeprefix('torch.')}; start with "
-            "another --dtype."
-        )
+    if checkpoint.largest is not None:
+        check_magnitude(name, checkpoint.largest, model.dtype)
     shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
     expected = (total_num_kv_heads(model), cache_layout(model).kv_lora_rank or model.get_head_size())
     if len(shapes) == 1 and shapes != {expected}:
@@ -119,6 +116,14 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
         raise PrefixServeError(
             f"Prefix adapter {name!r} has {p} virtual tokens, which leaves no room in a context of "
             f"{model.max_model_len}; raise --max-model-len."
+        )
+
+
+def check_magnitude(name: str, largest: float, dtype: torch.dtype) -> None:
+    """Raises `PrefixServeError` if the largest absolute value of a prefix overflows in the model's dtype."""
+    if not torch.tensor(largest, dtype=torch.float64).to(dtype).isfinite():
+        raise PrefixServeError(
+            f"Prefix adapter {name!r} holds values too large for {str(dtype).removeprefix('torch.')}; start with another --dtype."
         )
 
 

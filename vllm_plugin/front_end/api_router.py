@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from http import HTTPStatus
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import AliasChoices, BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from vllm_plugin.front_end import lora_endpoints
+from vllm_plugin.front_end.lora_options import SWITCH, VLLM_SWITCH, switches_on
 from vllm_plugin.front_end.serving_models import PrefixModels, refusal
 from vllm_plugin.logger import logger
 
-# vLLM's own variable for LoRA works as well, but does not allow several API server processes. Ours does not start with
-# VLLM_: vLLM warns of such variables, or refuses to start, if they are not its own.
-SWITCH = "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING"
-SWITCHES = (SWITCH, "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
-
 router = APIRouter(dependencies=[Depends(validate_json_request)])
+# vLLM's endpoints for LoRA, on a server where vLLM itself has none.
+lora_router = APIRouter(dependencies=[Depends(validate_json_request)])
 disabled_router = APIRouter()
 
 # Clients written for LoRA's endpoints send the same fields with `lora_`.
@@ -46,7 +45,7 @@ def attach(app: FastAPI) -> None:
     """Adds the endpoints to a server with prefixes. If they are disabled, they answer how to enable them."""
     if not getattr(app.state.args, "prefix_registry", None):
         return
-    on = [switch for switch in SWITCHES if os.environ.get(switch, "0").strip().lower() in ("1", "true")]
+    on = switches_on()
     if not on:
         app.include_router(disabled_router)
         return
@@ -56,6 +55,8 @@ def attach(app: FastAPI) -> None:
         on[0],
     )
     app.include_router(router)
+    if VLLM_SWITCH not in on:
+        app.include_router(lora_router)
 
 
 @router.post("/v1/load_prefix_adapter")
@@ -75,6 +76,24 @@ async def load_prefix_adapter(request: LoadPrefixAdapterRequest, raw_request: Re
 async def unload_prefix_adapter(request: UnloadPrefixAdapterRequest, raw_request: Request) -> Response:
     """Unloads an adapter."""
     return _response(_models(raw_request).unload(request.prefix_name))
+
+
+@lora_router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(request: LoadLoRAAdapterRequest, raw_request: Request) -> Response:
+    """Loads a prefix, from a client that loads LoRA adapters."""
+    answer = await lora_endpoints.load(request, _models(raw_request))
+    if answer is None:
+        answer = refusal(
+            f"{request.lora_path!r} holds no prefix, and LoRA adapters of this server cannot be loaded at run time; start it with "
+            f"{VLLM_SWITCH}=1 in its environment."
+        )
+    return _response(answer)
+
+
+@lora_router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(request: UnloadLoRAAdapterRequest, raw_request: Request) -> Response:
+    """Unloads a prefix, from a client that unloads LoRA adapters."""
+    return _response(_models(raw_request).unload(request.lora_name))
 
 
 @disabled_router.post("/v1/load_prefix_adapter")

@@ -11,7 +11,10 @@ from vllm_plugin.adapters import options
 from vllm_plugin.errors import PrefixServeError
 
 # A server with any of these options serves prefixes.
-OPTIONS = ("prefix_adapter", "enable_prefix_adapters", "prefix_adapter_warmup", "prefix_adapter_device_memory")
+OPTIONS = (
+    *("prefix_adapter", "enable_prefix_adapters", "prefix_adapter_dir", "prefix_adapter_hub"),
+    *("prefix_adapter_warmup", "prefix_adapter_device_memory", "prefix_adapter_cache_size"),
+)
 _T = TypeVar("_T")
 
 
@@ -46,7 +49,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=parse_adapter,
         default=None,
-        help="Prefix adapters to serve. Each is a folder or a Hub repository, `owner/name[@revision]`; requests select one "
+        help="Prefix adapters to serve. Each is a folder, a Hub repository, `owner/name[@revision]`, or an address of remote storage, "
+        "such as `s3://bucket/name`; requests select one "
         'with "model": "NAME". The JSON form of --lora-modules works as well: \'{"name": "NAME", "path": "PATH_OR_REPO", '
         '"base_model_name": "MODEL"}\'. NAME=PATH_OR_REPO,draft=PATH_OR_REPO, in JSON "draft_path", adds a prefix for the '
         "draft model of --speculative-config.",
@@ -58,10 +62,36 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         "the environment variable PREFIX_SERVE_ALLOW_RUNTIME_UPDATING=1 enables.",
     )
     group.add_argument(
+        "--prefix-adapter-dir",
+        metavar="DIR",
+        nargs="+",
+        action="extend",
+        default=None,
+        help="Folders of prefix adapters. A request for a name that is a folder in one of them loads it; new, replaced and removed "
+        "folders are noticed. A folder may be one of remote storage, such as `s3://bucket/adapters`.",
+    )
+    group.add_argument(
+        "--prefix-adapter-hub",
+        metavar="OWNER",
+        nargs="+",
+        action="extend",
+        default=None,
+        help="Owners on the Hub, or single repositories. A request for `OWNER/name` loads this repository.",
+    )
+    group.add_argument(
+        "--prefix-adapter-cache-size",
+        metavar="GIB",
+        type=parse_gib,
+        default=None,
+        help="Disk space for copies of adapters in remote storage, in GiB. Default: 10.",
+    )
+    group.add_argument(
         "--prefix-adapter-warmup",
-        action="store_true",
-        help="Load every prefix into the KV cache before the server is ready, and every adapter that is loaded later before "
-        "its first request.",
+        metavar="NAME",
+        nargs="*",
+        default=None,
+        help="Load these prefixes into the KV cache before the server is ready. Without names: every prefix, and every adapter "
+        "that is loaded later before its first request.",
     )
     group.add_argument(
         "--prefix-adapter-device-memory",

@@ -1,4 +1,4 @@
-"""From parsed options to an engine config whose adapters are opened, checked and registered."""
+"""From parsed options to an engine config whose adapters are checked and registered."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from vllm_plugin.adapters.loading import open_adapters
+from vllm_plugin.adapters.loading import register_adapters
 from vllm_plugin.adapters.options import AdapterOption, check_unique
 from vllm_plugin.adapters.registry import make_folder, registry_at
+from vllm_plugin.adapters.remote import use_cache
+from vllm_plugin.adapters.sources import check_folders, check_owners
 from vllm_plugin.adapters.speculation import warn_of_drafts
 from vllm_plugin.adapters.validation import check_engine, check_served_names
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.front_end.cli_args import OPTIONS
 from vllm_plugin.front_end.cpu_cores import keep_cores
+from vllm_plugin.front_end.lora_options import resolver_folders
 from vllm_plugin.kv_transfer_config import (
     ADAPTERS,
+    CACHE_SIZE,
     DEVICE_MEMORY,
+    FOLDERS,
+    OWNERS,
     REGISTRY,
     WARMUP,
     merge,
@@ -36,20 +43,34 @@ def configure(kv_transfer_config: Any, options: Namespace) -> Any:
         options: The parsed options.
 
     Raises:
-        PrefixServeError: If two adapters, or an adapter and a LoRA module, have the same name.
+        PrefixServeError: If two adapters, or an adapter and a LoRA module, have the same name, or a folder does not exist.
     """
     adapters = options.prefix_adapter or []
-    if not adapters and not options.enable_prefix_adapters:
-        given = "warmup" if options.prefix_adapter_warmup else "device-memory"
-        raise PrefixServeError(f"--prefix-adapter-{given} needs --prefix-adapter or --enable-prefix-adapters.")
+    folders, owners = options.prefix_adapter_dir or [], options.prefix_adapter_hub or []
+    if not (adapters or folders or owners or options.enable_prefix_adapters):
+        given = next(option for option in OPTIONS if getattr(options, option) not in (None, False))
+        raise PrefixServeError(
+            f"--{given.replace('_', '-')} needs --prefix-adapter, --prefix-adapter-dir, --prefix-adapter-hub or "
+            "--enable-prefix-adapters."
+        )
+    check_folders(folders)
+    check_owners(owners)
     check_unique(adapters)
     modules = getattr(options, "lora_modules", None) or []
     check_served_names([adapter.name for adapter in adapters], [module.name for module in modules])
     if getattr(options, "prefix_registry", None) is None:
         options.prefix_registry = make_folder()
-    more = {REGISTRY: str(options.prefix_registry), WARMUP: options.prefix_adapter_warmup}
-    if options.prefix_adapter_device_memory is not None:
-        more[DEVICE_MEMORY] = options.prefix_adapter_device_memory
+    names = options.prefix_adapter_warmup
+    more = {
+        REGISTRY: str(options.prefix_registry),
+        # Without names, all.
+        WARMUP: True if names == [] else names or False,
+        FOLDERS: [*folders, *(folder for folder in resolver_folders() if folder not in folders)],
+        OWNERS: owners,
+        DEVICE_MEMORY: options.prefix_adapter_device_memory,
+        CACHE_SIZE: options.prefix_adapter_cache_size,
+    }
+    more = {name: value for name, value in more.items() if value not in (None, [])}
     return merge(kv_transfer_config, settings((adapter._asdict() for adapter in adapters), **more))
 
 
@@ -74,6 +95,7 @@ def create(engine_args: Any, create_engine_config: Callable[[], Any]) -> Any:
     check_served_names([adapter.name for adapter in adapters], [served] if isinstance(served, str) else served)
     ours[REGISTRY] = ours.get(REGISTRY) or make_folder()
     registry = registry_at(ours[REGISTRY])
+    use_cache(ours.get(CACHE_SIZE))
     engine_args.kv_transfer_config = replace_settings(engine_args.kv_transfer_config, ours)
     vllm_config = create_engine_config()
     _keep_embeddings_out(engine_args, vllm_config)
@@ -81,9 +103,9 @@ def create(engine_args: Any, create_engine_config: Callable[[], Any]) -> Any:
     keep_cores(vllm_config)
     # Otherwise another process of this server has added them.
     if registry.is_new:
-        opened = open_adapters(adapters, vllm_config)
-        registry.add(opened)
-        warn_of_drafts((adapter.spec for adapter in opened), vllm_config)
+        registered = register_adapters(adapters, vllm_config)
+        registry.add(registered)
+        warn_of_drafts((adapter.spec for adapter in registered), vllm_config)
     return vllm_config
 
 

@@ -14,7 +14,7 @@ from vllm import PoolingParams
 
 from vllm_plugin.adapters import base_lora
 from vllm_plugin.adapters.request import PrefixAdapterRequest
-from vllm_plugin.adapters.runtime_loading import adapter_of
+from vllm_plugin.adapters.runtime_loading import adapter_of, as_prefix_request
 from vllm_plugin.adapters.spec import SALT_PREFIX, PrefixSpec, pack
 from vllm_plugin.kv_transfer_config import ADAPTERS, settings_in
 from vllm_plugin.request_errors import PrefixRequestError, PrefixUnavailableError
@@ -75,9 +75,10 @@ def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
     Raises:
         PrefixRequestError: If this engine does not have the prefix and cannot load it.
     """
-    if not isinstance(lora_request, PrefixAdapterRequest):
+    if lora_request is None:
         return None
-    return adapter_of(lora_request, vllm_config)
+    lora_request = as_prefix_request(lora_request, vllm_config)
+    return adapter_of(lora_request, vllm_config) if isinstance(lora_request, PrefixAdapterRequest) else None
 
 
 def check_call(lora_request: Any, prompt: Any, params: Any, vllm_config: Any) -> tuple[PrefixSpec | None, bool]:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard
 
 from vllm_plugin.adapters import base_lora
-from vllm_plugin.adapters.adapter_kinds import holds_prefix
 from vllm_plugin.adapters.loading import open_adapter
 from vllm_plugin.adapters.options import AdapterOption, check_name
 from vllm_plugin.adapters.registry import Adapter, NameTakenError, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
+from vllm_plugin.adapters.resolver import MAX_CONCURRENT_LOADS, Resolver, sources_in
 from vllm_plugin.adapters.runtime_loading import names_in, publish
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.validation import check_served_names
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+from vllm_plugin.front_end.model_list import make_cards
 from vllm_plugin.front_end.warmup import warm_up
 from vllm_plugin.kv_transfer_config import WARMUP, settings_in
 from vllm_plugin.logger import logger
 
-# Each load holds the tensors of an adapter while it is checked.
-_MAX_CONCURRENT_LOADS = 4
+# More entries of `/v1/models` than this are made in a thread.
+_MAX_CARDS_AT_ONCE = 100
 
 
 class PrefixModels:
@@ -43,9 +45,14 @@ class PrefixModels:
         registry = registry_in(self._config.kv_transfer_config)
         assert registry is not None
         self._registry = registry
-        settings = settings_in(self._config.kv_transfer_config)
-        self._warms_up = bool(settings and settings.get(WARMUP))
-        self._load_limit = asyncio.Semaphore(_MAX_CONCURRENT_LOADS)
+        settings = settings_in(self._config.kv_transfer_config) or {}
+        # Which adapters are in the cache before the server is ready: True for all, or the names of a few.
+        self._warm: bool | Sequence[str] = settings.get(WARMUP) or False
+        self._started = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._resolver = Resolver(registry, self._config, prepare=self._prepare_in_thread)
+        self._finds = bool(sources_in(self._config))
+        self._load_limit = asyncio.Semaphore(MAX_CONCURRENT_LOADS)
 
     async def start(self) -> None:
         """Prepares the adapters for their first request. The engine must be running.
@@ -57,21 +64,44 @@ class PrefixModels:
         check_served_names((adapter.spec.name for adapter in adapters), self._other_names())
         await base_lora.load(self._engine, [adapter.spec for adapter in adapters])
         # Every API server process warms up before it is ready: all but the first find the prefixes in the cache.
-        if self._warms_up:
-            await warm_up(self._engine, [adapter.spec for adapter in adapters])
+        names = [adapter.spec.name for adapter in adapters] if self._warm is True else self._warm or []
+        verified = await asyncio.gather(*(self._resolved(name) for name in names))
+        if missing := [name for name, adapter in zip(names, verified, strict=True) if adapter is None]:
+            raise PrefixServeError(
+                f"--prefix-adapter-warmup names {missing[0]!r}, and there is no such adapter; this server has: "
+                f"{names_in(self._registry)}."
+            )
+        await warm_up(self._engine, [adapter.spec for adapter in verified if adapter is not None])
+        self._started = True
+
+    async def resolve(self, name: str | None) -> Adapter | ErrorResponse | None:
+        """Finds the adapter of a request before anything else looks for it, and reads it if it is its first request.
+
+        Returns:
+            The adapter; an error if it cannot be served; None if this is no name of a prefix.
+        """
+        if not name or (adapter := self._resolver.ready(name)) is not None:
+            return adapter if name else None
+        if not self._finds and self._registry.get(name) is None:
+            return None
+        if self._models.is_base_model(name) or name in self._models.lora_requests:
+            return None
+        try:
+            return await self._resolved(name)
+        except PrefixServeError as error:
+            return refusal_of(error)
 
     def spec(self, name: str | None) -> PrefixSpec | None:
-        """Returns the adapter called `name`; None if there is none."""
+        """Returns the adapter called `name`; None if there is none, or none that was read yet."""
         adapter = self._registry.get(name) if name else None
-        return None if adapter is None else adapter.spec
+        return None if adapter is None or not adapter.is_verified else adapter.spec
 
-    def chat_template(self, name: str | None) -> str | None:
-        """Returns the chat template of the messages behind the adapter called `name`; None for the model's own."""
-        adapter = self._registry.get(name) if name else None
-        return None if adapter is None else adapter.chat_template
+    def has(self, name: str) -> bool:
+        """Returns whether there is an adapter of this name, which may not be read yet."""
+        return self._registry.get(name) is not None
 
     def request(self, name: str | None) -> PrefixAdapterRequest | None:
-        """Returns the `lora_request` for the adapter called `name`; None if there is none."""
+        """Returns the `lora_request` for the adapter called `name`; None if there is none, or none that was read yet."""
         spec = self.spec(name)
         return None if spec is None else PrefixAdapterRequest(lora_name=spec.name, spec=spec)
 
@@ -94,24 +124,29 @@ class PrefixModels:
         models = ", ".join(base.name for base in self._models.base_model_paths)
         logger.info("Serving on %s: %s; prefix adapters: %s", address, models, names_in(self._registry))
 
-    def cards(self) -> list[ModelCard]:
-        """Returns the entries of `/v1/models`, in the form of those of LoRA modules."""
-        return [
-            ModelCard(
-                id=adapter.spec.name,
-                root=adapter.spec.source,
-                parent=self._parent(adapter),
-                permission=[ModelPermission()],
-            )
-            for adapter in self._registry.adapters()
-        ]
+    async def cards(self) -> list[ModelCard]:
+        """Returns the entries of `/v1/models`: what is loaded, and what requests may use."""
+        adapters = self._registry.adapters()
+        if not self._finds and len(adapters) <= _MAX_CARDS_AT_ONCE:
+            return make_cards(adapters, (), self._models)
+        # In a thread: it may look into thousands of folders.
+        return await asyncio.to_thread(lambda: make_cards(adapters, self._resolver.names(), self._models))
 
-    async def load(self, name: str, path: str, *, draft_path: str | None = None, replace: bool) -> ErrorResponse | str:
+    async def load(
+        self,
+        name: str,
+        path: str,
+        *,
+        draft_path: str | None = None,
+        base_model_name: str | None = None,
+        replace: bool,
+    ) -> ErrorResponse | str:
         """Reads, checks and adds an adapter. If anything fails, nothing changes.
 
         Args:
             name: The name that requests use.
             path: Folder or Hub repository, as on the command line.
+            base_model_name: The served model that `/v1/models` lists as its parent; the first one by default.
             draft_path: The prefix for the draft model, if any.
             replace: Whether to replace an adapter that has this name.
         """
@@ -124,24 +159,22 @@ class PrefixModels:
             "'load_inplace' to True.",
             HTTPStatus.CONFLICT,
         )
-        if not replace and self.spec(name) is not None:
+        if not replace and self.has(name):
             return taken
         try:
             check_name(name)
             # In a thread: it reads and hashes a file, or downloads it, and must not block running requests.
             async with self._load_limit:
-                option = AdapterOption(name, path, draft_path=draft_path or None)
+                option = AdapterOption(name, path, base_model_name, draft_path or None)
                 adapter = await asyncio.to_thread(open_adapter, option, self._config, self._registry)
-            await base_lora.load(self._engine, [adapter.spec])
-            if self._warms_up:
-                await warm_up(self._engine, [adapter.spec])
+            await self._prepare(adapter)
         except PrefixServeError as error:
-            missing = isinstance(error, AdapterNotFoundError)
-            return refusal(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
+            return refusal_of(error)
         try:
             publish(adapter, self._registry, self._config, replace=replace)
         except NameTakenError:
             return taken
+        self._resolver.forget(name)
         return f"Success: Prefix adapter '{name}' added successfully."
 
     def unload(self, name: str) -> ErrorResponse | str:
@@ -152,32 +185,31 @@ class PrefixModels:
             self._registry.remove(name)
         except KeyError:
             return refusal(f"The prefix adapter '{name}' cannot be found.", HTTPStatus.NOT_FOUND)
+        self._resolver.forget(name)
         logger.info("Removed prefix adapter: name '%s'", name)
         return f"Success: Prefix adapter '{name}' removed successfully."
 
     def _other_names(self) -> set[str]:
         return {*(base.name for base in self._models.base_model_paths), *self._models.lora_requests}
 
-    def _parent(self, adapter: Adapter) -> str:
-        named = adapter.base_model_name
-        return named if named and self._models.is_base_model(named) else self._models.base_model_paths[0].name
+    async def _resolved(self, name: str) -> Adapter | None:
+        self._loop = asyncio.get_running_loop()
+        # Shared by all requests for this name: one that is cancelled leaves it running.
+        return await asyncio.shield(asyncio.wrap_future(self._resolver.start(name)))
 
+    async def _prepare(self, adapter: Adapter) -> None:
+        """Makes the engine ready for an adapter that was read.
 
-def refuse_lora(request: Any, prefixes: PrefixModels | None) -> ErrorResponse | None:
-    """Returns the error for loading a LoRA adapter that has the name of a prefix or is a prefix; None for any other.
+        Raises:
+            PrefixServeError: If the engine cannot load it.
+        """
+        await base_lora.load(self._engine, [adapter.spec])
+        if self._started and self._warm is True:
+            await warm_up(self._engine, [adapter.spec])
 
-    Args:
-        request: vLLM's `LoadLoRAAdapterRequest`.
-        prefixes: The adapters of this server, if it has any.
-    """
-    if prefixes is not None and prefixes.spec(request.lora_name) is not None:
-        return refusal(f"The lora adapter '{request.lora_name}' conflicts with a prefix adapter.")
-    if not holds_prefix(request.lora_path):
-        return None
-    start = "" if prefixes is not None else " to a server that was started with --enable-prefix-adapters"
-    return refusal(
-        f"The lora adapter '{request.lora_name}' is a prefix, not a LoRA; load it by POST /v1/load_prefix_adapter{start}."
-    )
+    def _prepare_in_thread(self, adapter: Adapter) -> None:
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self._prepare(adapter), self._loop).result()
 
 
 _ERROR_TYPES = {
@@ -185,6 +217,12 @@ _ERROR_TYPES = {
     HTTPStatus.NOT_FOUND: "NotFoundError",
     HTTPStatus.CONFLICT: "ConflictError",
 }
+
+
+def refusal_of(error: PrefixServeError) -> ErrorResponse:
+    """Returns what is wrong with an adapter, in the form of vLLM's endpoints."""
+    missing = isinstance(error, AdapterNotFoundError)
+    return refusal(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
 
 
 def refusal(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:

@@ -22,6 +22,7 @@ from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end.cli_args import OPTIONS
 from vllm_plugin.kv_transfer_config import CONNECTOR, CONNECTOR_MODULE, settings_in
 from vllm_plugin.patches import patch
+from vllm_plugin.patches.arguments import all_arguments
 from vllm_plugin.patches.patch import MethodPatch
 from vllm_plugin.patches.worker import WORKER_PATCHES
 
@@ -128,10 +129,10 @@ def _from_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     engine_args = wrapped(*args, **kwargs)
     options = kwargs["args"] if "args" in kwargs else args[0]
     if getattr(options, "lora_modules", None):
-        from vllm_plugin.adapters.adapter_kinds import check_modules
+        from vllm_plugin.front_end.lora_options import take_prefixes
 
-        check_modules(options.lora_modules)
-    if any(getattr(options, name, None) for name in OPTIONS):
+        take_prefixes(options)
+    if any(getattr(options, name, None) not in (None, False) for name in OPTIONS):
         from vllm_plugin.front_end.engine_config import configure
 
         require(server=True)
@@ -160,11 +161,14 @@ def _validate_lora(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 async def _load_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Refuses a prefix that is loaded as a LoRA adapter at run time, and a LoRA adapter with the name of a prefix."""
-    from vllm_plugin.front_end.serving_models import refuse_lora
+    """Loads a prefix that is loaded as a LoRA adapter, and refuses a LoRA adapter with the name of a prefix."""
+    from vllm_plugin.front_end import lora_endpoints
 
-    request = kwargs["request"] if "request" in kwargs else args[0]
-    return refuse_lora(request, getattr(instance, "prefix_models", None)) or await wrapped(*args, **kwargs)
+    arguments = all_arguments(wrapped, args, kwargs)
+    answer = await lora_endpoints.load(
+        arguments["request"], getattr(instance, "prefix_models", None), arguments.get("base_model_name")
+    )
+    return await wrapped(*args, **kwargs) if answer is None else answer
 
 
 def _build_custom_logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 from typing import Any
 
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.front_end import requests
@@ -65,24 +67,25 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
 
 
 async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Adds the prefixes to the message that lists the available models.
+    """Finds the prefix that a request names, and adds the prefixes to the message that lists the available models.
 
     It also truncates the prompt to the context if the client asks for it, since vLLM's own limit does not count virtual
     tokens, and notes the chat template of a prefix that stands for the opening of a chat.
     """
     request = kwargs["request"] if "request" in kwargs else args[0]
     prefixes = getattr(instance.models, "prefix_models", None)
-    spec = _spec_of(instance.models, request.model)
-    if spec is not None:
+    adapter = None if prefixes is None else await prefixes.resolve(request.model)
+    if isinstance(adapter, ErrorResponse):
+        return adapter
+    if adapter is not None:
         # One token is left for the output, as in vLLM.
-        limit = TrustedPromptLimit(instance.model_config.max_model_len - spec.num_virtual_tokens - 1)
+        limit = TrustedPromptLimit(instance.model_config.max_model_len - adapter.spec.num_virtual_tokens - 1)
         if getattr(request, "truncate_prompt_tokens", None) == -1:
             request.truncate_prompt_tokens = limit
         elif hasattr(request, "truncation"):
             request.prefix_prompt_limit = limit
-        template = instance.models.prefix_models.chat_template(request.model)
-        if template is not None and hasattr(request, "build_chat_params"):
-            request.prefix_chat_template = TrustedTemplate(template)
+        if adapter.chat_template is not None and hasattr(request, "build_chat_params"):
+            request.prefix_chat_template = TrustedTemplate(adapter.chat_template)
     refusal = await wrapped(*args, **kwargs)
     return refusal if refusal is None or prefixes is None else prefixes.with_names(refusal)
 
@@ -122,8 +125,17 @@ def _spec_of(models: Any, name: str | None) -> PrefixSpec | None:
 async def _show_available_models(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     models = await wrapped(*args, **kwargs)
     if (prefixes := getattr(instance, "prefix_models", None)) is not None:
-        models.data.extend(prefixes.cards())
+        models.data.extend(await prefixes.cards())
     return models
+
+
+async def _unload_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Unloads a prefix through vLLM's endpoint for LoRA adapters as well."""
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    prefixes = getattr(instance, "prefix_models", None)
+    if prefixes is not None and request.lora_name not in instance.lora_requests and prefixes.has(request.lora_name):
+        return prefixes.unload(request.lora_name)
+    return await wrapped(*args, **kwargs)
 
 
 async def _startup(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
@@ -161,6 +173,7 @@ SERVER_PATCHES = (
     ),
     MethodPatch(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
     MethodPatch(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
+    MethodPatch(_MODELS, "OpenAIServingModels.unload_lora_adapter", ("request",), _unload_lora_adapter),
     MethodPatch(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     # Prefixes are looked up here by name, and not through entries in vLLM's own table of LoRA adapters: vLLM searches
     # that table from end to end for each chat request to the base model, and API server processes do not share it.

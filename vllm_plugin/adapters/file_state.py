@@ -1,0 +1,50 @@
+"""Values that change when the files of an adapter are overwritten or replaced: what notices a change without reading."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from peft_prefix_ext.checkpoint.atomic_save import config_of
+from peft_prefix_ext.checkpoint.format import WEIGHTS_NAME
+
+SETTLING_NS = 2_000_000_000
+
+
+class FileState(NamedTuple):
+    """One file. The time of the last status change cannot be set back, as that of the last change of content can."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the times are old enough that a further change would show: they are as coarse as two seconds."""
+        return time.time_ns() - max(self.mtime_ns, self.ctime_ns) > SETTLING_NS
+
+
+def state_of(path: str | Path) -> FileState | None:
+    """Returns the state of a file; None if it cannot be looked at."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def folder_state(folder: str | Path) -> str:
+    """Returns a text that changes with the config or the weights of the adapter in a folder, also when one is missing.
+
+    While one of them was changed just now, each call returns another text.
+    """
+    folder = Path(folder)
+    states = (state_of(config_of(folder)), state_of(folder / WEIGHTS_NAME))
+    texts = ["-" if state is None else ":".join(map(str, state)) for state in states]
+    if any(state is not None and not state.is_settled for state in states):
+        texts.append(f"read at {time.time_ns()}")
+    return " ".join(texts)

@@ -1,0 +1,96 @@
+"""The names of the prefixes in a folder with very many: each folder in it is looked into once, and not for each listing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from peft_prefix_ext.checkpoint.format import CONFIG_NAME
+from vllm_plugin.adapters.adapter_kinds import PREFIX_TYPES, adapter_type
+from vllm_plugin.adapters.file_state import FileState, state_of
+from vllm_plugin.adapters.options import is_folder_name
+
+
+class FolderIndex:
+    """The prefixes among the folders of a folder.
+
+    Args:
+        folder: The folder.
+        leads_outside: Says of a folder in it whether it, or one of its files, is a link to where nothing may be read.
+    """
+
+    def __init__(self, folder: str, leads_outside: Callable[[str], bool]) -> None:
+        self._folder, self._leads_outside = folder, leads_outside
+        self._lock = threading.Lock()
+        self._listed: FileState | None = None
+        # By name: the folder's inode, and whether it holds a prefix.
+        self._kinds: dict[str, tuple[int, bool]] = {}
+        # Folders without an adapter, which may get one: the inode, and the state that they had.
+        self._empty: dict[str, tuple[int, Any]] = {}
+        self._names: list[str] = []
+
+    def names(self) -> list[str]:
+        """Returns the names of the prefixes, sorted. Takes seconds at first if there are many, so call it in a thread."""
+        with self._lock:
+            state = state_of(self._folder)
+            if state is None:
+                return []
+            # Its time changes with the names in it.
+            if state != self._listed:
+                self._list()
+                self._listed = state if state.is_settled else None
+            elif self._empty:
+                self._look_again()
+            return self._names
+
+    def _list(self) -> None:
+        kinds: dict[str, tuple[int, bool]] = {}
+        self._empty = {}
+        try:
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    known = self._kinds.get(entry.name)
+                    if known is not None and known[0] == entry.inode():
+                        kinds[entry.name] = known
+                    elif is_folder_name(entry.name) and _is_folder(entry):
+                        self._look(entry.name, entry.inode(), kinds)
+        except OSError:
+            return
+        self._kinds = kinds
+        self._sort()
+
+    def _look_again(self) -> None:
+        """Looks at folders in which there was no adapter yet, if they have changed."""
+        kinds: dict[str, tuple[int, bool]] = {}
+        for name, (inode, state) in list(self._empty.items()):
+            if self._state(name) != state:
+                del self._empty[name]
+                self._look(name, inode, kinds)
+        if kinds:
+            self._kinds |= kinds
+            self._sort()
+
+    def _state(self, name: str) -> Any:
+        path = os.path.join(self._folder, name)
+        return state_of(path), state_of(os.path.join(path, CONFIG_NAME))
+
+    def _look(self, name: str, inode: int, kinds: dict[str, tuple[int, bool]]) -> None:
+        path, state = os.path.join(self._folder, name), self._state(name)
+        is_link = os.path.islink(path) or os.path.islink(os.path.join(path, CONFIG_NAME))
+        kind = None if is_link and self._leads_outside(path) else adapter_type(path)
+        if kind is None:
+            self._empty[name] = inode, state
+        else:
+            kinds[name] = inode, kind in PREFIX_TYPES
+
+    def _sort(self) -> None:
+        self._names = sorted(name for name, (_, is_prefix) in self._kinds.items() if is_prefix)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

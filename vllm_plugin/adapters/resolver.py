@@ -1,0 +1,262 @@
+"""From the name in a request to an adapter that can be served: read with its first request, and found where one may look for it.
+
+Three kinds of adapters: one that is verified is used as it is; one that the operator has named is read with its first request;
+and one that lies in a source (`sources.py`) is found by its name, and looked at again from time to time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from vllm_plugin.adapters.adapter_kinds import holds_prefix
+from vllm_plugin.adapters.file_state import folder_state
+from vllm_plugin.adapters.loading import load_known, open_adapter, verify_adapter
+from vllm_plugin.adapters.options import AdapterOption, check_name
+from vllm_plugin.adapters.registry import Adapter, Registry
+from vllm_plugin.adapters.single_flight import SingleFlight
+from vllm_plugin.adapters.sources import Found, Source, make_sources
+from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.kv_transfer_config import FOLDERS, OWNERS, settings_in
+from vllm_plugin.logger import logger
+
+# Each call holds the tensors of an adapter while it is read.
+MAX_CONCURRENT_LOADS = 4
+# The state of an adapter that the operator has named, and which was refused, is looked at this often.
+_RETRY_SECONDS = 1.0
+# Clients may send any number of names.
+_MAX_REFUSED = 10_000
+
+
+class _Refused(NamedTuple):
+    """A name without an adapter.
+
+    Args:
+        error: Why; None if nothing has this name.
+        state: The state of the files that were refused; None if there are none.
+        until: Until when this answer stands, whatever happens.
+    """
+
+    error: PrefixServeError | None
+    state: str | None
+    until: float
+
+
+class _Watched(NamedTuple):
+    """An adapter of a source that this process has looked at: until when it needs no further look, and where it lies."""
+
+    until: float
+    source: Source
+
+
+class Resolver:
+    """Finds the adapters of one engine by their names, in threads of its own.
+
+    Args:
+        registry: The table of adapters that all processes of a server share.
+        vllm_config: The engine's config.
+        sources: Where adapters are found that the table does not have.
+        prepare: Runs with each adapter that was read, before any request may use it. Raises `PrefixServeError` if the engine
+            cannot take it.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        vllm_config: Any,
+        sources: Sequence[Source] | None = None,
+        prepare: Callable[[Adapter], None] = lambda adapter: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry, self._config = registry, vllm_config
+        self._sources = sources_in(vllm_config) if sources is None else sources
+        self._prepare, self._clock = prepare, clock
+        self._flights: SingleFlight[Adapter | None] = SingleFlight(MAX_CONCURRENT_LOADS)
+        self._watched: dict[str, _Watched] = {}
+        self._refused: OrderedDict[str, _Refused] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def ready(self, name: str) -> Adapter | None:
+        """Returns an adapter that can be used as it is; None if `start` has to find out. Reads the clock at most."""
+        adapter = self._registry.get(name)
+        if adapter is None or not adapter.is_verified:
+            return None
+        if adapter.files is None:
+            return adapter
+        watched = self._watched.get(name)
+        if watched is None:
+            return None
+        if self._clock() >= watched.until:
+            if watched.source.is_local:
+                return None
+            self.start(name)
+        return adapter
+
+    def start(self, name: str) -> Future[Adapter | None]:
+        """Finds the adapter of a name, once for all who ask meanwhile.
+
+        The future gives None if nothing has this name, and raises `PrefixServeError` if what has it cannot be served. It is
+        shared: do not cancel it.
+        """
+        if (answer := self._answer_at_once(name)) is not None:
+            return answer
+        return self._flights.start(name, lambda: self._resolve(name))
+
+    def resolve(self, name: str) -> Adapter | None:
+        """Returns the adapter of a name; None if there is none. May read files, and wait for other threads.
+
+        Raises:
+            PrefixServeError: If it cannot be served.
+        """
+        return self.ready(name) or self.start(name).result()
+
+    def names(self) -> list[str]:
+        """Returns the names in the sources that are not in the table. May take seconds."""
+        known = {adapter.spec.name for adapter in self._registry.adapters()}
+        return [
+            name for name in dict.fromkeys(name for each in self._sources for name in each.names()) if name not in known
+        ]
+
+    def forget(self, name: str) -> None:
+        """Forgets why a name was refused: it was loaded or unloaded."""
+        with self._lock:
+            self._refused.pop(name, None)
+
+    def _answer_at_once(self, name: str) -> Future[Adapter | None] | None:
+        """Returns the answer to a name that nothing can have, or that was refused just now; None for any other."""
+        adapter = self._registry.get(name)
+        with self._lock:
+            refused = self._refused.get(name)
+        answer: Future[Adapter | None] = Future()
+        if adapter is None and not self._sources:
+            answer.set_result(None)
+        elif refused is None or self._clock() >= refused.until or (adapter is not None and adapter.is_verified):
+            return None
+        elif refused.error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(_copy(refused.error))
+        return answer
+
+    def _resolve(self, name: str) -> Adapter | None:
+        while True:
+            adapter = self._registry.get(name)
+            if adapter is None or adapter.files is not None:
+                new, source = self._look_for(name, adapter)
+                if new is None or source is None:
+                    return None
+                self._watched[name] = _Watched(self._clock() + source.refresh_seconds, source)
+            else:
+                new = adapter if adapter.is_verified else self._verify(adapter)
+            # If another process was faster, its adapter is looked at.
+            if new is adapter or self._publish(adapter, new):
+                self.forget(name)
+                return new
+
+    def _publish(self, old: Adapter | None, new: Adapter) -> bool:
+        if not self._registry.exchange(old, new):
+            return False
+        if old is None or old.spec.digest != new.spec.digest:
+            logger.info("Loaded prefix adapter: name '%s', path '%s'", new.spec.name, new.spec.source)
+        return True
+
+    def _verify(self, adapter: Adapter) -> Adapter:
+        """Reads an adapter that the operator has named."""
+        name, state = adapter.spec.name, folder_state(adapter.spec.path)
+        self._refuse_again(name, state, _RETRY_SECONDS)
+        try:
+            new = verify_adapter(adapter, self._config, self._registry)
+            self._prepare(new)
+        except PrefixServeError as error:
+            self._refuse(name, error, state, _RETRY_SECONDS)
+            raise
+        return new
+
+    def _look_for(self, name: str, adapter: Adapter | None) -> tuple[Adapter | None, Source | None]:
+        """Returns the adapter of a name in its present state, and where it lies.
+
+        Args:
+            name: The name.
+            adapter: What the table has, which is returned if its files are as they were.
+        """
+        error: PrefixServeError | None = None
+        for source in self._sources:
+            try:
+                found = source.find(name)
+            except PrefixServeError as problem:
+                error = error or problem
+                continue
+            if found is None:
+                continue
+            if adapter is not None and adapter.files == found.state:
+                return adapter, source
+            self._refuse_again(name, found.state, source.refresh_seconds)
+            # Other kinds of adapters are vLLM's.
+            if not holds_prefix(found.path):
+                continue
+            try:
+                return self._read(name, found, adapter), source
+            except PrefixServeError as problem:
+                self._drop(adapter)
+                self._refuse(name, problem, found.state, source.refresh_seconds)
+                raise
+        self._drop(adapter)
+        seconds = max((source.refresh_seconds for source in self._sources if error is not None), default=_RETRY_SECONDS)
+        self._refuse(name, error, None, seconds)
+        if error is not None:
+            raise error
+        return None, None
+
+    def _read(self, name: str, found: Found, old: Adapter | None) -> Adapter:
+        check_name(name)
+        opened = open_adapter(AdapterOption(name, found.path), self._config, self._registry, load_known)
+        spec = dataclasses.replace(opened.spec, source=found.source)
+        new = dataclasses.replace(opened, spec=spec, files=found.state)
+        # Files that were touched, or copied again, hold what they held.
+        if old is None or old.spec != new.spec:
+            self._prepare(new)
+        return new
+
+    def _drop(self, adapter: Adapter | None) -> None:
+        """Removes an adapter whose files are gone, or are another thing."""
+        if adapter is None:
+            return
+        self._watched.pop(adapter.spec.name, None)
+        if self._registry.exchange(adapter, None):
+            logger.info("Removed prefix adapter: name '%s'", adapter.spec.name)
+
+    def _refuse_again(self, name: str, state: str, seconds: float) -> None:
+        """Raises what an adapter was refused for, if its files are as they were then."""
+        with self._lock:
+            refused = self._refused.get(name)
+            if refused is None or refused.error is None or refused.state != state:
+                return
+            self._refused[name] = refused._replace(until=self._clock() + seconds)
+        raise _copy(refused.error)
+
+    def _refuse(self, name: str, error: PrefixServeError | None, state: str | None, seconds: float) -> None:
+        """Remembers what a name was refused for, and logs it once."""
+        with self._lock:
+            before = self._refused.pop(name, None)
+            self._refused[name] = _Refused(error and _copy(error), state, self._clock() + seconds)
+            if len(self._refused) > _MAX_REFUSED:
+                self._refused.popitem(last=False)
+        if error is not None and (before is None or str(before.error) != str(error)):
+            logger.warning("Refused: %s", error)
+
+
+def sources_in(vllm_config: Any) -> list[Source]:
+    """Returns the sources in an engine's config."""
+    settings = settings_in(vllm_config.kv_transfer_config) or {}
+    return make_sources(settings.get(FOLDERS, ()), settings.get(OWNERS, ()))
+
+
+def _copy(error: PrefixServeError) -> PrefixServeError:
+    """Returns the same error without what it holds on to: the frames that it was raised in, and the tensors there."""
+    return type(error)(str(error))
