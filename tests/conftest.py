@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 # Before anything imports torch, which reads it then, and for the processes that tests start. What is tiny gains nothing
@@ -14,6 +15,8 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no compilation
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_cache = tempfile.TemporaryDirectory(prefix="prefix-serve-cache-")
+os.environ["PREFIX_SERVE_CACHE"] = _cache.name  # not the one of the user
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from vllm_plugin.adapters.file_state import FileState
 from vllm_plugin.logger import logger
 
+FOLDER_VARIABLE = "PREFIX_SERVE_CACHE"
 # The file is written anew, with the latest half of its entries, when it has more bytes.
 MAX_BYTES = 32 << 20
 
@@ -62,7 +63,7 @@ class DigestCache:
                 if self._path.exists() and self._path.stat().st_size > MAX_BYTES:
                     self._shrink()
                 # One write of a line: those of several processes do not mix.
-                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
                 try:
                     os.write(descriptor, _line(_key(path, state), facts))
                 finally:
@@ -109,13 +110,17 @@ def _checksum(text: bytes) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of this package within the Hub's cache, `~/.cache/huggingface` by default."""
+    """Returns the folder of what this package keeps on disk: by default, one within the Hub's cache."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(HF_HOME) / "peft-prefix-ext"
+    return Path(os.environ.get(FOLDER_VARIABLE) or os.path.join(HF_HOME, "peft-prefix-ext"))
 
 
-@functools.cache
 def digest_cache() -> DigestCache:
     """Returns the cache of this process."""
+    return _digest_cache(os.environ.get(FOLDER_VARIABLE))
+
+
+@functools.lru_cache(maxsize=4)
+def _digest_cache(folder: str | None) -> DigestCache:
     return DigestCache(cache_folder() / "digests.jsonl")

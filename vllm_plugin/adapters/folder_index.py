@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from peft_prefix_ext.checkpoint.format import CONFIG_NAME
+from peft_prefix_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME
 from vllm_plugin.adapters.adapter_kinds import PREFIX_TYPES, adapter_type
 from vllm_plugin.adapters.file_state import FileState, state_of
 from vllm_plugin.adapters.options import is_folder_name
@@ -78,7 +78,8 @@ class FolderIndex:
 
     def _look(self, name: str, inode: int, kinds: dict[str, tuple[int, bool]]) -> None:
         path, state = os.path.join(self._folder, name), self._state(name)
-        is_link = os.path.islink(path) or os.path.islink(os.path.join(path, CONFIG_NAME))
+        is_link = any(os.path.islink(os.path.join(path, name)) for name in (CONFIG_NAME, WEIGHTS_NAME))
+        is_link = is_link or os.path.islink(path)
         kind = None if is_link and self._leads_outside(path) else adapter_type(path)
         if kind is None:
             self._empty[name] = inode, state

@@ -97,13 +97,13 @@ def _read(folder: Path) -> PrefixCheckpoint:
     checkpoint = read_prefix(folder)
     assert checkpoint.largest is not None
     if before is not None and before.is_settled and state_of(weights) == before:
-        digest_cache().put(weights.resolve(), before, ValueFacts(checkpoint.digest, checkpoint.largest))
+        digest_cache().put(os.path.abspath(weights), before, ValueFacts(checkpoint.digest, checkpoint.largest))
     return checkpoint
 
 
 def _with_known_facts(header: PrefixCheckpoint) -> PrefixCheckpoint | None:
     weights = header.path / WEIGHTS_NAME
-    facts = digest_cache().get(weights.resolve(), state_of(weights))
+    facts = digest_cache().get(os.path.abspath(weights), state_of(weights))
     return None if facts is None else dataclasses.replace(header, digest=facts.digest, largest=facts.largest)
 
 
@@ -221,7 +221,7 @@ def _spec(name: str, source: str, checkpoint: PrefixCheckpoint, **more: Any) -> 
         name=name,
         source=source,
         # Links are resolved now: their target may be another adapter later.
-        path=str(checkpoint.path.resolve()),
+        path=os.path.realpath(checkpoint.path),
         num_virtual_tokens=checkpoint.num_virtual_tokens,
         digest=digest_of(checkpoint) if checkpoint.digest else "",
         **more,

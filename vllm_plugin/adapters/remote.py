@@ -59,7 +59,7 @@ class RemoteCache:
                 raise PrefixCheckpointError(
                     f"The adapter in {url} has {size} bytes, more than --prefix-adapter-cache-size allows; raise it."
                 )
-            copy = self.folder / _hash(url) / _hash(state)
+            copy = self.folder / _hash(url.rstrip("/")) / _hash(state)
             if not copy.is_dir():
                 self._download(files, path, copy)
         # By the time of this change, the least recently used copies are found.

@@ -80,7 +80,7 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
             f"Prefix adapter {name!r} is of an encoder-decoder model, which vLLM does not serve; use `PeftModel.generate`."
         )
     try:
-        checkpoint.check_base(fingerprint(model.hf_config))
+        checkpoint.check_base(_fingerprint(model.hf_config))
     except PrefixCheckpointError as error:
         raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
     trained_on = checkpoint.base_model_name_or_path
@@ -117,6 +117,19 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
             f"Prefix adapter {name!r} has {p} virtual tokens, which leaves no room in a context of "
             f"{model.max_model_len}; raise --max-model-len."
         )
+
+
+# Thousands of adapters of one model are checked. The configs are kept, so that their ids are theirs.
+_fingerprints: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+
+def _fingerprint(config: Any) -> dict[str, Any]:
+    known = _fingerprints.get(id(config))
+    if known is None:
+        if len(_fingerprints) >= 8:
+            _fingerprints.clear()
+        known = _fingerprints[id(config)] = config, fingerprint(config)
+    return known[1]
 
 
 def check_magnitude(name: str, largest: float, dtype: torch.dtype) -> None:

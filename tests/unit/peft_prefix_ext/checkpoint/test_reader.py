@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.prefixed import trained_model
 from helpers.tiny import tiny_model
 from peft_prefix_ext import PrefixCheckpointError, read_prefix
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
+from peft_prefix_ext.checkpoint.reader import read_header
 
 
 def test_reader_gives_what_the_model_uses(tmp_path):
@@ -98,6 +100,37 @@ def test_damage_is_named(folder, damage, message):
     damage(folder)
     with pytest.raises(PrefixCheckpointError, match=message):
         read_prefix(folder)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_what_is_no_file_is_not_waited_for(folder, name, kind):
+    (folder / name).unlink()
+    {
+        "fifo": lambda: os.mkfifo(folder / name),
+        "device": lambda: (folder / name).symlink_to("/dev/zero"),
+        "folder": lambda: (folder / name).mkdir(),
+    }[kind]()
+    for read in (read_prefix, read_header):
+        with pytest.raises(PrefixCheckpointError, match=r"cannot be read as JSON|No adapter_model|No adapter_config"):
+            read(folder)
+
+
+def test_the_header_says_all_but_the_values(folder):
+    whole, header = read_prefix(folder), read_header(folder)
+    assert (header.layer_shapes, header.state_shapes, header.config) == (
+        whole.layer_shapes,
+        whole.state_shapes,
+        whole.config,
+    )
+    assert (header.digest, header.largest) == ("", None)
+    assert whole.largest == max(float(tensor.abs().max()) for _, _, tensor in whole.tensors())
+    edit_weights(folder, lambda t, k: t[k].view(-1)[3].fill_(float("nan")))
+    assert read_header(folder).layer_shapes == whole.layer_shapes
+    # Whatever else of its kind was read before.
+    edit_config(folder, num_virtual_tokens=8)
+    with pytest.raises(PrefixCheckpointError, match="do not fit together"):
+        read_header(folder)
 
 
 def test_no_such_folder(tmp_path):

@@ -1,0 +1,116 @@
+"""Adapters in remote storage: copied once per state, within a cache of bounded size."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_prefix_ext.checkpoint.format import PrefixCheckpointError, PrefixNotFoundError
+from vllm_plugin.adapters.adapter_kinds import adapter_type
+from vllm_plugin.adapters.remote import RemoteCache, is_remote, remote_state
+from vllm_plugin.adapters.sources import RemoteSource
+
+URL = "memory://bucket/adapters"
+
+
+@pytest.fixture
+def storage() -> Iterator[Any]:
+    """fsspec's file system in memory."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    files = MemoryFileSystem()
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+
+
+def put(storage: Any, name: str, weights: bytes = b"weights", kind: str = "PREFIX_EXT") -> str:
+    storage.pipe(f"/bucket/adapters/{name}/adapter_config.json", json.dumps({"peft_type": kind}).encode())
+    storage.pipe(f"/bucket/adapters/{name}/adapter_model.safetensors", weights)
+    return f"{URL}/{name}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_copy_per_state(storage: Any, tmp_path: Path) -> None:
+    cache, url = RemoteCache(tmp_path), put(storage, "a")
+    first = cache.fetch(url)
+    assert contents(first) == {
+        "adapter_config.json": b'{"peft_type": "PREFIX_EXT"}',
+        "adapter_model.safetensors": b"weights",
+    }
+    assert cache.fetch(url) == cache.fetch(f"{url}/") == first
+    put(storage, "a", b"changed")
+    second = cache.fetch(url)
+    assert second != first
+    assert contents(second)["adapter_model.safetensors"] == b"changed"
+    # Whoever reads the old one goes on.
+    assert contents(first)["adapter_model.safetensors"] == b"weights"
+
+
+def test_the_least_recently_used_copies_go(storage: Any, tmp_path: Path) -> None:
+    cache = RemoteCache(tmp_path, 3000)
+    urls = [put(storage, name, bytes(900)) for name in "abcd"]
+    copies = []
+    for url in urls[:3]:
+        copies.append(cache.fetch(url))
+        time.sleep(0.01)
+    cache.fetch(urls[0])
+    copies.append(cache.fetch(urls[3]))
+    assert [copy.is_dir() for copy in copies] == [True, False, True, True]
+    assert cache.fetch(urls[1]) == copies[1]
+    assert copies[1].is_dir()
+    with pytest.raises(PrefixCheckpointError, match="has 3027 bytes, more than --prefix-adapter-cache-size allows"):
+        cache.fetch(put(storage, "e", bytes(3000)))
+    assert not list(tmp_path.glob(".new-*"))
+
+
+def test_an_object_without_end_is_not_copied(storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = put(storage, "a", bytes(5000))
+    monkeypatch.setattr(type(storage), "info", lambda self, path, **_: {"name": path, "size": 1, "type": "file"})
+    with pytest.raises(PrefixNotFoundError, match="more than 3000 bytes"):
+        RemoteCache(tmp_path, 3000).fetch(url)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [(f"{URL}/nothing", "FileNotFoundError: no adapter_config.json"), ("nope://x/y", "Protocol not known: nope")],
+)
+def test_what_is_not_there_is_said_in_one_sentence(storage: Any, tmp_path: Path, url: str, reason: str) -> None:
+    assert is_remote(url)
+    with pytest.raises(PrefixNotFoundError, match=r"\A[^\n]*\Z") as caught:
+        RemoteCache(tmp_path).fetch(url)
+    assert f"No prefix adapter at {url!r} (" in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def test_a_folder_of_remote_storage(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(storage, "b")
+    url = put(storage, "a")
+    put(storage, "sub/deeper")
+    source = RemoteSource(f"{URL}/")
+    found = source.find("a")
+    assert found == (url, url, remote_state(url))
+    assert source.find("a") == found
+    put(storage, "a", b"changed")
+    changed = source.find("a")
+    assert changed is not None
+    assert changed.state != found.state
+    storage.rm("/bucket/adapters/a/adapter_config.json")
+    for name in ("a", "nothing", "sub", "..", "../adapters/b", "b/", "sub/deeper", ""):
+        assert source.find(name) is None
+    assert source.names() == ["a", "b", "sub"]
+    put(storage, "c")
+    # A listing takes long, so it is kept for a while.
+    assert source.names() == ["a", "b", "sub"]
+    monkeypatch.setattr(source, "refresh_seconds", 0)
+    assert source.names() == ["a", "b", "c", "sub"]
+    assert (adapter_type(f"{URL}/b"), adapter_type(f"{URL}/nothing")) == ("PREFIX_EXT", None)
