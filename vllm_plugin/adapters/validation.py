@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,7 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
         raise PrefixServeError(f"Prefix adapter {name!r}: {error}") from error
     trained_on = checkpoint.base_model_name_or_path
     if trained_on and Path(trained_on).name != Path(model.model).name:
-        logger.warning(
-            "Prefix adapter %r was trained on %s and is served on %s: the architecture fits, but only the same weights "
-            "give the same answers.",
-            name,
-            trained_on,
-            model.model,
-        )
+        _warn_of_base(name, trained_on, model.model)
     if checkpoint.largest is not None:
         check_magnitude(name, checkpoint.largest, model.dtype)
     shapes = {(layer.key.shape[0], layer.key.shape[2]) for layer in checkpoint.layers.values()}
@@ -117,6 +112,18 @@ def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:
             f"Prefix adapter {name!r} has {p} virtual tokens, which leaves no room in a context of "
             f"{model.max_model_len}; raise --max-model-len."
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_of_base(name: str, trained_on: str, served_on: str) -> None:
+    """Warns once: an adapter is checked when it is registered, and when it is read."""
+    logger.warning(
+        "Prefix adapter %r was trained on %s and is served on %s: the architecture fits, but only the same weights "
+        "give the same answers.",
+        name,
+        trained_on,
+        served_on,
+    )
 
 
 # Thousands of adapters of one model are checked. The configs are kept, so that their ids are theirs.

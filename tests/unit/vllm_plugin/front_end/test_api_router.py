@@ -70,7 +70,7 @@ def test_unknown_adapters_cannot_be_unloaded(server: TestClient) -> None:
 
 
 def test_loras_and_prefixes_stay_apart(options: Any) -> None:
-    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
     models = start(options, "a-lora").app.state.openai_serving_models
     for inplace in (False, True):
@@ -80,8 +80,6 @@ def test_loras_and_prefixes_stay_apart(options: Any) -> None:
             400,
             "The lora adapter 'one' conflicts with a prefix adapter.",
         )
-    refusal = asyncio.run(models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name="one")))
-    assert refusal.error.code == 404
     serving = BaseServing(models, models.model_config)
     assert serving._maybe_get_adapters(SimpleNamespace(model="a-lora")) == LoRARequest("a-lora", 1, "/lora")
     # Message types do not select an adapter of the same name.
@@ -89,20 +87,17 @@ def test_loras_and_prefixes_stay_apart(options: Any) -> None:
     assert serving._maybe_get_adapters(chat, supports_default_mm_loras=True) is None
 
 
-def test_loading_a_prefix_as_a_lora_names_the_right_endpoint(options: Any, tmp_path: Path) -> None:
+def test_a_server_without_prefixes_refuses_one_that_is_loaded_as_a_lora(options: Any, tmp_path: Path) -> None:
     from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
     models = start(options).app.state.openai_serving_models
+    del models.prefix_models
     request = LoadLoRAAdapterRequest(lora_name="two", lora_path=str(adapter(tmp_path / "two", 2)))
     refusal = asyncio.run(models.load_lora_adapter(request))
-    assert refusal.error.code == 400
-    assert refusal.error.message == (
-        "The lora adapter 'two' is a prefix, not a LoRA; load it by POST /v1/load_prefix_adapter."
+    assert (refusal.error.code, refusal.error.message) == (
+        400,
+        "The lora adapter 'two' is a prefix, not a LoRA; start the server with --enable-prefix-adapters to load prefixes.",
     )
-    # A server without prefixes.
-    del models.prefix_models
-    refusal = asyncio.run(models.load_lora_adapter(request))
-    assert "to a server that was started with --enable-prefix-adapters." in refusal.error.message
 
 
 def test_loading_a_lora_as_a_prefix_names_the_right_endpoint(server: TestClient, tmp_path: Path) -> None:
@@ -120,6 +115,7 @@ def test_a_request_keeps_its_adapter_after_unload(server: TestClient) -> None:
     from vllm_plugin.front_end import requests
 
     models = server.app.state.openai_serving_models
+    assert digest(server, "one") is not None
     request = models.prefix_models.request("one")
     unload(server, "one")
     spec = requests.adapter_named(request, models.engine_client.vllm_config)

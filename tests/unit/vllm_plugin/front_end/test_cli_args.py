@@ -101,15 +101,74 @@ def test_incomplete_or_conflicting_options_are_refused() -> None:
 
 
 @pytest.mark.parametrize("served", [[], ["--prefix-adapter", "one=/x"]])
-def test_a_prefix_in_lora_modules_is_refused(model: Path, adapter: Path, served: list[str]) -> None:
+def test_a_prefix_in_lora_modules_is_served_as_one(model: Path, adapter: Path, served: list[str]) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     options = parsed(*served)
     vars(options).update(vars(EngineArgs(model=str(model))))
-    options.lora_modules = [LoRAModulePath("fine", "/lora"), LoRAModulePath("tone", str(adapter))]
-    with pytest.raises(PrefixServeError, match=r"\A[^\n]*\Z") as caught:
+    fine, tone = LoRAModulePath("fine", "/lora"), LoRAModulePath("tone", str(adapter), "base")
+    options.lora_modules = [fine, tone]
+    args = EngineArgs.from_cli_args(options)
+    assert options.lora_modules == [fine]
+    named = settings_in(args.kv_transfer_config)["prefix_adapters"]
+    assert [AdapterOption(**fields) for fields in named] == [
+        *([AdapterOption("one", "/x")] if served else []),
+        AdapterOption("tone", str(adapter), "base"),
+    ]
+    # The other processes of the server, which get the same options.
+    assert settings_in(EngineArgs.from_cli_args(options).kv_transfer_config)["prefix_adapters"] == named
+    options.lora_modules = [tone]
+    with pytest.raises(PrefixServeError, match="'tone' is given twice"):
         EngineArgs.from_cli_args(options)
-    assert f"holds a prefix, not a LoRA; give it as --prefix-adapter tone={adapter}" in str(caught.value)
+    assert options.lora_modules is None
+
+
+def test_lora_modules_without_a_prefix_stay_with_vllm(model: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = parsed()
+    vars(options).update(vars(EngineArgs(model=str(model))))
+    options.lora_modules = [LoRAModulePath("fine", "/lora")]
+    assert EngineArgs.from_cli_args(options).kv_transfer_config is None
+    assert options.lora_modules == [LoRAModulePath("fine", "/lora")]
+
+
+def test_where_adapters_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings_of(*options: str) -> dict[str, object]:
+        found = settings_in(engine_config.configure(None, parsed(*options)))
+        return {name: value for name, value in found.items() if name not in ("prefix_adapters", "prefix_registry")}
+
+    folder, warmup = str(tmp_path), {"prefix_adapter_warmup": False}
+    assert settings_of("--prefix-adapter-dir", folder, "s3://bucket/x", "--prefix-adapter-cache-size", "0.5") == {
+        **warmup,
+        "prefix_adapter_dir": [folder, "s3://bucket/x"],
+        "prefix_adapter_cache_size": 2**29,
+    }
+    assert settings_of("--prefix-adapter-hub", "me", "you/x") == {**warmup, "prefix_adapter_hub": ["me", "you/x"]}
+    with pytest.raises(PrefixServeError, match="is not a folder; create it"):
+        settings_of("--prefix-adapter-dir", f"{folder}/nowhere")
+    with pytest.raises(PrefixServeError, match="expects OWNER or OWNER/NAME"):
+        settings_of("--prefix-adapter-hub", "a/b/c")
+    # The folder of vLLM's own resolver, if that is on.
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", folder)
+    assert settings_of("--enable-prefix-adapters") == warmup
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    assert settings_of("--enable-prefix-adapters") == {**warmup, "prefix_adapter_dir": [folder]}
+    assert settings_of("--prefix-adapter-dir", folder)["prefix_adapter_dir"] == [folder]
+    offline = prefix_adapters(prefix_adapter_dir=tmp_path, prefix_adapter_hub="me", prefix_adapter_cache_size=1)
+    assert offline["kv_transfer_config"].kv_connector_extra_config == {
+        "prefix_adapters": [],
+        "prefix_adapter_dir": [folder],
+        "prefix_adapter_hub": ["me"],
+        "prefix_adapter_cache_size": 2**30,
+    }
+
+
+@pytest.mark.parametrize(("given", "warmed"), [([], True), (["a", "b"], ["a", "b"]), (None, False)])
+def test_all_or_a_few_adapters_are_warmed_up(given: list[str] | None, warmed: object) -> None:
+    option = [] if given is None else ["--prefix-adapter-warmup", *given]
+    found = settings_in(engine_config.configure(None, parsed("--prefix-adapter", "a=/x", *option)))
+    assert found["prefix_adapter_warmup"] == warmed
 
 
 @pytest.mark.parametrize(

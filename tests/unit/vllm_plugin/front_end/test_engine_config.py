@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,21 @@ def test_another_base_model(model: Path, tmp_path: Path, other: dict[str, Any], 
         refused(model, adapter, "was trained on another base model")
 
 
-def test_values_too_large_for_the_dtype_are_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "message"), [(1e5, "holds values too large for float16"), (math.nan, "NaN or Inf")])
+def test_values_are_checked_with_the_first_request(model: Path, tmp_path: Path, value: float, message: str) -> None:
+    from vllm_plugin import PrefixAdapterRequest
+    from vllm_plugin.adapters.runtime_loading import adapter_of
+
     prefix = support.random_prefix(CONFIG, 4)
-    prefix[1][1][0, 0, 0] = 1e5
+    prefix[1][1][0, 0, 0] = value
     adapter = support.write_adapter(tmp_path, CONFIG, prefix)
-    engine_config(model, adapter)
-    refused(model, adapter, "holds values too large for float16", dtype="float16")
+    config = engine_config(model, adapter, dtype="float16")
+    assert support.specs_in(config.kv_transfer_config)["one"].digest == ""
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            adapter_of(PrefixAdapterRequest("one"), config)
+    if value == 1e5:
+        assert adapter_of(PrefixAdapterRequest("one"), engine_config(model, adapter)).digest
 
 
 @pytest.mark.parametrize(
