@@ -123,6 +123,13 @@ class Resolver:
             name for name in dict.fromkeys(name for each in self._sources for name in each.names()) if name not in known
         ]
 
+    def expire(self, name: str) -> None:
+        """Makes the next request look at the files of an adapter, however short ago the last one did."""
+        self._watched.pop(name, None)
+        with self._lock:
+            if (refused := self._refused.get(name)) is not None:
+                self._refused[name] = refused._replace(until=self._clock())
+
     def forget(self, name: str) -> None:
         """Forgets why a name was refused: it was loaded or unloaded."""
         with self._lock:

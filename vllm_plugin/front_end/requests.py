@@ -6,7 +6,7 @@ transfer parameters, which a client may not set itself. The engine holds no tabl
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -28,6 +28,10 @@ class CheckedRequest(PrefixAdapterRequest):
 
     Clients cannot forge it: they send names, and only the server's own code creates instances.
     """
+
+
+class PartOfSearch(PrefixAdapterRequest):
+    """Marks a request of a beam search, all of whose requests have the same prefix, whatever becomes of its files."""
 
 
 class Prompt(NamedTuple):
@@ -190,4 +194,35 @@ async def outputs_or_unavailable(outputs: AsyncGenerator[Any], spec: PrefixSpec)
                     "files were overwritten, the operator of the server has to load it again, by POST "
                     '/v1/load_prefix_adapter with "load_inplace": true.'
                 )
+            yield output
+
+
+async def outputs_of(
+    start: Callable[[PrefixSpec], AsyncGenerator[Any]],
+    spec: PrefixSpec,
+    look_again: Callable[[PrefixSpec], Awaitable[PrefixSpec | None]] | None,
+) -> AsyncGenerator[Any]:
+    """Yields the outputs of a request with a prefix, which begins again if the prefix was replaced before it was read.
+
+    Args:
+        start: Begins the request with a prefix.
+        spec: Its prefix.
+        look_again: Returns what is in the place of a prefix that cannot be read; None if nothing else is there.
+
+    Raises:
+        PrefixUnavailableError: If the prefix could not be read, and was not replaced.
+    """
+    has_output = False
+    try:
+        async with aclosing(outputs_or_unavailable(start(spec), spec)) as outputs:
+            async for output in outputs:
+                has_output = True
+                yield output
+            return
+    except PrefixUnavailableError:
+        newer = None if has_output or look_again is None else await look_again(spec)
+        if newer is None:
+            raise
+    async with aclosing(outputs_or_unavailable(start(newer), newer)) as outputs:
+        async for output in outputs:
             yield output

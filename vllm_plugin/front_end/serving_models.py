@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard
+from vllm.exceptions import VLLMNotFoundError
 
 from vllm_plugin.adapters import base_lora
 from vllm_plugin.adapters.loading import open_adapter
@@ -24,6 +25,7 @@ from vllm_plugin.front_end.model_list import make_cards
 from vllm_plugin.front_end.warmup import warm_up
 from vllm_plugin.kv_transfer_config import WARMUP, settings_in
 from vllm_plugin.logger import logger
+from vllm_plugin.request_errors import PrefixRequestError
 
 # More entries of `/v1/models` than this are made in a thread.
 _MAX_CARDS_AT_ONCE = 100
@@ -90,6 +92,21 @@ class PrefixModels:
             return await self._resolved(name)
         except PrefixServeError as error:
             return refusal_of(error)
+
+    async def look_again(self, spec: PrefixSpec) -> PrefixSpec | None:
+        """Returns what is in the place of a prefix that the engine could not read; None if nothing else is there.
+
+        Raises:
+            VLLMNotFoundError: If there is no adapter of this name any more.
+            PrefixRequestError: If there is another one, which cannot be served.
+        """
+        self._resolver.expire(spec.name)
+        adapter = await self.resolve(spec.name)
+        if adapter is None:
+            raise VLLMNotFoundError(f"The model `{spec.name}` does not exist.")
+        if isinstance(adapter, ErrorResponse):
+            raise PrefixRequestError(adapter.error.message)
+        return None if adapter.spec == spec else adapter.spec
 
     def spec(self, name: str | None) -> PrefixSpec | None:
         """Returns the adapter called `name`; None if there is none, or none that was read yet."""

@@ -34,20 +34,31 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if not requests.is_relevant(lora_request, config):
         return wrapped(*args, **kwargs)
     params = argument(wrapped, args, kwargs, "sampling_params")
-    spec, checked = requests.check_call(lora_request, argument(wrapped, args, kwargs, "prompt"), params, config)
-    if spec is None:
+    prompt = argument(wrapped, args, kwargs, "prompt")
+    named, checked = requests.check_call(lora_request, prompt, params, config)
+    if named is None:
         return wrapped(*args, **kwargs)
     request_type = requests.CheckedRequest if checked else PrefixAdapterRequest
-    arguments = {**all_arguments(wrapped, args, kwargs), "lora_request": request_type(lora_name=spec.name, spec=spec)}
-    return requests.outputs_or_unavailable(wrapped(**arguments), spec)
+
+    def start(spec: PrefixSpec) -> Any:
+        if spec is not named:
+            requests.check(spec, requests.Prompt.of_input(prompt), params, config.model_config.max_model_len)
+        request = request_type(lora_name=spec.name, spec=spec)
+        return wrapped(**{**all_arguments(wrapped, args, kwargs), "lora_request": request})
+
+    prefixes = getattr(instance, "prefix_models", None)
+    may_change = prefixes is not None and not isinstance(lora_request, requests.PartOfSearch)
+    return requests.outputs_of(start, named, prefixes.look_again if may_change else None)
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Ends beams at the end of the context: vLLM's own limit does not count virtual tokens."""
+    """Ends beams at the end of the context, as vLLM's own limit does not count virtual tokens, and keeps to one prefix."""
     config = instance.engine_client.vllm_config
     arguments = all_arguments(wrapped, args, kwargs)
     spec = requests.adapter_named(arguments.get("lora_request"), config)
     prompt = requests.Prompt.of_input(arguments["prompt"])
+    if spec is not None:
+        arguments["lora_request"] = requests.PartOfSearch(lora_name=spec.name, spec=spec)
     if spec is not None and prompt is not None and prompt.num_tokens is not None:
         params = arguments["params"] = copy.copy(arguments["params"])
         remaining = config.model_config.max_model_len - spec.num_virtual_tokens - prompt.num_tokens
@@ -63,7 +74,7 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
 
         prefixes = PrefixModels(instance)
         await prefixes.start()
-        instance.prefix_models = prefixes
+        instance.prefix_models = instance.engine_client.prefix_models = prefixes
 
 
 async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

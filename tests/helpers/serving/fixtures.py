@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,13 @@ def server(options: Any) -> TestClient:
 def other(server: TestClient, options: Any) -> TestClient:
     """Another API server process of that server."""
     return app.start(options)
+
+
+@pytest.fixture
+def storage() -> Iterator[Any]:
+    """fsspec's file system in memory, `memory://`."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    yield MemoryFileSystem()
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]

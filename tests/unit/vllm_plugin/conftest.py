@@ -1,1 +1,1 @@
-from helpers.serving.fixtures import adapter, log, model, options, other, server  # noqa: F401
+from helpers.serving.fixtures import adapter, log, model, options, other, server, storage  # noqa: F401

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ from vllm_plugin.adapters.remote import RemoteCache, is_remote, remote_state
 from vllm_plugin.adapters.sources import RemoteSource
 
 URL = "memory://bucket/adapters"
-
-
-@pytest.fixture
-def storage() -> Iterator[Any]:
-    """fsspec's file system in memory."""
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    files = MemoryFileSystem()
-    yield files
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
 
 
 def put(storage: Any, name: str, weights: bytes = b"weights", kind: str = "PREFIX_EXT") -> str:

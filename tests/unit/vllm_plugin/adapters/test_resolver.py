@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -360,14 +360,6 @@ def test_a_request_costs_a_look_into_a_dict_and_at_the_clock(
     assert names.tokens("named") == 4
     with pytest.raises(TypeError):
         names.tokens("a")
-
-
-@pytest.fixture
-def storage() -> Iterator[Any]:
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    yield MemoryFileSystem()
-    MemoryFileSystem.store.clear()
 
 
 def test_requests_do_not_wait_for_remote_storage(config: Any, tmp_path: Path, storage: Any) -> None:

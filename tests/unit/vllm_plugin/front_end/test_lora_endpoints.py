@@ -100,16 +100,11 @@ def test_a_lora_stays_with_vllm(server: TestClient, tmp_path: Path, request: Any
     assert message in answer.json()["error"]["message"]
 
 
-def test_a_prefix_in_remote_storage(server: TestClient, tmp_path: Path) -> None:
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    MemoryFileSystem().put(str(adapter(tmp_path / "two", 2)), "/loras/two", recursive=True)
-    try:
-        assert server.post(LOAD, json={"lora_name": "two", "lora_path": "memory://loras/two"}).status_code == 200
-        assert cards(server)["two"]["root"] == "memory://loras/two"
-        assert digest(server, "two")
-    finally:
-        MemoryFileSystem.store.clear()
+def test_a_prefix_in_remote_storage(server: TestClient, tmp_path: Path, storage: Any) -> None:
+    storage.put(str(adapter(tmp_path / "two", 2)), "/loras/two", recursive=True)
+    assert server.post(LOAD, json={"lora_name": "two", "lora_path": "memory://loras/two"}).status_code == 200
+    assert cards(server)["two"]["root"] == "memory://loras/two"
+    assert digest(server, "two")
 
 
 def test_vllms_endpoints_are_off_by_default(options: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from vllm_plugin import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.front_end import requests
+from vllm_plugin.request_errors import PrefixUnavailableError
 
 
 def checks() -> list[tuple[Callable[[], requests.Prompt], Callable[[], Any], str]]:
@@ -47,3 +50,63 @@ def test_prefixes_are_unknown_to_an_engine_without_them() -> None:
 
     with pytest.raises(ValueError, match="this engine has: none"):
         requests.adapter_named(PrefixAdapterRequest("p7"), Config())
+
+
+OLD, NEW = (PrefixSpec(name="a", source="", path="", num_virtual_tokens=7, digest=digest) for digest in ("old", "new"))
+
+
+class Engine:
+    """Fails to read some prefixes, after a number of outputs."""
+
+    def __init__(self, unreadable: str, after: int = 0) -> None:
+        self.unreadable, self.after = unreadable, after
+        self.closed = 0
+
+    async def generate(self, spec: PrefixSpec) -> Any:
+        try:
+            for number in range(3):
+                failed = spec.digest in self.unreadable and number == self.after
+                yield SimpleNamespace(
+                    outputs=[SimpleNamespace(finish_reason="error" if failed else None, text=spec.digest)]
+                )
+        finally:
+            self.closed += 1
+
+    def ask(self, look_again: Any) -> list[str]:
+        async def main() -> list[str]:
+            outputs = requests.outputs_of(self.generate, OLD, look_again)
+            return [output.outputs[0].text async for output in outputs]
+
+        return asyncio.run(main())
+
+
+async def replaced(spec: PrefixSpec) -> PrefixSpec:
+    assert spec is OLD
+    return NEW
+
+
+async def not_replaced(spec: PrefixSpec) -> None:
+    return None
+
+
+def test_a_prefix_that_was_replaced_before_it_was_read() -> None:
+    engine = Engine("old")
+    assert engine.ask(replaced) == ["new"] * 3
+    assert engine.closed == 2
+    assert Engine("").ask(replaced) == ["old"] * 3
+
+
+@pytest.mark.parametrize(
+    ("engine", "look_again"),
+    [
+        (Engine("old"), not_replaced),
+        (Engine("old"), None),
+        # Once: files that change all the time are no reason to go on for ever.
+        (Engine("old new"), replaced),
+        # An answer is of one prefix.
+        (Engine("old", after=1), replaced),
+    ],
+)
+def test_a_prefix_that_cannot_be_read(engine: Engine, look_again: Any) -> None:
+    with pytest.raises(PrefixUnavailableError, match="'a' could not be read into the cache"):
+        engine.ask(look_again)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.exceptions import VLLMNotFoundError
 
 from helpers.serving import support
 from helpers.serving.app import CONFIG, adapter, assert_refused, cards, digest, load, start, unload
@@ -255,3 +256,31 @@ def test_unloading_what_lies_in_a_folder_is_for_the_moment(options: Any, root: P
     assert digest(server, "a")
     assert unload(server, "a").status_code == 200
     assert digest(server, "a")
+
+
+def test_what_is_in_the_place_of_a_prefix_that_cannot_be_read(options: Any, root: Path) -> None:
+    adapter(root / "a", 1)
+    models = start(options).app.state.openai_serving_models.prefix_models
+
+    def look_again(name: str) -> Any:
+        async def main() -> Any:
+            return await models.look_again(models.spec(name))
+
+        return asyncio.run(main())
+
+    for name in ("a", "one"):
+        asyncio.run(models.resolve(name))
+        assert look_again(name) is None
+    before = models.spec("a")
+    adapter(root / "a", 2)
+    time.sleep(0.001)
+    # At once, and not after a second.
+    assert look_again("a") == models.spec("a") != before
+    adapter(root / "a", 2, base_fingerprint={"hidden_size": 1})
+    time.sleep(0.001)
+    spec = models.spec("a")
+    with pytest.raises(ValueError, match="another base model"):
+        asyncio.run(models.look_again(spec))
+    shutil.rmtree(root / "a")
+    with pytest.raises(VLLMNotFoundError, match="`a` does not exist"):
+        asyncio.run(models.look_again(spec))
