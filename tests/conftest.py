@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,7 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no compilation
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_cache = tempfile.TemporaryDirectory(prefix="prefix-serve-cache-")
-os.environ["PREFIX_SERVE_CACHE"] = _cache.name  # not the one of the user
+os.environ["PREFIX_SERVE_CACHE"] = tempfile.mkdtemp(prefix="prefix-serve-cache-")  # not the one of the user
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -28,6 +29,7 @@ from helpers.slow import is_slow
 if TYPE_CHECKING:  # the process that only hands out tests starts without them
     from transformers import PreTrainedTokenizerFast
 
+atexit.register(shutil.rmtree, os.environ["PREFIX_SERVE_CACHE"], ignore_errors=True)
 collect_ignore = ["wheel"]  # for an environment of its own: `make test-wheel`
 
 # The same examples each time, and however long they take: nothing depends on a seed or on how busy the machine is. Fixtures

@@ -110,9 +110,12 @@ def name_of(index: int) -> str:
 def register_adapters(vllm_config: Any, number: int) -> None:
     """Registers adapters up to `number`: all from one folder, but with different names and digests."""
     from vllm_plugin.adapters.registry import registry_in
+    from vllm_plugin.adapters.runtime_loading import resolver_of
 
     registry = registry_in(vllm_config.kv_transfer_config)
     assert registry is not None
+    # As its first request does.
+    resolver_of(registry, vllm_config).resolve(name_of(0))
     first, *others = registry.adapters()
     registry.add(
         dataclasses.replace(first, spec=dataclasses.replace(first.spec, name=name_of(index), digest=f"{index:064x}"))

@@ -92,9 +92,11 @@ class FrontEnd:
     def check(self, request_id: str, prompt: dict[str, Any], params: SamplingParams, adapter: Any) -> EngineCoreRequest:
         """Calls the engine's client, up to the request for the engine."""
         stream = self._client.generate(prompt, params, request_id, lora_request=adapter)
-        # The arguments of the suspended generator, which the plugin may have wrapped in another.
-        stream = stream.ag_frame.f_locals.get("outputs", stream)
-        adapter = stream.ag_frame.f_locals["lora_request"]
+        # The arguments of the suspended generator, which another one of the plugin may have to start.
+        arguments = stream.ag_frame.f_locals
+        if "start" in arguments:
+            arguments = arguments["start"](arguments["spec"]).ag_frame.f_locals
+        adapter = arguments["lora_request"]
         request = self._inputs.process_inputs(request_id, prompt, params, ("generate",), lora_request=adapter)
         self._logprobs.from_new_request(tokenizer=None, request=request)
         return request

@@ -30,8 +30,8 @@ class CheckedRequest(PrefixAdapterRequest):
     """
 
 
-class PartOfSearch(PrefixAdapterRequest):
-    """Marks a request of a beam search, all of whose requests have the same prefix, whatever becomes of its files."""
+class FixedRequest(PrefixAdapterRequest):
+    """Marks a request that keeps its prefix whatever becomes of the files: all requests of a beam search have the same one."""
 
 
 class Prompt(NamedTuple):
@@ -179,30 +179,12 @@ def attach_prefix(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     params.extra_args = extra_args
 
 
-async def outputs_or_unavailable(outputs: AsyncGenerator[Any], spec: PrefixSpec) -> AsyncGenerator[Any]:
-    """Yields the engine's outputs of a request with a prefix.
-
-    Raises:
-        PrefixUnavailableError: If the prefix could not be read; vLLM would report an internal error.
-    """
-    # A client that disconnects closes this generator, which has to close the engine's as well.
-    async with aclosing(outputs):
-        async for output in outputs:
-            if any(completion.finish_reason == "error" for completion in output.outputs):
-                raise PrefixUnavailableError(
-                    f"The prefix adapter {spec.name!r} could not be read into the cache, and the server's log says why; if its "
-                    "files were overwritten, the operator of the server has to load it again, by POST "
-                    '/v1/load_prefix_adapter with "load_inplace": true.'
-                )
-            yield output
-
-
 async def outputs_of(
     start: Callable[[PrefixSpec], AsyncGenerator[Any]],
     spec: PrefixSpec,
-    look_again: Callable[[PrefixSpec], Awaitable[PrefixSpec | None]] | None,
+    look_again: Callable[[PrefixSpec], Awaitable[PrefixSpec | None]] | None = None,
 ) -> AsyncGenerator[Any]:
-    """Yields the outputs of a request with a prefix, which begins again if the prefix was replaced before it was read.
+    """Yields the engine's outputs of a request with a prefix. It begins again if its prefix was replaced before it was read.
 
     Args:
         start: Begins the request with a prefix.
@@ -210,19 +192,25 @@ async def outputs_of(
         look_again: Returns what is in the place of a prefix that cannot be read; None if nothing else is there.
 
     Raises:
-        PrefixUnavailableError: If the prefix could not be read, and was not replaced.
+        PrefixUnavailableError: If the prefix could not be read; vLLM would report an internal error.
     """
-    has_output = False
-    try:
-        async with aclosing(outputs_or_unavailable(start(spec), spec)) as outputs:
+    current, has_output = spec, False
+    while True:
+        # A client that disconnects closes this generator, which has to close the engine's as well.
+        async with aclosing(start(current)) as outputs:
             async for output in outputs:
+                if any(completion.finish_reason == "error" for completion in output.outputs):
+                    break
                 has_output = True
                 yield output
-            return
-    except PrefixUnavailableError:
-        newer = None if has_output or look_again is None else await look_again(spec)
+            else:
+                return
+        # Once: files that change all the time are no reason to go on. An answer is of one prefix.
+        newer = None if look_again is None or current is not spec or has_output else await look_again(spec)
         if newer is None:
-            raise
-    async with aclosing(outputs_or_unavailable(start(newer), newer)) as outputs:
-        async for output in outputs:
-            yield output
+            raise PrefixUnavailableError(
+                f"The prefix adapter {spec.name!r} could not be read into the cache, and the server's log says why; if its "
+                "files were overwritten, the operator of the server has to load it again, by POST "
+                '/v1/load_prefix_adapter with "load_inplace": true.'
+            )
+        current = newer

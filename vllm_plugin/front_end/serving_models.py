@@ -66,14 +66,10 @@ class PrefixModels:
         check_served_names((adapter.spec.name for adapter in adapters), self._other_names())
         await base_lora.load(self._engine, [adapter.spec for adapter in adapters])
         # Every API server process warms up before it is ready: all but the first find the prefixes in the cache.
-        names = [adapter.spec.name for adapter in adapters] if self._warm is True else self._warm or []
-        verified = await asyncio.gather(*(self._resolved(name) for name in names))
-        if missing := [name for name, adapter in zip(names, verified, strict=True) if adapter is None]:
-            raise PrefixServeError(
-                f"--prefix-adapter-warmup names {missing[0]!r}, and there is no such adapter; this server has: "
-                f"{names_in(self._registry)}."
+        if self._warm:
+            await self._warm_up_at_start(
+                [adapter.spec.name for adapter in adapters] if self._warm is True else self._warm
             )
-        await warm_up(self._engine, [adapter.spec for adapter in verified if adapter is not None])
         self._started = True
 
     async def resolve(self, name: str | None) -> Adapter | ErrorResponse | None:
@@ -213,6 +209,15 @@ class PrefixModels:
         self._loop = asyncio.get_running_loop()
         # Shared by all requests for this name: one that is cancelled leaves it running.
         return await asyncio.shield(asyncio.wrap_future(self._resolver.start(name)))
+
+    async def _warm_up_at_start(self, names: Sequence[str]) -> None:
+        found = await asyncio.gather(*(self._resolved(name) for name in names))
+        if missing := [name for name, adapter in zip(names, found, strict=True) if adapter is None]:
+            raise PrefixServeError(
+                f"--prefix-adapter-warmup names {missing[0]!r}, and there is no such adapter; this server has: "
+                f"{names_in(self._registry)}."
+            )
+        await warm_up(self._engine, [adapter.spec for adapter in found if adapter is not None])
 
     async def _prepare(self, adapter: Adapter) -> None:
         """Makes the engine ready for an adapter that was read.

@@ -9,10 +9,9 @@ from typing import Any
 
 from vllm import SamplingParams
 
-from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.front_end.requests import outputs_or_unavailable
+from vllm_plugin.front_end.requests import FixedRequest, outputs_of
 from vllm_plugin.request_errors import PrefixUnavailableError
 
 _MAX_CONCURRENT = 64
@@ -39,11 +38,12 @@ async def warm_up(engine: Any, specs: Sequence[PrefixSpec]) -> None:
                 {"type": "token", "prompt_token_ids": [0]},
                 SamplingParams(max_tokens=1, temperature=0.0, detokenize=False),
                 f"prefix-warmup-{uuid.uuid4().hex}",
-                lora_request=PrefixAdapterRequest(lora_name=spec.name, spec=spec),
+                # Of this content, whatever becomes of its files.
+                lora_request=FixedRequest(lora_name=spec.name, spec=spec),
                 data_parallel_rank=rank,
             )
             try:
-                async for _ in outputs_or_unavailable(outputs, spec):
+                async for _ in outputs_of(lambda _: outputs, spec):
                     pass
             except PrefixUnavailableError as error:
                 raise PrefixServeError(

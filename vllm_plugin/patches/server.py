@@ -47,7 +47,7 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(**{**all_arguments(wrapped, args, kwargs), "lora_request": request})
 
     prefixes = getattr(instance, "prefix_models", None)
-    may_change = prefixes is not None and not isinstance(lora_request, requests.PartOfSearch)
+    may_change = prefixes is not None and not isinstance(lora_request, requests.FixedRequest)
     return requests.outputs_of(start, named, prefixes.look_again if may_change else None)
 
 
@@ -58,7 +58,7 @@ def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     spec = requests.adapter_named(arguments.get("lora_request"), config)
     prompt = requests.Prompt.of_input(arguments["prompt"])
     if spec is not None:
-        arguments["lora_request"] = requests.PartOfSearch(lora_name=spec.name, spec=spec)
+        arguments["lora_request"] = requests.FixedRequest(lora_name=spec.name, spec=spec)
     if spec is not None and prompt is not None and prompt.num_tokens is not None:
         params = arguments["params"] = copy.copy(arguments["params"])
         remaining = config.model_config.max_model_len - spec.num_virtual_tokens - prompt.num_tokens
