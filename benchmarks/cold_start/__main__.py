@@ -4,8 +4,8 @@
     python -m benchmarks.cold_start --short     # one start of each: two minutes on 2 cores
     python -m benchmarks.cold_start --report    # table from the results
 
-Starts real servers with 0, 10 and 1,000 adapters of random weights, and sends requests to the last. Its KV cache is small, and
-full before memory is measured, so that only the plugin's memory grows afterwards.
+Starts real servers with 0, 10 and 1,000 adapters of random weights, and one that finds 10,000 in a folder. Sends requests to the
+last two. Their KV cache is small, and full before memory is measured, so that only the plugin's memory grows afterwards.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +29,8 @@ OPTIONS = (
     *("--enforce-eager", "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(NUM_BLOCKS)),
     *("--max-model-len", str(MAX_MODEL_LEN)),
 )
+# The server with a folder, beside those with a number of named adapters.
+FOLDER = "folder"
 ENVIRONMENT = {"PREFIX_SERVE_ALLOW_RUNTIME_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
 
 
@@ -36,7 +40,8 @@ class Settings:
 
     Args:
         model: Hub id or folder.
-        adapters: The number of adapters of each server.
+        adapters: The number of adapters that each server is given by name.
+        in_folder: The number of adapters in the folder of one more server, which finds them by the names in requests.
         rounds: How often each server is started.
         tokens: Virtual tokens of these adapters.
         cold: The number of adapters whose first request is measured. The first of them reuse memory that startup has freed,
@@ -47,6 +52,7 @@ class Settings:
 
     model: str = MODEL
     adapters: tuple[int, ...] = (0, 10, 1000)
+    in_folder: int = 10_000
     rounds: int = 3
     tokens: int = 16
     cold: int = 1000
@@ -65,31 +71,38 @@ def measure(settings: Settings) -> dict[str, Any]:
         adapters = write_prefixes(Path(name), base, settings.tokens, max(settings.adapters))
         loaded = write_prefixes(Path(name), base, settings.loaded_tokens, settings.loads)
         del base
-        most: dict[str, Any] = {}
+        in_folder = fill(Path(name) / FOLDER, list(adapters.values()), settings.in_folder)
+        measured: dict[str, dict[str, Any]] = {}
 
-        def start(number: int) -> Measurement:
-            some = dict(list(adapters.items())[:number])
+        def start(kind: str) -> Measurement:
+            some = {} if kind == FOLDER else dict(list(adapters.items())[: int(kind)])
+            options = ["--prefix-adapter-dir", str(in_folder)] if kind == FOLDER else []
+            # What an earlier server has read is not known.
+            environment = {**ENVIRONMENT, "PREFIX_SERVE_CACHE": tempfile.mkdtemp(dir=name)}
             started = time.perf_counter()
-            with Server(PLUGIN, settings.model, server_options(some), ENVIRONMENT) as server:
+            with Server(PLUGIN, settings.model, [*server_options(some), *options], environment) as server:
                 ask(server, BASE, [1])
                 seconds = time.perf_counter() - started
                 memory = memory_of(server)
-                if number == max(settings.adapters) and not most:
-                    most.update(measure_requests(server, list(adapters)[: settings.cold], loaded))
+                if kind in (FOLDER, most) and kind not in measured:
+                    names = [path.name for path in list(in_folder.iterdir())] if kind == FOLDER else list(adapters)
+                    names = [name for name in names if name in adapters][: settings.cold]
+                    measured[kind] = measure_requests(server, names, loaded if kind == most else {})
             return {"seconds": seconds, "bytes": memory}
 
-        def starting(number: int) -> Any:
-            return lambda: start(number)
-
+        most = str(max(settings.adapters))
         starts = interleave(
-            {str(number): starting(number) for number in settings.adapters}, settings.rounds, warm_ups=0
+            {kind: functools.partial(start, kind) for kind in (*map(str, settings.adapters), FOLDER)},
+            settings.rounds,
+            warm_ups=0,
         )
         return {
             "machine": machine(),
             "settings": {**dataclasses.asdict(settings), "model": Path(settings.model).name},
-            **summarize(starts, most["requests"], most["loads"]),
+            **summarize(starts, measured[most]["requests"], measured[most]["loads"]),
+            FOLDER: summarize_folder(starts, measured[FOLDER]["requests"]),
             "file bytes": sum(path.stat().st_size for path in next(iter(adapters.values())).iterdir()),
-            "bytes per resident adapter": most["bytes per resident adapter"],
+            "bytes per resident adapter": measured[most]["bytes per resident adapter"],
         }
 
 
@@ -99,34 +112,57 @@ def summarize(
     """Summarizes the measurements.
 
     Args:
-        starts: `seconds` and `bytes` of each start, by the number of adapters.
-        requests: `seconds` of the first (`cold`) and of the second request (`warm`) to each adapter.
+        starts: `seconds` and `bytes` of each start, by the number of named adapters, or `FOLDER`.
+        requests: `seconds` of the first (`cold`) and of the second request (`warm`) to each named adapter.
         loads: Seconds of each run-time load.
     """
-    fewest, most = min(starts, key=int), max(starts, key=int)
+    named = {number: found for number, found in starts.items() if number != FOLDER}
+    fewest, most = min(named, key=int), max(named, key=int)
     # The size of a process varies from start to start; the minimum varies least.
     more = min(start["bytes"] for start in starts[most]) - min(start["bytes"] for start in starts[fewest])
     return {
-        "start": {
-            number: {
-                "seconds": spread([start["seconds"] for start in found]),
-                "more": difference(found, starts[fewest], "seconds"),
-            }
-            for number, found in starts.items()
-        },
+        "start": {number: summarize_start(found, starts[fewest]) for number, found in named.items()},
         "bytes per registered adapter": round(more / (int(most) - int(fewest))),
-        "first request": {
-            **{kind: milliseconds([one["seconds"] for one in found]) for kind, found in requests.items()},
-            "more": milliseconds(
-                [cold["seconds"] - warm["seconds"] for cold, warm in zip(*requests.values(), strict=True)]
-            ),
-        },
+        "first request": summarize_requests(requests),
         "load": milliseconds(loads),
+    }
+
+
+def summarize_folder(starts: dict[str, list[Measurement]], requests: dict[str, list[Measurement]]) -> dict[str, Any]:
+    """Summarizes the measurements of the server that finds its adapters in a folder; see `summarize`."""
+    fewest = min((number for number in starts if number != FOLDER), key=int)
+    return {"start": summarize_start(starts[FOLDER], starts[fewest]), "first request": summarize_requests(requests)}
+
+
+def summarize_start(found: list[Measurement], fewest: list[Measurement]) -> dict[str, Any]:
+    return {
+        "seconds": spread([start["seconds"] for start in found]),
+        "more": difference(found, fewest, "seconds"),
+    }
+
+
+def summarize_requests(requests: dict[str, list[Measurement]]) -> dict[str, Any]:
+    return {
+        **{kind: milliseconds([one["seconds"] for one in found]) for kind, found in requests.items()},
+        "more": milliseconds(
+            [cold["seconds"] - warm["seconds"] for cold, warm in zip(*requests.values(), strict=True)]
+        ),
     }
 
 
 def milliseconds(seconds: list[float]) -> dict[str, Any]:
     return spread([1000 * value for value in seconds])
+
+
+def fill(folder: Path, adapters: Sequence[Path], number: int) -> Path:
+    """Makes a folder of `number` adapters, which share the files of the given ones, and returns it."""
+    for index in range(number):
+        source = adapters[index % len(adapters)]
+        copy = folder / (source.name if index < len(adapters) else f"{source.name}-{index}")
+        copy.mkdir(parents=True)
+        for file in source.iterdir():
+            (copy / file.name).hardlink_to(file)
+    return folder
 
 
 def server_options(adapters: dict[str, Path]) -> list[str]:

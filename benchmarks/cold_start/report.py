@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.cold_start.benchmark import FOLDER
 from benchmarks.common.machine import describe
 from benchmarks.common.tables import format_spread, markdown_table
 
@@ -12,6 +13,7 @@ def report(found: dict[str, Any]) -> str:
     """Returns the report in Markdown."""
     settings, start, first = found["settings"], found["start"], found["first request"]
     fewest, *others = sorted(start, key=int)
+    folder = found.get(FOLDER)
     rows = [
         ["start to the first answer, without adapters", f"{start[fewest]['seconds']['median']:.1f} s"],
         *([f"more with {int(number):,} adapters", _cost(start[number]["more"], "s")] for number in others),
@@ -21,6 +23,11 @@ def report(found: dict[str, Any]) -> str:
         ["memory of a resident adapter", f"{found['bytes per resident adapter'] / 2**10:.0f} KiB"],
         ["files of an adapter", f"{found['file bytes'] / 2**10:.0f} KiB"],
     ]
+    if folder is not None:
+        more = [f"more with {settings['in_folder']:,} adapters in a folder", _cost(folder["start"]["more"], "s")]
+        rows.insert(1 + len(others), more)
+        cost = _cost(folder["first request"]["more"], "ms")
+        rows.insert(3 + len(others), ["first request to an adapter in the folder, more than the second", cost])
     return (
         f"{settings['model']}, adapters of {settings['tokens']} tokens; median (quartiles).\n\n"
         f"{markdown_table(['what', 'cost'], rows)}\n\n{describe(found['machine'])}"

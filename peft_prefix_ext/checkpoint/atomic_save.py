@@ -26,11 +26,11 @@ def config_of(folder: Path) -> Path:
     """Returns the path of the config that belongs to the weights in `folder`."""
     config = folder / CONFIG_NAME
     with suppress(OSError):  # the folder may disappear meanwhile
-        names = os.listdir(folder)
+        pending = [folder / name for name in os.listdir(folder) if name.startswith(_PENDING)]
         # Without a config in `folder`, its first adapter is not complete yet.
-        for name in names if CONFIG_NAME in names and config.is_file() else ():
-            if name.startswith(_PENDING) and ((pending := folder / name) / CONFIG_NAME).is_file() and not _has_weights(pending):
-                return pending / CONFIG_NAME
+        for path in pending if pending and config.is_file() else ():
+            if (path / CONFIG_NAME).is_file() and not _has_weights(path):
+                return path / CONFIG_NAME
     return config
 
 
