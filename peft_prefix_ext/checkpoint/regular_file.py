@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 # An `adapter_config.json` lists every layer, in some hundred bytes each. The weights of a prefix are a small part of its model's.
 MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 64 << 20, 64 << 30
 
 
-def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
+def open_regular(path: str | Path, max_bytes: int) -> io.FileIO:
     """Opens a regular file for reading, unbuffered.
 
     Args:
@@ -21,15 +21,16 @@ def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
     Raises:
         OSError: If it is no regular file, or larger.
     """
-    # Without this flag, opening a FIFO waits for a writer. It has no effect on regular files.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # Otherwise, opening a FIFO waits for a writer. Not every system has both flags.
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(f"{path} is no regular file")
         if found.st_size > max_bytes:
             raise OSError(f"{path} has {found.st_size} bytes, more than {max_bytes}")
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return io.FileIO(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
@@ -45,7 +46,7 @@ def read_regular(path: str | Path, max_bytes: int) -> bytearray:
         return read_into(file, bytearray(os.fstat(file.fileno()).st_size))
 
 
-def read_into(file: BinaryIO, content: bytearray) -> bytearray:
+def read_into(file: io.FileIO, content: bytearray) -> bytearray:
     """Fills `content` from a file, and returns it.
 
     Raises:
@@ -53,7 +54,7 @@ def read_into(file: BinaryIO, content: bytearray) -> bytearray:
     """
     view, done = memoryview(content), 0
     while done < len(content):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        count = file.readinto(view[done:])
         if not count:
             raise OSError("it became shorter while it was read")
         done += count

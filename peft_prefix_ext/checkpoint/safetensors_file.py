@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -107,7 +108,7 @@ def read_safetensors(path: Path, wanted: Callable[[str], bool] | None) -> Safete
     return SafetensorsFile(text, contents, digest.hexdigest())
 
 
-def _skip(file: BinaryIO, num_bytes: int, digest: Any) -> None:
+def _skip(file: io.FileIO, num_bytes: int, digest: Any) -> None:
     """Reads bytes for the digest alone."""
     while num_bytes:
         chunk = read_into(file, bytearray(min(num_bytes, _CHUNK_BYTES)))

@@ -32,15 +32,16 @@ class FolderIndex:
         self._names: list[str] = []
 
     def names(self) -> list[str]:
-        """Returns the names of the prefixes, sorted. Takes seconds at first if there are many, so call it in a thread."""
+        """Returns the names of the prefixes, sorted: the same list, until they change.
+
+        Takes seconds at first if there are many, so call it in a thread.
+        """
         with self._lock:
             state = state_of(self._folder)
-            if state is None:
-                return []
             # Its time changes with the names in it.
             if state != self._listed:
                 self._list()
-                self._listed = state if state.is_settled else None
+                self._listed = state if state is not None and state.is_settled else None
             elif self._empty:
                 self._look_again()
             return self._names
@@ -56,7 +57,10 @@ class FolderIndex:
                         kinds[entry.name] = known
                     elif is_folder_name(entry.name) and _is_folder(entry):
                         self._look(entry.name, entry.inode(), kinds)
+        except FileNotFoundError:
+            kinds = {}
         except OSError:
+            # What was there before.
             return
         self._kinds = kinds
         self._sort()
@@ -87,7 +91,8 @@ class FolderIndex:
             kinds[name] = inode, kind in PREFIX_TYPES
 
     def _sort(self) -> None:
-        self._names = sorted(name for name, (_, is_prefix) in self._kinds.items() if is_prefix)
+        names = sorted(name for name, (_, is_prefix) in self._kinds.items() if is_prefix)
+        self._names = self._names if names == self._names else names
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

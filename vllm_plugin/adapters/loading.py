@@ -148,7 +148,8 @@ def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Ad
         if not is_elsewhere(spec):
             raise
         # The local copy is gone.
-        option = AdapterOption(spec.name, spec.source, adapter.base_model_name, spec.draft and spec.draft.source)
+        draft = None if spec.draft is None else spec.draft.source
+        option = AdapterOption(spec.name, spec.source, adapter.base_model_name, draft)
         opened = open_adapter(option, vllm_config, registry, load_known)
     draft_spec = opened.spec.draft
     if draft_spec is not None and spec.draft is not None:

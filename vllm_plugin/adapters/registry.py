@@ -101,6 +101,12 @@ class Registry:
         """Whether no adapter was ever added."""
         return os.fstat(self._journal.fileno()).st_size == 0
 
+    @property
+    def version(self) -> bytes:
+        """A value that changes with each change of the table."""
+        self._refresh()
+        return self._seen_length
+
     def get(self, name: str) -> Adapter | None:
         """Returns the adapter of that name; None if there is none."""
         self._refresh()

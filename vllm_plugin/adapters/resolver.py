@@ -81,6 +81,8 @@ class Resolver:
         self._watched: dict[str, _Watched] = {}
         self._refused: OrderedDict[str, _Refused] = OrderedDict()
         self._lock = threading.Lock()
+        # The lists of the sources, and all of them in one.
+        self._names: tuple[list[list[str]], list[str]] | None = None
 
     def ready(self, name: str) -> Adapter | None:
         """Returns an adapter that can be used as it is; None if `start` has to find out. Reads the clock at most."""
@@ -117,11 +119,11 @@ class Resolver:
         return self.ready(name) or self.start(name).result()
 
     def names(self) -> list[str]:
-        """Returns the names in the sources that are not in the table. May take seconds."""
-        known = {adapter.spec.name for adapter in self._registry.adapters()}
-        return [
-            name for name in dict.fromkeys(name for each in self._sources for name in each.names()) if name not in known
-        ]
+        """Returns the names in the sources: the same list, until they change. May take seconds."""
+        lists = [source.names() for source in self._sources]
+        if self._names is None or any(one is not other for one, other in zip(self._names[0], lists, strict=True)):
+            self._names = lists, list(dict.fromkeys(name for names in lists for name in names))
+        return self._names[1]
 
     def expire(self, name: str) -> None:
         """Makes the next request look at the files of an adapter, however short ago the last one did."""

@@ -58,7 +58,7 @@ class Source(Protocol):
         """
 
     def names(self) -> list[str]:
-        """Returns the names of its prefixes, as far as they can be listed."""
+        """Returns the names of its prefixes, as far as they can be listed: the same list, until they change."""
 
 
 class FolderSource:
@@ -137,7 +137,8 @@ class RemoteSource:
                 rows = None
             if rows is not None:
                 found = (row["name"].rstrip("/").rpartition("/")[2] for row in rows if row.get("type") == "directory")
-                self._names = sorted(name for name in found if is_folder_name(name))
+                names = sorted(name for name in found if is_folder_name(name))
+                self._names = self._names if names == self._names else names
             self._listed = time.monotonic()
         return self._names
 
@@ -153,6 +154,7 @@ class HubSource:
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = frozenset(allowed)
+        self._names: list[str] = []
 
     def find(self, name: str) -> Found | None:
         if not _REPO.fullmatch(name) or not self._allowed & {name, name.partition("/")[0]}:
@@ -172,7 +174,7 @@ class HubSource:
         return Found(name, folder, folder)
 
     def names(self) -> list[str]:
-        return []
+        return self._names
 
 
 def make_sources(folders: Sequence[str], owners: Sequence[str]) -> list[Source]:

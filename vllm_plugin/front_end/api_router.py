@@ -1,4 +1,4 @@
-"""`POST /v1/load_prefix_adapter` and `/v1/unload_prefix_adapter`, the counterparts of vLLM's endpoints for LoRA."""
+"""`POST /v1/load_prefix_adapter` and `/v1/unload_prefix_adapter`, the counterparts of vLLM's endpoints for LoRA, and `/v1/models`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vllm_plugin.logger import logger
 router = APIRouter(dependencies=[Depends(validate_json_request)])
 # vLLM's endpoints for LoRA, on a server where vLLM itself has none.
 lora_router = APIRouter(dependencies=[Depends(validate_json_request)])
+models_router = APIRouter()
 disabled_router = APIRouter()
 
 # Clients written for LoRA's endpoints send the same fields with `lora_`.
@@ -45,6 +46,9 @@ def attach(app: FastAPI) -> None:
     """Adds the endpoints to a server with prefixes. If they are disabled, they answer how to enable them."""
     if not getattr(app.state.args, "prefix_registry", None):
         return
+    app.include_router(models_router)
+    # Before vLLM's own.
+    app.router.routes.insert(0, app.router.routes.pop())
     on = switches_on()
     if not on:
         app.include_router(disabled_router)
@@ -57,6 +61,19 @@ def attach(app: FastAPI) -> None:
     app.include_router(router)
     if VLLM_SWITCH not in on:
         app.include_router(lora_router)
+
+
+@models_router.get("/v1/models")
+async def show_available_models(raw_request: Request) -> Response:
+    """Lists the models of vLLM, and the prefixes behind them."""
+    models = raw_request.app.state.openai_serving_models
+    listed = (await models.show_available_models()).model_dump_json().encode()
+    prefixes = getattr(models, "prefix_models", None)
+    if prefixes is not None and (cards := await prefixes.cards()):
+        # Its list is never empty: the base model is there.
+        end = listed.rindex(b"]")
+        listed = b"%s,%s%s" % (listed[:end], cards, listed[end:])
+    return Response(listed, media_type="application/json")
 
 
 @router.post("/v1/load_prefix_adapter")

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMNotFoundError
 
 from vllm_plugin.adapters import base_lora
@@ -21,14 +21,11 @@ from vllm_plugin.adapters.runtime_loading import names_in, publish
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.validation import check_served_names
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
-from vllm_plugin.front_end.model_list import make_cards
+from vllm_plugin.front_end.model_list import ModelCards
 from vllm_plugin.front_end.warmup import warm_up
 from vllm_plugin.kv_transfer_config import WARMUP, settings_in
 from vllm_plugin.logger import logger
 from vllm_plugin.request_errors import PrefixRequestError
-
-# More entries of `/v1/models` than this are made in a thread.
-_MAX_CARDS_AT_ONCE = 100
 
 
 class PrefixModels:
@@ -54,6 +51,7 @@ class PrefixModels:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(registry, self._config, prepare=self._prepare_in_thread)
         self._finds = bool(sources_in(self._config))
+        self._cards = ModelCards(models, registry, self._resolver)
         self._load_limit = asyncio.Semaphore(MAX_CONCURRENT_LOADS)
 
     async def start(self) -> None:
@@ -137,13 +135,10 @@ class PrefixModels:
         models = ", ".join(base.name for base in self._models.base_model_paths)
         logger.info("Serving on %s: %s; prefix adapters: %s", address, models, names_in(self._registry))
 
-    async def cards(self) -> list[ModelCard]:
-        """Returns the entries of `/v1/models`: what is loaded, and what requests may use."""
-        adapters = self._registry.adapters()
-        if not self._finds and len(adapters) <= _MAX_CARDS_AT_ONCE:
-            return make_cards(adapters, (), self._models)
+    async def cards(self) -> bytes:
+        """Returns the entries of `/v1/models` in JSON: what is loaded or named, and what else requests may use."""
         # In a thread: it may look into thousands of folders.
-        return await asyncio.to_thread(lambda: make_cards(adapters, self._resolver.names(), self._models))
+        return await asyncio.to_thread(self._cards.rendered)
 
     async def load(
         self,

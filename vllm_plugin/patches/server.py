@@ -46,9 +46,9 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         request = request_type(lora_name=spec.name, spec=spec)
         return wrapped(**{**all_arguments(wrapped, args, kwargs), "lora_request": request})
 
-    prefixes = getattr(instance, "prefix_models", None)
-    may_change = prefixes is not None and not isinstance(lora_request, requests.FixedRequest)
-    return requests.outputs_of(start, named, prefixes.look_again if may_change else None)
+    prefixes: Any = getattr(instance, "prefix_models", None)
+    is_fixed = prefixes is None or isinstance(lora_request, requests.FixedRequest)
+    return requests.outputs_of(start, named, None if is_fixed else prefixes.look_again)
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -133,13 +133,6 @@ def _spec_of(models: Any, name: str | None) -> PrefixSpec | None:
     return None if prefixes is None else prefixes.spec(name)
 
 
-async def _show_available_models(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    models = await wrapped(*args, **kwargs)
-    if (prefixes := getattr(instance, "prefix_models", None)) is not None:
-        models.data.extend(await prefixes.cards())
-    return models
-
-
 async def _unload_lora_adapter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Unloads a prefix through vLLM's endpoint for LoRA adapters as well."""
     request = kwargs["request"] if "request" in kwargs else args[0]
@@ -183,7 +176,6 @@ SERVER_PATCHES = (
         _beam_search,
     ),
     MethodPatch(_MODELS, "OpenAIServingModels.init_static_loras", (), _init_static_loras),
-    MethodPatch(_MODELS, "OpenAIServingModels.show_available_models", (), _show_available_models),
     MethodPatch(_MODELS, "OpenAIServingModels.unload_lora_adapter", ("request",), _unload_lora_adapter),
     MethodPatch(_SERVING, "BaseServing._check_model", ("request",), _check_model),
     # Prefixes are looked up here by name, and not through entries in vLLM's own table of LoRA adapters: vLLM searches

@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMNotFoundError
 
 from helpers.serving import support
 from helpers.serving.app import CONFIG, adapter, assert_refused, cards, digest, load, start, unload
-from vllm_plugin.adapters import file_state, loading, resolver
+from vllm_plugin.adapters import file_state, folder_index, loading, resolver
 from vllm_plugin.adapters.digest_cache import DigestCache
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end import serving_models
@@ -133,6 +133,26 @@ def test_what_requests_may_use_is_listed(options: Any, root: Path) -> None:
     assert list(cards(server)) == ["base", "alias", "one", "b", "a"]
     # The operator's own `one` is another one.
     assert digest(server, "one") != digest(server, "a")
+
+
+def test_a_list_of_very_many_models(options: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2000):
+        (root / f"a{number}").mkdir()
+    time.sleep(0.001)
+    monkeypatch.setattr(folder_index, "adapter_type", lambda path: "PREFIX_EXT")
+    server = start(options)
+    models = server.app.state.openai_serving_models
+    found = cards(server)
+    assert list(found)[:3] == ["base", "alias", "one"]
+    assert found.keys() == {"base", "alias", "one", *(f"a{number}" for number in range(2000))}
+    # As vLLM's own list, field by field.
+    vllms = asyncio.run(models.show_available_models()).model_dump()["data"]
+    assert [card.keys() for card in found.values()] == [vllms[0].keys()] * len(found)
+    assert [{**found[card["id"]], "permission": 0} for card in vllms] == [{**card, "permission": 0} for card in vllms]
+    before = asyncio.run(models.prefix_models.cards())
+    assert asyncio.run(models.prefix_models.cards()) is before
+    (root / "a7").rmdir()
+    assert len(cards(server)) == len(found) - 1
 
 
 def test_names_of_models_are_not_looked_for(options: Any, root: Path, reads: list[str]) -> None:
