@@ -15,6 +15,7 @@ from vllm_plugin.adapters.remote import filesystem, is_remote
 PREFIX_TYPES = ("PREFIX_EXT", *STOCK_TYPES)
 # As vLLM takes it: without a folder or a revision.
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_TYPE = re.compile(rb'"peft_type"\s*:\s*"([A-Z_]+)"')
 _lora_paths: set[str] = set()
 
 
@@ -41,6 +42,17 @@ def adapter_type(source: str | Path) -> str | None:
         # No adapter, or one that cannot be read: whoever reads it says what is wrong.
         return None
     return type_on_hub(source)
+
+
+def type_at_a_glance(folder: str) -> str | None:
+    """Returns the type of the adapter in a local folder, for a listing of many: mostly without parsing its config."""
+    try:
+        config = read_regular(f"{folder}/{CONFIG_NAME}", MAX_CONFIG_BYTES)
+    except OSError:
+        return None
+    # A config may name the types of other adapters as well.
+    found = _TYPE.findall(config)
+    return found[0].decode() if len(found) == 1 else adapter_type(folder)
 
 
 def type_on_hub(repository: str) -> str | None:

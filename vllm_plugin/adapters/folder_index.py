@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME
-from vllm_plugin.adapters.adapter_kinds import PREFIX_TYPES, adapter_type
+from vllm_plugin.adapters.adapter_kinds import PREFIX_TYPES, type_at_a_glance
 from vllm_plugin.adapters.file_state import FileState, state_of
 from vllm_plugin.adapters.options import is_folder_name
 
@@ -28,7 +27,7 @@ class FolderIndex:
         # By name: the folder's inode, and whether it holds a prefix.
         self._kinds: dict[str, tuple[int, bool]] = {}
         # Folders without an adapter, which may get one: the inode, and the state that they had.
-        self._empty: dict[str, tuple[int, Any]] = {}
+        self._empty: dict[str, tuple[int, tuple[FileState | None, ...] | None]] = {}
         self._names: list[str] = []
 
     def names(self) -> list[str]:
@@ -76,17 +75,19 @@ class FolderIndex:
             self._kinds |= kinds
             self._sort()
 
-    def _state(self, name: str) -> Any:
+    def _state(self, name: str) -> tuple[FileState | None, FileState | None]:
         path = os.path.join(self._folder, name)
         return state_of(path), state_of(os.path.join(path, CONFIG_NAME))
 
     def _look(self, name: str, inode: int, kinds: dict[str, tuple[int, bool]]) -> None:
-        path, state = os.path.join(self._folder, name), self._state(name)
-        is_link = any(os.path.islink(os.path.join(path, name)) for name in (CONFIG_NAME, WEIGHTS_NAME))
-        is_link = is_link or os.path.islink(path)
-        kind = None if is_link and self._leads_outside(path) else adapter_type(path)
+        path = f"{self._folder}/{name}"
+        is_link = any(map(os.path.islink, (path, f"{path}/{CONFIG_NAME}", f"{path}/{WEIGHTS_NAME}")))
+        kind = None if is_link and self._leads_outside(path) else type_at_a_glance(path)
         if kind is None:
-            self._empty[name] = inode, state
+            state = self._state(name)
+            # What has changed just now may have done so behind the look into it.
+            settled = all(each is None or each.is_settled for each in state)
+            self._empty[name] = inode, state if settled else None
         else:
             kinds[name] = inode, kind in PREFIX_TYPES
 

@@ -144,33 +144,36 @@ def test_names_are_those_of_prefixes(root: Path, monkeypatch: pytest.MonkeyPatch
     write(root / "a", "CARTRIDGE")
     write(root / "lora", "LORA")
     write(root / ".hidden")
+    on_lora = {"base_adapters": [{"peft_type": "LORA"}], "init_text": '"peft_type": "LORA"', "peft_type": "PREFIX_EXT"}
+    (write(root / "on-lora") / "adapter_config.json").write_text(json.dumps(on_lora))
+    (write(root / "text") / "adapter_config.json").write_text('{"a": "\\"peft_type\\": \\"PREFIX_EXT\\""}')
     write(root / "with space")
     (root / "file").write_bytes(b"")
     (root / "empty").mkdir()
     source = FolderSource(str(root))
-    assert source.names() == ["a", "b"]
+    assert source.names() == ["a", "b", "on-lora"]
     looked: list[str] = []
-    original = folder_index.adapter_type
-    monkeypatch.setattr(folder_index, "adapter_type", lambda path: looked.append(path) or original(path))
-    assert source.names() == ["a", "b"]
+    original = folder_index.type_at_a_glance
+    monkeypatch.setattr(folder_index, "type_at_a_glance", lambda path: looked.append(path) or original(path))
+    assert source.names() == ["a", "b", "on-lora"]
     assert looked == []
     write(root / "c")
     (root / "b").rename(root.parent / "b")
-    assert source.names() == ["a", "c"]
-    # What is new, and the folder without an adapter.
-    assert looked == [str(root / "c"), str(root / "empty")] or sorted(looked) == [str(root / "c"), str(root / "empty")]
+    assert source.names() == ["a", "c", "on-lora"]
+    # What is new, and folders without an adapter.
+    assert sorted(looked) == [str(root / name) for name in ("c", "empty", "text")]
     (root / "empty" / "adapter_config.json").write_text('{"peft_type": "PREFIX_EXT"}')
-    assert source.names() == ["a", "c", "empty"]
+    assert source.names() == ["a", "c", "empty", "on-lora"]
     assert FolderSource(str(root / "nowhere")).names() == []
 
 
 def test_names_of_very_many_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3000):
         (root / f"a{number}").mkdir()
-    monkeypatch.setattr(folder_index, "adapter_type", lambda path: "PREFIX_EXT")
+    monkeypatch.setattr(folder_index, "type_at_a_glance", lambda path: "PREFIX_EXT")
     source = FolderSource(str(root))
     assert len(source.names()) == 3000
-    monkeypatch.setattr(folder_index, "adapter_type", None)
+    monkeypatch.setattr(folder_index, "type_at_a_glance", None)
     (root / "a0").rmdir()
     assert len(source.names()) == 2999
 

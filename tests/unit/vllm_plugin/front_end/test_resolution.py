@@ -139,7 +139,7 @@ def test_a_list_of_very_many_models(options: Any, root: Path, monkeypatch: pytes
     for number in range(2000):
         (root / f"a{number}").mkdir()
     time.sleep(0.001)
-    monkeypatch.setattr(folder_index, "adapter_type", lambda path: "PREFIX_EXT")
+    monkeypatch.setattr(folder_index, "type_at_a_glance", lambda path: "PREFIX_EXT")
     server = start(options)
     models = server.app.state.openai_serving_models
     found = cards(server)
