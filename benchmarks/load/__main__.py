@@ -2,6 +2,8 @@
 
     python -m benchmarks.load                              # tiny random model, 20 adapters, 64 clients, 5 minutes
     python -m benchmarks.load --seconds 60 --clients 8
+    python -m benchmarks.load --folder                     # the server finds the adapters in a folder, which changes
+    python -m benchmarks.load --option=--api-server-count=2 --option=--data-parallel-size=2
     python -m benchmarks.load --model MODEL_FOLDER --adapter a=FOLDER_A --adapter b=FOLDER_B --adapter c=FOLDER_C
 
 The expected answers are those of the idle server, one request at a time; for the tiny model they must be those of transformers.
@@ -42,6 +44,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=300.0, help="duration (default: 300)")
     parser.add_argument("--blocks", type=int, default=256, help="KV cache blocks of 32 tokens (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the requests and changes (default: 0)")
+    parser.add_argument(
+        "--folder", action="store_true", help="the server finds all adapters in a folder, which changes"
+    )
+    parser.add_argument("--option", action="append", default=[], help="an option of the server")
     options = parser.parse_args(arguments)
     if options.model is not None and len(options.adapter) < 3:
         parser.error(f"--model needs at least three --adapter, got {len(options.adapter)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import openai
 
 from benchmarks.load.process_memory import MemoryMonitor, is_flat
-from benchmarks.load.traffic import BASE, QUESTIONS, Question, Traffic, ask
+from benchmarks.load.traffic import BASE, QUESTIONS, Question, Traffic, ask, link
 
 # The tiny model and the reference come from the tests.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -36,8 +37,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             paths, prefixes = {name: Path(path).resolve() for name, path in options.adapter}, None
         # A small cache forces eviction and preemption. The OS soon allocates all its pages, so that memory can be flat.
         small = ("--max-model-len", "512", "--num-gpu-blocks-override", str(options.blocks))
-        with server.serve(folder, *small, adapters=paths) as client:
-            return put_under_load(str(client.base_url), paths, prefixes, folder, options)
+        found = None
+        if options.folder:
+            # The server knows no name, and finds them all.
+            found = folder / "found"
+            for name, path in paths.items():
+                shutil.copytree(path, found / ".versions" / name)
+            paths = {name: found / ".versions" / name for name in paths}
+            for name, path in paths.items():
+                link(found, name, str(path))
+            small = (*small, "--prefix-adapter-dir", str(found))
+        with server.serve(folder, *small, *options.option, adapters={} if options.folder else paths) as client:
+            return put_under_load(str(client.base_url), paths, prefixes, folder, options, found)
 
 
 def write_tiny(folder: Path, num_adapters: int) -> tuple[dict[str, Path], dict[str, support.Prefix]]:
@@ -56,11 +67,12 @@ def put_under_load(
     prefixes: Mapping[str, support.Prefix] | None,
     folder: Path,
     options: argparse.Namespace,
+    found: Path | None = None,
 ) -> dict[str, Any]:
     """Puts load on a running server and returns the report."""
     expected = asyncio.run(expected_answers(base_url, [*paths, BASE]))
     differing = [] if prefixes is None else check_answers(expected, prefixes, folder / "model")
-    traffic = Traffic(base_url, expected, {name: str(path) for name, path in paths.items()}, options.seed)
+    traffic = Traffic(base_url, expected, {name: str(path) for name, path in paths.items()}, options.seed, found)
     started = time.monotonic()
     with MemoryMonitor() as memory:
         outcome = asyncio.run(traffic.run(options.clients, options.seconds))

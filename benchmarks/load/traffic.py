@@ -13,11 +13,14 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import openai
 
 BASE = "base"
+# When a server has noticed a change in its folder of adapters, and the requests that began before have their adapters.
+NOTICED_SECONDS = 2.0
 # Some prompts share their beginning, and so blocks of real tokens. They have 1 to 80 tokens of the tiny model, whose
 # vocabulary is whole words.
 PROMPTS = tuple(
@@ -84,6 +87,16 @@ class Assignment:
     end: float = math.inf
 
 
+def link(folder: Path, name: str, path: str | None) -> None:
+    """Makes a name in a folder a link to an adapter, in one step; None removes it."""
+    if path is None:
+        (folder / name).unlink()
+        return
+    new = folder / f".new-{name}"
+    new.symlink_to(path)
+    new.replace(folder / name)
+
+
 class NameHistory:
     """The adapters that each model name has referred to.
 
@@ -125,16 +138,23 @@ class Traffic:
         expected: The answer of each adapter and of the base model to each question.
         paths: The folders of the adapters by name.
         seed: The seed of requests and changes. Their order in time also depends on the server.
+        folder: The server's `--prefix-adapter-dir`, with a link to the folder of each adapter: the links change, and nothing is
+            loaded or unloaded.
     """
 
     def __init__(
-        self, base_url: str, expected: dict[tuple[str, Question], str], paths: dict[str, str], seed: int = 0
+        self,
+        base_url: str,
+        expected: dict[tuple[str, Question], str],
+        paths: dict[str, str],
+        seed: int = 0,
+        folder: Path | None = None,
     ) -> None:
         self.outcome = Outcome()
         self._client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=600)
         self._expected, self._paths = expected, paths
         self._names = NameHistory(list(paths))
-        self._seed = seed
+        self._seed, self._folder = seed, folder
 
     async def run(self, num_clients: int, seconds: float, max_requests: float = math.inf) -> Outcome:
         """Keeps all clients busy for some seconds or a number of requests, then restores all adapters.
@@ -180,15 +200,17 @@ class Traffic:
         except openai.APIError as error:
             # No answer, or an error in the middle of a stream.
             status = type(error).__name__
-        self.outcome.statuses[status] += 1
         adapters = self._names.during(name, begin, self._clock())
         expected = [None if adapter is None else self._expected[adapter, question] for adapter in adapters]
         if text is None:
-            right = status == "404" and None in expected
+            # An answer that streams has its status already.
+            right = None in expected and (status == "404" or (self._folder is not None and status == "APIError"))
+            status = "404" if right else status
         elif streams and aborts:
             right = any(right_text is not None and right_text.startswith(text) for right_text in expected)
         else:
             right = text in expected
+        self.outcome.statuses[status] += 1
         how = "begun" if streams and aborts else "streamed" if streams else "whole"
         self.outcome.answers[how if right else "wrong"] += 1
         if not right:
@@ -218,11 +240,17 @@ class Traffic:
             return
         self._names.assignments[name].append(Assignment(adapter, self._clock()))
         change = "unload" if adapter is None else "load" if before.adapter is None else "replace"
-        body: dict[str, Any] = {"prefix_name": name}
-        if adapter is not None:
-            body |= {"prefix_path": self._paths[adapter], "load_inplace": before.adapter is not None}
-        await self._client.post(f"/{'unload' if adapter is None else 'load'}_prefix_adapter", body=body, cast_to=str)
-        before.end = self._clock()
+        if self._folder is not None:
+            link(self._folder, name, None if adapter is None else self._paths[adapter])
+            before.end = self._clock() + NOTICED_SECONDS
+        else:
+            body: dict[str, Any] = {"prefix_name": name}
+            if adapter is not None:
+                body |= {"prefix_path": self._paths[adapter], "load_inplace": before.adapter is not None}
+            await self._client.post(
+                f"/{'unload' if adapter is None else 'load'}_prefix_adapter", body=body, cast_to=str
+            )
+            before.end = self._clock()
         self.outcome.changes[change] += 1
 
     @staticmethod

@@ -43,9 +43,16 @@ def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def client(server_folder: Path) -> Iterator[openai.OpenAI]:
+def adapters_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where the server finds adapters by their names; empty between tests."""
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="package")
+def client(server_folder: Path, adapters_folder: Path) -> Iterator[openai.OpenAI]:
     # A prefix of 200 tokens does not fit into this memory, and is read from its file for each request.
-    with serve(server_folder, "--prefix-adapter-device-memory", "0.00018") as client:
+    memory = ("--prefix-adapter-device-memory", "0.00018")
+    with serve(server_folder, *memory, "--prefix-adapter-dir", str(adapters_folder)) as client:
         yield client
 
 

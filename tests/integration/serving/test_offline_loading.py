@@ -13,7 +13,7 @@ import pytest
 from helpers.serving import support
 from helpers.serving.engines import Engine
 from helpers.serving.support import prompt_ids
-from vllm_plugin import PrefixAdapterRequest
+from vllm_plugin import PrefixAdapterRequest, remove_prefix_adapter
 from vllm_plugin.adapters import runtime_loading
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.worker.prefix_manager import LRUPool
@@ -87,6 +87,22 @@ def test_a_path_loads_an_adapter_and_another_replaces_it_in_place(engine: Engine
     assert ask(engine, PrefixAdapterRequest("task")) == [answer(engine, v1)]
     assert ask(engine, PrefixAdapterRequest("task", 2, str(second), load_inplace=True)) == [answer(engine, v2)]
     assert ask(engine, PrefixAdapterRequest("task"), None) == [answer(engine, v2), answer(engine, None)]
+
+
+def test_a_lora_request_of_a_prefix_is_one_for_the_prefix(engine: Engine, write: Any) -> None:
+    """In an engine without LoRA, which would refuse any other."""
+    from vllm.lora.request import LoRARequest
+
+    (first, v1), (second, v2) = write("v1", 115), write("v2", 116)
+    assert ask(engine, LoRARequest("tone", 1, str(first)), None) == [answer(engine, v1), answer(engine, None)]
+    assert ask(engine, LoRARequest("tone", 1, str(second), load_inplace=True)) == [answer(engine, v2)]
+    assert ask(engine, PrefixAdapterRequest("tone")) == [answer(engine, v2)]
+    assert answer(engine, v1) != answer(engine, v2)
+    remove_prefix_adapter(engine.llm, "tone")
+    with pytest.raises(ValueError, match="'tone' does not exist"):
+        ask(engine, PrefixAdapterRequest("tone"))
+    with pytest.raises(ValueError, match="LoRA is not enabled"):
+        ask(engine, LoRARequest("lora", 2, str(first.parent / "nowhere")))
 
 
 def test_load_inplace_reads_the_folder_again(engine: Engine, write: Any) -> None:
