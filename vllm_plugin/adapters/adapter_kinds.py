@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def is_prefix_path(path: str) -> bool:
     """Returns whether the path of a `LoRARequest` is the local folder of a prefix. A folder is looked into once."""
     if path in _lora_paths:
         return False
-    if not is_remote(path) and Path(path).expanduser().is_dir() and holds_prefix(path):
+    if not is_remote(path) and os.path.isdir(os.path.expanduser(path)) and holds_prefix(path):
         return True
     _lora_paths.add(path)
     return False

@@ -21,6 +21,7 @@ from vllm_plugin.adapters.options import AdapterOption, check_name
 from vllm_plugin.adapters.registry import Adapter, Registry
 from vllm_plugin.adapters.single_flight import SingleFlight
 from vllm_plugin.adapters.sources import Found, Source, make_sources
+from vllm_plugin.adapters.startup_log import log_loaded
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import FOLDERS, OWNERS, settings_in
 from vllm_plugin.logger import logger
@@ -171,8 +172,9 @@ class Resolver:
     def _publish(self, old: Adapter | None, new: Adapter) -> bool:
         if not self._registry.exchange(old, new):
             return False
-        if old is None or old.spec.digest != new.spec.digest:
-            logger.info("Loaded prefix adapter: name '%s', path '%s'", new.spec.name, new.spec.source)
+        # An adapter that the operator has named was logged when it was registered.
+        if new.files is not None and (old is None or old.spec != new.spec):
+            log_loaded(new, self._registry.block_size(), self._config)
         return True
 
     def _verify(self, adapter: Adapter) -> Adapter:

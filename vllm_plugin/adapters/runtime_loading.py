@@ -14,11 +14,9 @@ from vllm_plugin.adapters.registry import Adapter, Registry, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.resolver import Resolver
 from vllm_plugin.adapters.spec import PrefixSpec
-from vllm_plugin.adapters.speculation import warn_of_drafts
-from vllm_plugin.adapters.startup_log import log_adapters
+from vllm_plugin.adapters.startup_log import log_loaded
 from vllm_plugin.adapters.validation import check_served_names
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.logger import logger
 from vllm_plugin.request_errors import PrefixRequestError
 
 # Held while loading, so that concurrent requests with one path read it once.
@@ -35,10 +33,7 @@ def publish(adapter: Adapter, registry: Registry, vllm_config: Any, *, replace: 
         NameTakenError: If another adapter has its name, and `replace` is off.
     """
     registry.add([adapter], replace=replace)
-    warn_of_drafts([adapter.spec], vllm_config)
-    logger.info("Loaded prefix adapter: name '%s', path '%s'", adapter.spec.name, adapter.spec.source)
-    if (block_size := registry.block_size()) is not None:
-        log_adapters([adapter], block_size, vllm_config.model_config.dtype.itemsize)
+    log_loaded(adapter, registry.block_size(), vllm_config)
 
 
 def load_requested(requests: Sequence[Any], vllm_config: Any) -> Sequence[Any]:

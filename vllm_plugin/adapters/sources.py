@@ -194,7 +194,7 @@ def make_sources(folders: Sequence[str], owners: Sequence[str]) -> list[Source]:
 def check_folders(folders: Sequence[str]) -> None:
     """Raises `PrefixServeError` if one of these local folders does not exist."""
     for folder in folders:
-        if not is_remote(folder) and not Path(folder).expanduser().is_dir():
+        if not is_remote(folder) and not os.path.isdir(os.path.expanduser(folder)):
             raise PrefixServeError(f"--prefix-adapter-dir {folder!r} is not a folder; create it, or correct the path.")
 
 

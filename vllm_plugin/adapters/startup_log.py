@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_plugin.adapters.registry import Adapter
+from vllm_plugin.adapters.speculation import warn_of_drafts
 from vllm_plugin.logger import logger
 
 # More adapters than this are summed up in one line.
@@ -62,6 +64,20 @@ def log_adapters(adapters: Sequence[Adapter], block_size: int, itemsize: int) ->
             ", ".join(advice[:5]),
             more,
         )
+
+
+def log_loaded(adapter: Adapter, block_size: int | None, vllm_config: Any) -> None:
+    """Logs an adapter that is loaded while the engine runs.
+
+    Args:
+        adapter: The adapter.
+        block_size: Tokens per block of the cache, if the engine has said so.
+        vllm_config: The engine's config.
+    """
+    warn_of_drafts([adapter.spec], vllm_config)
+    logger.info("Loaded prefix adapter: name '%s', path '%s'", adapter.spec.name, adapter.spec.source)
+    if block_size is not None:
+        log_adapters([adapter], block_size, vllm_config.model_config.dtype.itemsize)
 
 
 def advise(adapter: Adapter, block_size: int) -> str:

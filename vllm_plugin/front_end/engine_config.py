@@ -16,7 +16,7 @@ from vllm_plugin.adapters.validation import check_engine, check_served_names
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end.cli_args import OPTIONS
 from vllm_plugin.front_end.cpu_cores import keep_cores
-from vllm_plugin.front_end.lora_options import resolver_folders
+from vllm_plugin.front_end.lora_options import resolver_folders, resolver_repositories
 from vllm_plugin.kv_transfer_config import (
     ADAPTERS,
     CACHE_SIZE,
@@ -66,7 +66,7 @@ def configure(kv_transfer_config: Any, options: Namespace) -> Any:
         # Without names, all.
         WARMUP: True if names == [] else names or False,
         FOLDERS: [*folders, *(folder for folder in resolver_folders() if folder not in folders)],
-        OWNERS: owners,
+        OWNERS: [*owners, *(name for name in resolver_repositories() if name not in owners)],
         DEVICE_MEMORY: options.prefix_adapter_device_memory,
         CACHE_SIZE: options.prefix_adapter_cache_size,
     }

@@ -12,7 +12,7 @@ from vllm_plugin.adapters.options import AdapterOption, check_name
 # A client can load and unload adapters if one of these is set. vLLM's own does not allow several API server processes. Ours
 # does not start with VLLM_: vLLM warns of such variables, or refuses to start, if they are not its own.
 SWITCH, VLLM_SWITCH = "PREFIX_SERVE_ALLOW_RUNTIME_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-RESOLVER_FOLDER = "VLLM_LORA_RESOLVER_CACHE_DIR"
+RESOLVER_FOLDER, RESOLVER_REPOSITORIES = "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_LORA_RESOLVER_HF_REPO_LIST"
 
 
 def switches_on() -> list[str]:
@@ -42,5 +42,15 @@ def take_prefixes(options: Namespace) -> None:
 def resolver_folders(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Returns the folder of vLLM's resolver of LoRA adapters, if it is on. It may hold prefixes as well."""
     folder = environment.get(RESOLVER_FOLDER)
-    on = environment.get(VLLM_SWITCH, "0").strip().lower() in ("1", "true")
-    return [folder] if folder and on else []
+    return [folder] if folder and _resolves(environment) else []
+
+
+def resolver_repositories(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Returns the repositories of vLLM's resolver for the Hub, if it is on."""
+    plugins = environment.get("VLLM_PLUGINS", "").split(",")
+    on = _resolves(environment) and "lora_hf_hub_resolver" in plugins
+    return [name for name in environment.get(RESOLVER_REPOSITORIES, "").split(",") if name] if on else []
+
+
+def _resolves(environment: Mapping[str, str]) -> bool:
+    return environment.get(VLLM_SWITCH, "0").strip().lower() in ("1", "true")

@@ -155,6 +155,10 @@ def test_where_adapters_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     assert settings_of("--enable-prefix-adapters") == {**warmup, "prefix_adapter_dir": [folder]}
     assert settings_of("--prefix-adapter-dir", folder)["prefix_adapter_dir"] == [folder]
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_HF_REPO_LIST", "me/x,you/y")
+    assert "prefix_adapter_hub" not in settings_of("--enable-prefix-adapters")
+    monkeypatch.setenv("VLLM_PLUGINS", "prefix_adapters,lora_hf_hub_resolver")
+    assert settings_of("--prefix-adapter-hub", "me/x")["prefix_adapter_hub"] == ["me/x", "you/y"]
     offline = prefix_adapters(prefix_adapter_dir=tmp_path, prefix_adapter_hub="me", prefix_adapter_cache_size=1)
     assert offline["kv_transfer_config"].kv_connector_extra_config == {
         "prefix_adapters": [],

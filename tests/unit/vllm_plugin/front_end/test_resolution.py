@@ -148,7 +148,9 @@ def test_a_list_of_very_many_models(options: Any, root: Path, monkeypatch: pytes
     # As vLLM's own list, field by field.
     vllms = asyncio.run(models.show_available_models()).model_dump()["data"]
     assert [card.keys() for card in found.values()] == [vllms[0].keys()] * len(found)
-    assert [{**found[card["id"]], "permission": 0} for card in vllms] == [{**card, "permission": 0} for card in vllms]
+    assert [{**found[card["id"]], "permission": 0, "created": 0} for card in vllms] == [
+        {**card, "permission": 0, "created": 0} for card in vllms
+    ]
     before = asyncio.run(models.prefix_models.cards())
     assert asyncio.run(models.prefix_models.cards()) is before
     (root / "a7").rmdir()
