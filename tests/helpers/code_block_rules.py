@@ -72,7 +72,7 @@ def check_serve(words: list[str]) -> None:
     """Reads the arguments of `vllm serve` as vLLM does: `MODEL --option ...`."""
     options = serve_parser().parse_args(["serve", *words])
     assert options.model_tag
-    assert options.prefix_adapter or options.enable_prefix_adapters
+    assert options.prefix_adapter or options.enable_prefix_adapters or options.prefix_adapter_dir
 
 
 def check_install(words: list[str]) -> None:
