@@ -62,17 +62,12 @@ def load(name: str, source: str) -> PrefixCheckpoint:
 
 def load_known(name: str, source: str) -> PrefixCheckpoint:
     """Reads one adapter as `load` does, but without its values if what they say is known already."""
-    return _told(name, source, lambda folder: _with_known_facts(read_header(folder)) or _read(folder))
+    return _told(name, source, lambda folder: _read_known(folder) or _read(folder))
 
 
 def load_header(name: str, source: str) -> PrefixCheckpoint:
-    """Reads one adapter without its values, as `load` does otherwise. Its digest is empty, unless it is known already."""
-
-    def read(folder: Path) -> PrefixCheckpoint:
-        header = read_header(folder)
-        return _with_known_facts(header) or header
-
-    return _told(name, source, read)
+    """Reads one adapter as `load` does, but without its values, and so without its digest."""
+    return _told(name, source, read_header)
 
 
 def _told(name: str, source: str, read: Callable[[Path], PrefixCheckpoint]) -> PrefixCheckpoint:
@@ -101,10 +96,11 @@ def _read(folder: Path) -> PrefixCheckpoint:
     return checkpoint
 
 
-def _with_known_facts(header: PrefixCheckpoint) -> PrefixCheckpoint | None:
-    weights = header.path / WEIGHTS_NAME
+def _read_known(folder: Path) -> PrefixCheckpoint | None:
+    """Returns an adapter without its values, if what they say is known."""
+    weights = folder / WEIGHTS_NAME
     facts = digest_cache().get(os.path.abspath(weights), state_of(weights))
-    return None if facts is None else dataclasses.replace(header, digest=facts.digest, largest=facts.largest)
+    return facts and dataclasses.replace(read_header(folder), digest=facts.digest, largest=facts.largest)
 
 
 def register_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Adapter]:

@@ -156,12 +156,12 @@ class Resolver:
 
     def _resolve(self, name: str) -> Adapter | None:
         while True:
-            adapter = self._registry.get(name)
+            began, adapter = self._clock(), self._registry.get(name)
             if adapter is None or adapter.files is not None:
                 new, source = self._look_for(name, adapter)
                 if new is None or source is None:
                     return None
-                self._watched[name] = _Watched(self._clock() + source.refresh_seconds, source)
+                self._watched[name] = _Watched(began + source.refresh_seconds, source)
             else:
                 new = adapter if adapter.is_verified else self._verify(adapter)
             # If another process was faster, its adapter is looked at.
@@ -201,6 +201,11 @@ class Resolver:
             try:
                 found = source.find(name)
             except PrefixServeError as problem:
+                watched = self._watched.get(name)
+                if adapter is not None and not source.is_local and (watched is None or watched.source is source):
+                    # The storage cannot be asked now.
+                    logger.warning("%s It is served as it was.", problem)
+                    return adapter, source
                 error = error or problem
                 continue
             if found is None:

@@ -22,7 +22,7 @@ from helpers.serving import support
 from vllm_plugin import prefix_adapters
 from vllm_plugin.adapters import file_state, loading, resolver
 from vllm_plugin.adapters.digest_cache import DigestCache
-from vllm_plugin.adapters.loading import register_adapters
+from vllm_plugin.adapters.loading import load_known, open_adapter, register_adapters
 from vllm_plugin.adapters.options import AdapterOption
 from vllm_plugin.adapters.registry import Adapter, Registry, registry_in
 from vllm_plugin.adapters.resolver import Resolver
@@ -120,15 +120,18 @@ def test_the_next_start_knows_the_digests(config: Any, tmp_path: Path, reads: li
     before = names.registry.get("one")
     names.registry.remove("one")
     names.register(one=tmp_path / "one")
+    assert names.tokens("one") == 4
     assert names.registry.get("one") == before
+    assert reads == ["one"]
     names.registry.remove("one")
     write(tmp_path / "one", 2)
     names.register(one=tmp_path / "one")
-    assert not names.registry.get("one").is_verified  # type: ignore[union-attr]
-    assert reads == ["one"]
+    assert names.tokens("one") == 4
+    assert names.registry.get("one") != before
+    assert reads == ["one", "one"]
 
 
-def test_values_too_large_are_known_as_well(config: Any, tmp_path: Path, model: Path) -> None:
+def test_values_too_large_are_known_as_well(config: Any, tmp_path: Path, reads: list[str]) -> None:
     prefix = support.random_prefix(CONFIG, 4)
     prefix[1][1][0, 0, 0] = 1e5
     folder = support.write_adapter(tmp_path / "one", CONFIG, prefix)
@@ -140,7 +143,8 @@ def test_values_too_large_are_known_as_well(config: Any, tmp_path: Path, model: 
     half.model_config = copy.copy(config.model_config)
     half.model_config.dtype = torch.float16
     with pytest.raises(PrefixServeError, match="holds values too large for float16"):
-        register_adapters([AdapterOption("one", str(folder))], half)
+        open_adapter(AdapterOption("one", str(folder)), half, None, load_known)
+    assert reads == ["one"]
 
 
 def test_a_bad_adapter_is_refused_once_and_tried_again_when_it_changes(
@@ -382,12 +386,33 @@ def test_requests_do_not_wait_for_remote_storage(config: Any, tmp_path: Path, st
     assert names.tokens("a") == 7
     storage.rm("/adapters/a", recursive=True)
     names.now += 31
-    names.tokens("a")
     for _ in range(1000):
-        if not names.registry.adapters():
+        if names.tokens("a") is None:
             break
         time.sleep(0.01)
-    assert names.tokens("a") is None
+    assert names.registry.adapters() == []
+
+
+def test_an_adapter_is_served_while_its_storage_cannot_be_asked(
+    config: Any, tmp_path: Path, storage: Any, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    names = Names(config, RemoteSource("memory://adapters"))
+    storage.put(str(write(tmp_path / "a", 1)), "/adapters/a", recursive=True)
+    assert names.tokens("a") == 4
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(type(storage), "info", fail)
+    names.now += 31
+    assert names.tokens("a") == 4
+    for _ in range(1000):
+        if "It is served as it was." in log.text:
+            break
+        time.sleep(0.01)
+    assert names.tokens("a") == 4
+    with pytest.raises(AdapterNotFoundError, match=r"ConnectionError: no network"):
+        names.tokens("b")
 
 
 def test_a_copy_that_was_evicted_is_fetched_again(config: Any, tmp_path: Path, storage: Any) -> None:
