@@ -169,6 +169,8 @@ def attach_prefix(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
         raise PrefixRequestError(
             f"Streaming input is not supported with the prefix adapter {spec.name!r}; send the whole prompt at once."
         )
+    # Otherwise the blocks of all prefixes of this name would be the same.
+    assert spec.digest, f"The prefix adapter {spec.name!r} was never read."
     # vLLM has made a copy for this request.
     params = request.sampling_params
     remaining = max_model_len - spec.num_virtual_tokens - len(request.prompt_token_ids)
