@@ -24,8 +24,10 @@ class FileState(NamedTuple):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the times are old enough that a further change would show: they are as coarse as two seconds."""
-        return time.time_ns() - max(self.mtime_ns, self.ctime_ns) > SETTLING_NS
+        """Whether a change after this one would show in the times, which some file systems keep in steps of two seconds."""
+        now = time.time_ns()
+        # Times in the future say that clocks differ, and not that something has changed just now.
+        return all(abs(now - changed) > SETTLING_NS for changed in (self.mtime_ns, self.ctime_ns))
 
 
 def state_of(path: str | Path) -> FileState | None:

@@ -99,6 +99,10 @@ def test_a_file_that_was_changed_just_now_may_change_unnoticed(weights: Path, mo
     assert state is not None
     assert not state.is_settled
     assert folder_state(weights.parent) != folder_state(weights.parent)
+    hour = 3600 * 10**9
+    for times in ((-hour, -hour), (hour, -hour)):
+        mtime, ctime = (time.time_ns() + each for each in times)
+        assert state._replace(mtime_ns=mtime, ctime_ns=ctime).is_settled
     monkeypatch.setattr(file_state, "SETTLING_NS", 0)
     time.sleep(0.001)
     assert state.is_settled
