@@ -8,14 +8,13 @@ Shape suffixes: L layers of one stack, P virtual tokens of one prefix, H KV head
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from peft_prefix_ext.checkpoint.format import WEIGHTS_NAME, LayerState, state_shapes_of
+from peft_prefix_ext.checkpoint.format import LayerState, state_shapes_of
 from vllm_plugin.adapters.loading import reload
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.validation import check_states
@@ -166,7 +165,6 @@ class PrefixManager:
         Raises:
             PrefixServeError: If it cannot be read, has changed since it was opened, or does not fit the layers.
         """
-        before = _state_of(spec)
         checkpoint = reload(spec)
         keys, values = [], []
         for stack in self.stacks:
@@ -177,11 +175,6 @@ class PrefixManager:
             keys.append(torch.stack([part.key for part in parts]).to(self._dtype))
             values.append(torch.stack([part.value for part in parts]).to(self._dtype))
         states = self._states(spec.name, checkpoint.states) if checkpoint.states else ()
-        # The digest was computed just before the copy.
-        if _state_of(spec) != before:
-            raise PrefixServeError(
-                f"The weights of prefix adapter {spec.name!r} in {spec.path} changed while being read."
-            )
         return PrefixKV(tuple(keys), tuple(values), states)
 
     def _states(self, name: str, states: Mapping[int, LayerState]) -> tuple[tuple[torch.Tensor, ...], ...]:
@@ -225,12 +218,3 @@ class PrefixManager:
             else:
                 self._on_device.put(spec.digest, prefix)
         return prefix
-
-
-def _state_of(spec: PrefixSpec) -> tuple[int, ...] | None:
-    """Returns values that change when the weights of a prefix are overwritten or replaced; None if the file is gone."""
-    try:
-        state = os.stat(f"{spec.path}/{WEIGHTS_NAME}")
-    except OSError:
-        return None
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -274,6 +276,31 @@ def test_half_of_an_adapter_is_none_until_it_is_whole(config: Any, root: Path, l
     shutil.copy(whole / "adapter_model.safetensors", root / "a")
     time.sleep(0.001)
     assert names.later("a") == 4
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "socket", "sparse"])
+def test_what_is_no_file_holds_up_nothing(config: Any, root: Path, file: str, kind: str) -> None:
+    names = Names(config, FolderSource(str(root)))
+    path = write(root / "a", 1) / file
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "socket":
+            server.bind(str(path))
+        else:
+            with path.open("wb") as large:
+                large.truncate(1 << 40)
+        for ask in (names.tokens, names.later):
+            with contextlib.suppress(PrefixServeError):
+                assert ask("a") is None
+    assert names.registry.adapters() == []
+    assert FolderSource(str(root)).names() == (["a"] if file.endswith("safetensors") and kind != "device" else [])
 
 
 def test_an_adapter_that_is_replaced_by_a_bad_one_is_gone(config: Any, root: Path) -> None:

@@ -310,14 +310,19 @@ def test_resident_prefixes_survive_changes_of_their_file(adapters: Any) -> None:
     assert worker.holds(kv, [3, 4], 0, 6)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", [overwritten, truncated, shutil.rmtree])
+def test_what_is_served_is_what_was_checked(
+    adapters: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    """A file that changes behind the check of its digest; a memory mapping would change with it, or end the process."""
     from vllm_plugin.worker import prefix_manager
 
-    spec, _ = adapters("one")
+    spec, kv = adapters("one")
     original = prefix_manager.reload
-    monkeypatch.setattr(prefix_manager, "reload", lambda spec: (original(spec), overwritten(Path(spec.path)))[0])
-    with pytest.raises(PrefixServeError, match="changed while being read"):
-        Worker(1 << 20).manager.open(spec)
+    monkeypatch.setattr(prefix_manager, "reload", lambda spec: (original(spec), change(Path(spec.path)))[0])
+    worker = Worker(1 << 20)
+    worker.writer.write([load(spec, [1, 2])])
+    assert worker.holds(kv, [1, 2], 0, 6)
 
 
 def test_an_unexpected_error_does_not_end_the_engine(adapters: Any, caplog: pytest.LogCaptureFixture) -> None:
