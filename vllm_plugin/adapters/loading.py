@@ -99,8 +99,14 @@ def _read(folder: Path) -> PrefixCheckpoint:
 def _read_known(folder: Path) -> PrefixCheckpoint | None:
     """Returns an adapter without its values, if what they say is known."""
     weights = folder / WEIGHTS_NAME
-    facts = digest_cache().get(os.path.abspath(weights), state_of(weights))
-    return facts and dataclasses.replace(read_header(folder), digest=facts.digest, largest=facts.largest)
+    state = state_of(weights)
+    facts = digest_cache().get(os.path.abspath(weights), state)
+    if facts is None:
+        return None
+    header = read_header(folder)
+    known = dataclasses.replace(header, digest=facts.digest, largest=facts.largest)
+    # Unless the file was replaced before its header was read.
+    return known if state_of(weights) == state else None
 
 
 def register_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Adapter]:
@@ -109,7 +115,7 @@ def register_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> lis
     Raises:
         PrefixServeError: If one of them cannot be served.
     """
-    return [_opened(option, vllm_config, None, load_header) for option in options]
+    return [open_adapter(option, vllm_config, read=load_header) for option in options]
 
 
 def open_adapter(
@@ -121,12 +127,20 @@ def open_adapter(
         option: Its name and where it lies.
         vllm_config: The engine's config.
         registry: Where the engine has published its layers, if it has started.
-        read: `load`, or `load_known`.
+        read: `load`, `load_known` or `load_header`.
 
     Raises:
         PrefixServeError: If it cannot be served. The message is one sentence that names the adapter.
     """
-    return _opened(option, vllm_config, registry, read)
+    try:
+        return _open(option, vllm_config, registry, read)
+    except PrefixServeError:
+        raise
+    except Exception as error:
+        # The files may hold anything, and no list of the errors that this causes would be complete.
+        raise PrefixServeError(
+            f"Prefix adapter {option.name!r}: {option.path} is malformed ({type(error).__name__}: {error}); copy it again."
+        ) from error
 
 
 def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Adapter:
@@ -153,18 +167,6 @@ def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Ad
     return dataclasses.replace(
         opened, spec=dataclasses.replace(opened.spec, source=spec.source, draft=draft_spec), files=adapter.files
     )
-
-
-def _opened(option: AdapterOption, vllm_config: Any, registry: Registry | None, read: Load) -> Adapter:
-    try:
-        return _open(option, vllm_config, registry, read)
-    except PrefixServeError:
-        raise
-    except Exception as error:
-        # The files may hold anything, and no list of the errors that this causes would be complete.
-        raise PrefixServeError(
-            f"Prefix adapter {option.name!r}: {option.path} is malformed ({type(error).__name__}: {error}); copy it again."
-        ) from error
 
 
 def _open(option: AdapterOption, vllm_config: Any, registry: Registry | None, read: Load) -> Adapter:

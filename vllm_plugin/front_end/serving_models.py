@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import wait
 from http import HTTPStatus
 from typing import Any
 
@@ -154,8 +155,8 @@ class PrefixModels:
         Args:
             name: The name that requests use.
             path: Folder or Hub repository, as on the command line.
-            base_model_name: The served model that `/v1/models` lists as its parent; the first one by default.
             draft_path: The prefix for the draft model, if any.
+            base_model_name: The served model that `/v1/models` lists as its parent; the first one by default.
             replace: Whether to replace an adapter that has this name.
         """
         if not name or not path:
@@ -225,8 +226,15 @@ class PrefixModels:
             await warm_up(self._engine, [adapter.spec])
 
     def _prepare_in_thread(self, adapter: Adapter) -> None:
-        assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(self._prepare(adapter), self._loop).result()
+        loop = self._loop
+        assert loop is not None
+        prepared = asyncio.run_coroutine_threadsafe(self._prepare(adapter), loop)
+        while not prepared.done():
+            wait([prepared], timeout=1.0)
+            # A thread that waits would keep a server that shuts down from its end.
+            if not loop.is_running() and not prepared.done():
+                raise PrefixServeError(f"Prefix adapter {adapter.spec.name!r} was not loaded: the server shuts down.")
+        prepared.result()
 
 
 _ERROR_TYPES = {
