@@ -89,10 +89,11 @@ def check_lora(request: Any) -> None:
 
 
 def is_prefix_path(path: str) -> bool:
-    """Returns whether the path of a `LoRARequest` is the local folder of a prefix. A folder is looked into once."""
-    if path in _lora_paths:
+    """Returns whether the path of a `LoRARequest` is the local folder of a prefix. That of a LoRA is looked into once."""
+    if path in _lora_paths or is_remote(path) or not os.path.isdir(os.path.expanduser(path)):
         return False
-    if not is_remote(path) and os.path.isdir(os.path.expanduser(path)) and holds_prefix(path):
-        return True
-    _lora_paths.add(path)
-    return False
+    kind = adapter_type(path)
+    # A folder without an adapter may get one.
+    if kind is not None and kind not in PREFIX_TYPES:
+        _lora_paths.add(path)
+    return kind in PREFIX_TYPES

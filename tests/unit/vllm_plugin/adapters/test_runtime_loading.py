@@ -45,6 +45,16 @@ def test_a_lora_request_of_a_prefix_is_one_for_the_prefix(model: Path, tmp_path:
     assert replaced.spec.digest != found[0].spec.digest
 
 
+def test_a_folder_that_becomes_a_prefix(model: Path, tmp_path: Path) -> None:
+    config, request = config_of(model, {}), LoRARequest("one", 1, str(tmp_path / "one"))
+    assert as_prefix_request(request, config) is request
+    write(tmp_path / "one", 1)
+    assert isinstance(as_prefix_request(request, config), PrefixAdapterRequest)
+    for path in ("~nobody-here/x", "a\0b", "s3://x/y", "x" * 5000):
+        request = LoRARequest("two", 1, path)
+        assert as_prefix_request(request, config) is request
+
+
 def test_path_is_another_name_of_lora_path(model: Path, tmp_path: Path) -> None:
     config, one = config_of(model, {}), write(tmp_path / "one", 1)
     request = PrefixAdapterRequest("one", path=one, load_inplace=True)
