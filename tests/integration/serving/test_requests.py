@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.serving.engines import Engine
-from helpers.serving.support import prompt_ids, specs_in
+from helpers.serving.support import prompt_ids
 from vllm_plugin import PrefixAdapterRequest
 
 
@@ -120,18 +120,10 @@ def test_invalid_requests_are_refused(
     llama.check(["p33", None], [prompt_ids(5)] * 2, max_tokens=2)
 
 
-def test_a_prefix_in_a_lora_request_is_refused(llama: Engine) -> None:
+def test_vllm_handles_lora_requests_of_loras(llama: Engine) -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
 
-    folder = specs_in(llama.llm.llm_engine.vllm_config.kv_transfer_config)["p7"].path
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
-            llama.llm.generate({"prompt_token_ids": [5]}, lora_request=LoRARequest("mine", 1, folder), use_tqdm=False)
-        assert "holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({'mine': path}))`" in str(
-            caught.value
-        )
-    # vLLM handles any other LoRA request.
     with pytest.raises(VLLMValidationError, match="LoRA is not enabled"):
         llama.llm.generate({"prompt_token_ids": [5]}, lora_request=LoRARequest("mine", 1, "/lora"), use_tqdm=False)
     llama.check(["p7", None], [prompt_ids(5)] * 2, max_tokens=2)

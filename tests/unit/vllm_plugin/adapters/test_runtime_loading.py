@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from vllm.lora.request import LoRARequest
 
 from helpers.serving import support
 from vllm_plugin import PrefixAdapterRequest, prefix_adapters, remove_prefix_adapter
+from vllm_plugin.adapters.adapter_kinds import check_lora
 from vllm_plugin.adapters.runtime_loading import adapter_of, as_prefix_request, load_requested
 from vllm_plugin.errors import PrefixServeError
 
@@ -53,6 +55,18 @@ def test_a_folder_that_becomes_a_prefix(model: Path, tmp_path: Path) -> None:
     for path in ("~nobody-here/x", "a\0b", "s3://x/y", "x" * 5000):
         request = LoRARequest("two", 1, path)
         assert as_prefix_request(request, config) is request
+
+
+def test_an_engine_without_prefixes_refuses_one_that_is_given_as_a_lora(tmp_path: Path) -> None:
+    request = LoRARequest("mine", 1, write(tmp_path / "one", 1))
+    assert as_prefix_request(request, SimpleNamespace(kv_transfer_config=None)) is request
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
+            check_lora(request)
+        assert "holds a prefix, not a LoRA; start with `LLM(..., **prefix_adapters({'mine': path}))`" in str(
+            caught.value
+        )
+    check_lora(LoRARequest("mine", 1, "/lora"))
 
 
 def test_path_is_another_name_of_lora_path(model: Path, tmp_path: Path) -> None:
