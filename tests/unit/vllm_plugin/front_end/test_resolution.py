@@ -17,18 +17,11 @@ from vllm.exceptions import VLLMNotFoundError
 
 from helpers.serving import support
 from helpers.serving.app import CONFIG, adapter, assert_refused, cards, digest, load, start, unload
-from vllm_plugin.adapters import file_state, folder_index, loading, resolver
-from vllm_plugin.adapters.digest_cache import DigestCache
+from vllm_plugin.adapters import folder_index, loading, resolver
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end import serving_models
 
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files are old enough for their times to be trusted, and no earlier test has read them."""
-    monkeypatch.setattr(file_state, "SETTLING_NS", 0)
-    cache = DigestCache(tmp_path / "digests.jsonl")
-    monkeypatch.setattr(loading, "digest_cache", lambda: cache)
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.fixture
@@ -37,15 +30,6 @@ def root(tmp_path: Path, options: Any) -> Path:
     (tmp_path / "root").mkdir()
     options.prefix_adapter_dir = [str(tmp_path / "root")]
     return tmp_path / "root"
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders whose values were read."""
-    found: list[str] = []
-    original = loading.read_prefix
-    monkeypatch.setattr(loading, "read_prefix", lambda folder: found.append(Path(folder).name) or original(folder))
-    return found
 
 
 def refused(server: TestClient, name: str) -> Any:
