@@ -62,10 +62,6 @@ _PREFIX_TENSOR = re.compile(
     r"|prefix_ext\.prefix_ext_reparam(_encoder)?\..+)"
 )
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# The tensors that a reader returns.
-_READ_TENSOR = re.compile(
-    r".+\.prefix_ext\.prefix_ext_(key|value|(conv|recurrent)_state_\d+)|prompt_embeddings", re.DOTALL
-)
 
 
 class PrefixCheckpointError(ValueError):
@@ -262,11 +258,6 @@ def state_key(module: str, kind: str, number: int) -> str:
 def is_of_prefix(name: str) -> bool:
     """Whether a tensor in the file belongs to the prefix and not to the base model."""
     return _PREFIX_TENSOR.fullmatch(name) is not None
-
-
-def is_read(name: str) -> bool:
-    """Whether a tensor in the file is part of what a reader returns."""
-    return _READ_TENSOR.fullmatch(name) is not None
 
 
 def magnitude(tensor: torch.Tensor) -> float:

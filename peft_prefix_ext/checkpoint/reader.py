@@ -29,14 +29,18 @@ from peft_prefix_ext.checkpoint.format import (
     PrefixCheckpointError,
     PrefixNotFoundError,
     is_of_prefix,
-    is_read,
     is_stock_encoder_decoder,
     layer_key,
     magnitude,
     state_key,
 )
 from peft_prefix_ext.checkpoint.regular_file import MAX_CONFIG_BYTES, read_regular
-from peft_prefix_ext.checkpoint.safetensors_file import SafetensorsError, SafetensorsFile, read_safetensors
+from peft_prefix_ext.checkpoint.safetensors_file import (
+    MAX_KEPT_BYTES,
+    SafetensorsError,
+    SafetensorsFile,
+    read_safetensors,
+)
 
 
 def read_prefix(path: str | Path) -> PrefixCheckpoint:
@@ -76,8 +80,14 @@ def _read(folder: Path, *, values: bool) -> PrefixCheckpoint:
     p = config.get("num_virtual_tokens")
     if not isinstance(p, int) or isinstance(p, bool) or p < 1:
         raise PrefixCheckpointError(f"`num_virtual_tokens` in {folder / CONFIG_NAME} must be >= 1, got {p!r}.")
+
+    def choose(header: SafetensorsFile) -> set[str]:
+        # Only what the config describes takes memory, and only if the file has it in this shape.
+        _read_known_tables(header, config, folder)
+        return _tensor_names(config)
+
     try:
-        tensors = read_safetensors(weights, is_read if values else None)
+        tensors = read_safetensors(weights, choose if values else None)
     except (SafetensorsError, OSError) as error:
         raise PrefixCheckpointError(f"{weights} cannot be read as safetensors ({error}); copy it again.") from error
     layers, states, state_modules = (_read_tables if values else _read_known_tables)(tensors, config, folder)
@@ -155,8 +165,18 @@ def _read_known_tables(tensors: SafetensorsFile, config: dict[str, Any], folder:
         tables = _read_tables(tensors, config, folder)
         if len(_known_tables) >= _MAX_KNOWN_TABLES:
             _known_tables.clear()
-        _known_tables[key] = tables
+        if sum(map(len, key)) <= MAX_KEPT_BYTES:
+            _known_tables[key] = tables
     return tables
+
+
+def _tensor_names(config: dict[str, Any]) -> set[str]:
+    """Returns the names of the tensors in the tables of a config that was checked."""
+    if config["peft_type"] in STOCK_TYPES:
+        return {"prompt_embeddings"}
+    layers = {layer_key(row["module"], kind) for row in config["prefix_layers"] for kind in ("key", "value")}
+    states = config.get("prefix_states") or []
+    return layers | {state_key(row["module"], row["kind"], row["number"]) for row in states}
 
 
 def _read_tables(tensors: SafetensorsFile, config: dict[str, Any], folder: Path) -> _Tables:

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,10 @@ from peft_prefix_ext.checkpoint.regular_file import MAX_WEIGHTS_BYTES, open_regu
 # As in the library.
 _MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
+# Thousands of adapters of one model have the same header, which is parsed once. Larger headers are rare, and not kept.
+MAX_KEPT_BYTES = 1 << 20
+# The sizes of a tensor with very many dimensions would take long to multiply.
+_MAX_DIMENSIONS = 16
 _CHUNK_BYTES = 1 << 20
 
 
@@ -69,12 +73,13 @@ class SafetensorsFile(NamedTuple):
         return torch.frombuffer(content, dtype=dtype)[: math.prod(header.shape)].view(header.shape)
 
 
-def read_safetensors(path: Path, wanted: Callable[[str], bool] | None) -> SafetensorsFile:
+def read_safetensors(path: Path, choose: Callable[[SafetensorsFile], Container[str]] | None) -> SafetensorsFile:
     """Reads a file.
 
     Args:
         path: The file.
-        wanted: Says of the name of a tensor whether its values are wanted; `None` to read the header alone.
+        choose: Takes what the header says, and returns the names of the tensors whose values are wanted. What it raises, ends
+            the reading before any value takes memory. `None` to read the header alone.
 
     Raises:
         SafetensorsError: If it is malformed, or not as long as its header says.
@@ -94,13 +99,15 @@ def read_safetensors(path: Path, wanted: Callable[[str], bool] | None) -> Safete
         end = next(reversed(headers.values())).end if headers else 0
         if end != num_bytes:
             raise SafetensorsError(f"its tensors take {end} bytes, and {num_bytes} are there")
-        if wanted is None:
-            return SafetensorsFile(text, {}, "")
+        header_alone = SafetensorsFile(text, {}, "")
+        if choose is None:
+            return header_alone
+        wanted = choose(header_alone)
         digest = hashlib.sha256(length)
         digest.update(text)
         contents: dict[str, bytearray] = {}
         for name, header in headers.items():
-            if wanted(name):
+            if name in wanted:
                 contents[name] = read_into(file, bytearray(header.end - header.start))
                 digest.update(contents[name])
             else:
@@ -116,12 +123,8 @@ def _skip(file: io.FileIO, num_bytes: int, digest: Any) -> None:
         num_bytes -= len(chunk)
 
 
-# Thousands of adapters of one model have the same header. Larger headers are rare.
-_CACHED_BYTES = 1 << 20
-
-
 def _headers(text: bytes) -> dict[str, TensorHeader]:
-    return _parse_cached(text) if len(text) <= _CACHED_BYTES else _parse(text)
+    return _parse_cached(text) if len(text) <= MAX_KEPT_BYTES else _parse(text)
 
 
 def _parse(text: bytes) -> dict[str, TensorHeader]:
@@ -149,7 +152,7 @@ _parse_cached = functools.lru_cache(maxsize=16)(_parse)
 def _tensor_header(name: str, field: Any) -> TensorHeader:
     try:
         dtype, shape, (start, end) = field["dtype"], field["shape"], field["data_offsets"]
-        well_formed = isinstance(dtype, str) and isinstance(shape, list)
+        well_formed = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
         well_formed = well_formed and all(type(number) is int and number >= 0 for number in (*shape, start, end))
         # The sizes of other types do not matter: none of their tensors is used.
         if well_formed and dtype in FLOAT_DTYPES:

@@ -35,8 +35,10 @@ from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.validation import check_adapter, check_shapes, check_states
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
 
-# From the name of an adapter and where it lies to the adapter.
-Load = Callable[[str, str], PrefixCheckpoint]
+# Raises `PrefixServeError` if an engine cannot serve a prefix. Values are checked if they were read.
+Check = Callable[[PrefixCheckpoint], None]
+# From the name of an adapter and where it lies to the adapter, which is checked before its values are read, and with them.
+Load = Callable[[str, str, Check], PrefixCheckpoint]
 
 
 def folder_of(source: str) -> Path:
@@ -51,23 +53,23 @@ def folder_of(source: str) -> Path:
     return fetch(source) if is_remote(source) else resolve(source)
 
 
-def load(name: str, source: str) -> PrefixCheckpoint:
+def load(name: str, source: str, check: Check = lambda _: None) -> PrefixCheckpoint:
     """Reads one adapter.
 
     Raises:
         PrefixServeError: If it cannot be read. The message is one sentence that names the adapter.
     """
-    return _told(name, source, _read)
+    return _told(name, source, lambda folder: _read(folder, check))
 
 
-def load_known(name: str, source: str) -> PrefixCheckpoint:
+def load_known(name: str, source: str, check: Check) -> PrefixCheckpoint:
     """Reads one adapter as `load` does, but without its values if what they say is known already."""
-    return _told(name, source, lambda folder: _read_known(folder) or _read(folder))
+    return _told(name, source, lambda folder: _read_known(folder, check) or _read(folder, check))
 
 
-def load_header(name: str, source: str) -> PrefixCheckpoint:
+def load_header(name: str, source: str, check: Check) -> PrefixCheckpoint:
     """Reads one adapter as `load` does, but without its values, and so without its digest."""
-    return _told(name, source, read_header)
+    return _told(name, source, lambda folder: _checked(read_header(folder), check))
 
 
 def _told(name: str, source: str, read: Callable[[Path], PrefixCheckpoint]) -> PrefixCheckpoint:
@@ -86,17 +88,24 @@ def _told(name: str, source: str, read: Callable[[Path], PrefixCheckpoint]) -> P
         raise error_type(told) from error
 
 
-def _read(folder: Path) -> PrefixCheckpoint:
+def _checked(checkpoint: PrefixCheckpoint, check: Check) -> PrefixCheckpoint:
+    check(checkpoint)
+    return checkpoint
+
+
+def _read(folder: Path, check: Check) -> PrefixCheckpoint:
+    # What this engine cannot serve may be of any size.
+    check(read_header(folder))
     weights = folder / WEIGHTS_NAME
     before = state_of(weights)
-    checkpoint = read_prefix(folder)
+    checkpoint = _checked(read_prefix(folder), check)
     assert checkpoint.largest is not None
     if before is not None and before.is_settled and state_of(weights) == before:
         digest_cache().put(os.path.abspath(weights), before, ValueFacts(checkpoint.digest, checkpoint.largest))
     return checkpoint
 
 
-def _read_known(folder: Path) -> PrefixCheckpoint | None:
+def _read_known(folder: Path, check: Check) -> PrefixCheckpoint | None:
     """Returns an adapter without its values, if what they say is known."""
     weights = folder / WEIGHTS_NAME
     state = state_of(weights)
@@ -106,7 +115,7 @@ def _read_known(folder: Path) -> PrefixCheckpoint | None:
     header = read_header(folder)
     known = dataclasses.replace(header, digest=facts.digest, largest=facts.largest)
     # Unless the file was replaced before its header was read.
-    return known if state_of(weights) == state else None
+    return _checked(known, check) if state_of(weights) == state else None
 
 
 def register_adapters(options: Iterable[AdapterOption], vllm_config: Any) -> list[Adapter]:
@@ -171,11 +180,14 @@ def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Ad
 
 def _open(option: AdapterOption, vllm_config: Any, registry: Registry | None, read: Load) -> Adapter:
     name = option.name
-    checkpoint = read(name, option.path)
-    check_adapter(name, checkpoint, vllm_config.model_config)
-    if registry is not None and (layers := registry.layers()) is not None:
-        check_shapes(name, checkpoint.layer_shapes, layers)
-        check_states(name, checkpoint.state_shapes, registry.states())
+
+    def check(checkpoint: PrefixCheckpoint) -> None:
+        check_adapter(name, checkpoint, vllm_config.model_config)
+        if registry is not None and (layers := registry.layers()) is not None:
+            check_shapes(name, checkpoint.layer_shapes, layers)
+            check_states(name, checkpoint.state_shapes, registry.states())
+
+    checkpoint = read(name, option.path, check)
     draft = None if option.draft_path is None else _open_draft(option, checkpoint.num_virtual_tokens, vllm_config, read)
     spec = _spec(name, option.path, checkpoint, draft=draft, **find_base_lora(name, checkpoint, vllm_config))
     if draft is not None and not draft.digest:
@@ -198,8 +210,7 @@ def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any
             "`draft_path`."
         )
     try:
-        checkpoint = read(name, path)
-        check_adapter(name, checkpoint, model)
+        checkpoint = read(name, path, lambda checkpoint: check_adapter(name, checkpoint, model))
     except PrefixServeError as error:
         raise type(error)(f"The prefix {path!r} for the draft model {model.model!r} cannot be used: {error}") from error
     if checkpoint.base_adapters:

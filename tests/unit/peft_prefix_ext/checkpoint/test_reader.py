@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from helpers.prefixed import trained_model
 from helpers.tiny import tiny_model
 from peft_prefix_ext import PrefixCheckpointError, read_prefix
+from peft_prefix_ext.checkpoint import reader, safetensors_file
 from peft_prefix_ext.checkpoint.fingerprint import fingerprint
 from peft_prefix_ext.checkpoint.reader import read_header
 
@@ -131,6 +133,36 @@ def test_the_header_says_all_but_the_values(folder):
     edit_config(folder, num_virtual_tokens=8)
     with pytest.raises(PrefixCheckpointError, match="do not fit together"):
         read_header(folder)
+
+
+def test_only_what_the_config_describes_takes_memory(folder, monkeypatch):
+    lengths = []
+    original = safetensors_file.read_into
+    monkeypatch.setattr(
+        safetensors_file, "read_into", lambda file, content: lengths.append(len(content)) or original(file, content)
+    )
+    size = 8 << 20
+    edit_weights(folder, lambda t, k: t.update({k.replace(".0.", ".9."): torch.zeros(size // 4)}))
+    whole = read_prefix(folder)
+    assert max(lengths) < size
+    assert whole.digest == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    # A shape that does not fit is refused before the values.
+    edit_weights(folder, lambda t, k: t.update({k: torch.zeros(size // 4)}))
+    lengths.clear()
+    with pytest.raises(PrefixCheckpointError, match="expected floats of shape"):
+        read_prefix(folder)
+    assert len(lengths) == 2
+
+
+def test_very_large_headers_are_not_kept(folder):
+    reader._known_tables.clear()
+    read_header(folder)
+    assert len(reader._known_tables) == 1
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"more": "x" * safetensors_file.MAX_KEPT_BYTES})
+    reader._known_tables.clear()
+    read_header(folder)
+    assert not reader._known_tables
 
 
 def test_no_such_folder(tmp_path):
