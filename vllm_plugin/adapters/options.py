@@ -67,9 +67,14 @@ def parse_gib(text: str) -> int:
     return int(num_bytes)
 
 
+def is_name(name: str) -> bool:
+    """Returns whether an adapter can have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> None:
     """Raises `PrefixServeError` if `name` is not a valid name for an adapter."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise PrefixServeError(
             f"A prefix adapter's name must be up to 256 letters, digits and, after the first, any of ._/:@+-; got {name!r}."
         )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from vllm_plugin.adapters.adapter_kinds import holds_prefix
 from vllm_plugin.adapters.file_state import folder_state
 from vllm_plugin.adapters.loading import load_known, open_adapter, verify_adapter
-from vllm_plugin.adapters.options import AdapterOption, check_name
+from vllm_plugin.adapters.options import AdapterOption, is_name
 from vllm_plugin.adapters.registry import Adapter, Registry
 from vllm_plugin.adapters.single_flight import SingleFlight
 from vllm_plugin.adapters.sources import Found, Source, make_sources
@@ -144,7 +144,8 @@ class Resolver:
         with self._lock:
             refused = self._refused.get(name)
         answer: Future[Adapter | None] = Future()
-        if adapter is None and not self._sources:
+        # What clients send as a name may be as long as a request, and is not remembered.
+        if adapter is None and not (self._sources and is_name(name)):
             answer.set_result(None)
         elif refused is None or self._clock() >= refused.until or (adapter is not None and adapter.is_verified):
             return None
@@ -230,7 +231,6 @@ class Resolver:
         return None, None
 
     def _read(self, name: str, found: Found, old: Adapter | None) -> Adapter:
-        check_name(name)
         opened = open_adapter(AdapterOption(name, found.path), self._config, self._registry, load_known)
         spec = dataclasses.replace(opened.spec, source=found.source)
         new = dataclasses.replace(opened, spec=spec, files=found.state)

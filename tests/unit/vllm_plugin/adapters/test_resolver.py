@@ -79,6 +79,17 @@ def test_values_too_large_are_known_as_well(config: Any, tmp_path: Path, reads: 
     assert reads == ["one"]
 
 
+def test_what_the_engine_cannot_serve_is_refused_without_its_values(
+    config: Any, tmp_path: Path, reads: list[str]
+) -> None:
+    for name, more in (("base", {"base_fingerprint": {"hidden_size": 1}}), ("long", {"tokens": 255})):
+        folder = write(tmp_path / name, 1, **more)
+        for read in (loading.load, load_known):
+            with pytest.raises(PrefixServeError, match=r"another base model|leaves no room"):
+                open_adapter(AdapterOption(name, str(folder)), config, None, read)
+    assert reads == []
+
+
 def test_a_bad_adapter_is_refused_once_and_tried_again_when_it_changes(
     config: Any, tmp_path: Path, reads: list[str], log: pytest.LogCaptureFixture
 ) -> None:
@@ -133,6 +144,9 @@ def test_names_of_clients_do_not_fill_the_memory(config: Any, root: Path, monkey
     for number in range(100):
         assert names.tokens(f"a{number}") is None
     assert len(names.resolver._refused) == 10
+    for name in ("a" * 10_000, "not a name", ".."):
+        assert names.tokens(name) is None
+        assert name not in names.resolver._refused
     assert not names.resolver._watched
     assert not names.resolver._flights._flights
 
