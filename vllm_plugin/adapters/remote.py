@@ -25,6 +25,10 @@ DEFAULT_CACHE_SIZE = 10 << 30
 _CHUNK_BYTES = 8 << 20
 _ABANDONED_SECONDS = 24 * 3600
 _FOLDER, _LOCK = "remote", "lock"
+# How often a download is begun again because the files were replaced meanwhile.
+_MAX_ATTEMPTS = 3
+# What a file's properties may say of its state beside fsspec's own key, which for HTTP is that of the address.
+_STATE_FIELDS = ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")
 
 
 def is_remote(source: str) -> bool:
@@ -52,33 +56,45 @@ class RemoteCache:
         """
         with _told(url):
             files, path = filesystem(url)
-            state, size = _state(files, path)
-            if state is None:
-                raise FileNotFoundError(f"no {CONFIG_NAME} and {WEIGHTS_NAME} there")
-            if size > self.capacity:
-                raise PrefixCheckpointError(
-                    f"The adapter in {url} has {size} bytes, more than --prefix-adapter-cache-size allows; raise it."
-                )
-            copy = self.folder / _hash(url.rstrip("/")) / _hash(state)
-            if not copy.is_dir():
-                self._download(files, path, copy)
+            for _ in range(_MAX_ATTEMPTS):
+                copy = self._fetch(url, files, path)
+                if copy is not None:
+                    break
+            else:
+                raise OSError("it is replaced again and again while it is downloaded")
         # By the time of this change, the least recently used copies are found.
         with contextlib.suppress(OSError):
             os.utime(copy)
         return copy
 
-    def _download(self, files: Any, path: str, copy: Path) -> None:
+    def _fetch(self, url: str, files: Any, path: str) -> Path | None:
+        """Returns the copy of an adapter in its present state; None if that changes while it is downloaded."""
+        state, size = _state(files, path)
+        if state is None:
+            raise FileNotFoundError(f"no {CONFIG_NAME} and {WEIGHTS_NAME} there")
+        if size > self.capacity:
+            raise PrefixCheckpointError(
+                f"The adapter in {url} has {size} bytes, more than --prefix-adapter-cache-size allows; raise it."
+            )
+        copy = self.folder / _hash(url.rstrip("/")) / _hash(state)
+        return copy if copy.is_dir() or self._download(files, path, state, copy) else None
+
+    def _download(self, files: Any, path: str, state: str, copy: Path) -> bool:
+        """Downloads an adapter to `copy`. Returns whether it is in this state before and afterwards, and so of one piece."""
         copy.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
         try:
             _copy(files, f"{path}/{CONFIG_NAME}", new / CONFIG_NAME, MAX_CONFIG_BYTES)
             _copy(files, f"{path}/{WEIGHTS_NAME}", new / WEIGHTS_NAME, self.capacity)
+            if _state(files, path)[0] != state:
+                return False
             with self._locked():
                 # Unless another process was faster.
                 if not copy.is_dir():
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     new.rename(copy)
                 self._make_room(copy)
+            return True
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -151,6 +167,7 @@ def _state(files: Any, path: str) -> tuple[str | None, int]:
             return None, 0
         # A hash of the file's properties, such as its ETag.
         keys.append(str(files.ukey(f"{path}/{name}")))
+        keys += [str(info[field]) for field in _STATE_FIELDS if field in info]
         size += info.get("size") or 0
     return " ".join(keys), size
 

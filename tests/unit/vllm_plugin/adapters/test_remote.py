@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,45 @@ def test_the_least_recently_used_copies_go(storage: Any, tmp_path: Path) -> None
     with pytest.raises(PrefixCheckpointError, match="has 3027 bytes, more than --prefix-adapter-cache-size allows"):
         cache.fetch(put(storage, "e", bytes(3000)))
     assert not list(tmp_path.glob(".new-*"))
+
+
+def test_a_copy_is_of_one_piece(storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, replacements = put(storage, "a", b"old"), [b"new", b"newer"]
+    original = type(storage).open
+
+    def replace_before_the_weights(self: Any, path: str, *args: Any, **more: Any) -> Any:
+        if path.endswith("safetensors") and args == ("rb",) and replacements:
+            self.pipe_file(path, replacements.pop(0))
+            self.pipe_file(f"{path.rpartition('/')[0]}/adapter_config.json", b"{}")
+        return original(self, path, *args, **more)
+
+    monkeypatch.setattr(type(storage), "open", replace_before_the_weights)
+    copy = RemoteCache(tmp_path).fetch(url)
+    assert contents(copy) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"newer"}
+    assert [path for path in tmp_path.glob("*/*") if path.is_dir()] == [copy]
+    replacements += [b"1", b"2", b"3"]
+    put(storage, "a", b"old")
+    with pytest.raises(PrefixNotFoundError, match="replaced again and again"):
+        RemoteCache(tmp_path).fetch(url)
+
+
+def test_changes_behind_http_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "a" / name).write_bytes(b"1")
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a"
+        first = remote_state(url)
+        assert first == remote_state(url)
+        (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
+        assert first != remote_state(url) is not None
+        assert remote_state(f"{url}/nothing") is None
+        server.shutdown()
 
 
 def test_an_object_without_end_is_not_copied(storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
