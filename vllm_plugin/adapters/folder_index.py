@@ -39,13 +39,14 @@ class FolderIndex:
             state = state_of(self._folder)
             # Its time changes with the names in it.
             if state != self._listed:
-                self._list()
-                self._listed = state if state is not None and state.is_settled else None
+                listed = self._list()
+                self._listed = state if listed and state is not None and state.is_settled else None
             elif self._empty:
                 self._look_again()
             return self._names
 
-    def _list(self) -> None:
+    def _list(self) -> bool:
+        """Looks into the folders that are new. Returns whether all could be listed."""
         kinds: dict[str, tuple[int, bool]] = {}
         self._empty = {}
         try:
@@ -60,9 +61,10 @@ class FolderIndex:
             kinds = {}
         except OSError:
             # What was there before.
-            return
+            return False
         self._kinds = kinds
         self._sort()
+        return True
 
     def _look_again(self) -> None:
         """Looks at folders in which there was no adapter yet, if they have changed."""

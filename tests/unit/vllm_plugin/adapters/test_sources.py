@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -165,6 +166,20 @@ def test_names_are_those_of_prefixes(root: Path, monkeypatch: pytest.MonkeyPatch
     (root / "empty" / "adapter_config.json").write_text('{"peft_type": "PREFIX_EXT"}')
     assert source.names() == ["a", "c", "empty", "on-lora"]
     assert FolderSource(str(root / "nowhere")).names() == []
+
+
+def test_a_listing_that_fails_is_made_again(root: Path) -> None:
+    source = FolderSource(str(root))
+    assert source.names() == []
+    write(root / "a")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No file can be opened.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert source.names() == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert source.names() == ["a"]
 
 
 def test_names_of_very_many_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
