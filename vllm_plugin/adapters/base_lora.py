@@ -152,14 +152,17 @@ def _folders(prefix: Path, base_adapter: BaseAdapter) -> Iterator[Path]:
 
 
 def _digest(path: Path) -> str | None:
-    return _digest_of_state(path, state_of(path))
+    """Returns the SHA-256 of a file, which many prefixes may share; None if it cannot be read."""
+    state = state_of(path)
+    # A file that has changed just now may change again, and look the same.
+    digest = _digest_of_state if state is not None and state.is_settled else _digest_of_state.__wrapped__
+    try:
+        return digest(path, state)
+    except OSError:
+        return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _digest_of_state(path: Path, state: FileState | None) -> str | None:
-    """Returns the SHA-256 of a file, which many prefixes may share."""
-    try:
-        with open_regular(path, MAX_WEIGHTS_BYTES) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+def _digest_of_state(path: Path, state: FileState | None) -> str:
+    with open_regular(path, MAX_WEIGHTS_BYTES) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
