@@ -79,6 +79,8 @@ class Resolver:
         self._sources = sources_in(vllm_config) if sources is None else sources
         self._prepare, self._clock = prepare, clock
         self._flights: SingleFlight[Adapter | None] = SingleFlight(MAX_CONCURRENT_LOADS)
+        # Looks at adapters in local folders, for which requests wait, do not wait for downloads.
+        self._looks: SingleFlight[Adapter | None] = SingleFlight(MAX_CONCURRENT_LOADS)
         self._watched: dict[str, _Watched] = {}
         self._refused: OrderedDict[str, _Refused] = OrderedDict()
         self._lock = threading.Lock()
@@ -109,7 +111,9 @@ class Resolver:
         """
         if (answer := self._answer_at_once(name)) is not None:
             return answer
-        return self._flights.start(name, lambda: self._resolve(name))
+        watched = self._watched.get(name)
+        flights = self._looks if watched is not None and watched.source.is_local else self._flights
+        return flights.start(name, lambda: self._resolve(name))
 
     def resolve(self, name: str) -> Adapter | None:
         """Returns the adapter of a name; None if there is none. May read files, and wait for other threads.
@@ -118,6 +122,11 @@ class Resolver:
             PrefixServeError: If it cannot be served.
         """
         return self.ready(name) or self.start(name).result()
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether there may be adapters that the table does not have."""
+        return bool(self._sources)
 
     def names(self) -> list[str]:
         """Returns the names in the sources: the same list, until they change. May take seconds."""

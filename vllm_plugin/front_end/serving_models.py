@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +17,7 @@ from vllm_plugin.adapters.loading import open_adapter
 from vllm_plugin.adapters.options import AdapterOption, check_name
 from vllm_plugin.adapters.registry import Adapter, NameTakenError, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
-from vllm_plugin.adapters.resolver import MAX_CONCURRENT_LOADS, Resolver, sources_in
+from vllm_plugin.adapters.resolver import MAX_CONCURRENT_LOADS, Resolver
 from vllm_plugin.adapters.runtime_loading import names_in, publish
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.validation import check_served_names
@@ -51,8 +51,9 @@ class PrefixModels:
         self._started = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(registry, self._config, prepare=self._prepare_in_thread)
-        self._finds = bool(sources_in(self._config))
         self._cards = ModelCards(models, registry, self._resolver)
+        # Of its own: a listing of remote storage that does not end holds up nothing else.
+        self._listing = ThreadPoolExecutor(1, thread_name_prefix="prefix-adapters-list")
         self._load_limit = asyncio.Semaphore(MAX_CONCURRENT_LOADS)
 
     async def start(self) -> None:
@@ -79,7 +80,7 @@ class PrefixModels:
         """
         if not name or (adapter := self._resolver.ready(name)) is not None:
             return adapter if name else None
-        if not self._finds and self._registry.get(name) is None:
+        if not self._resolver.has_sources and self._registry.get(name) is None:
             return None
         if self._models.is_base_model(name) or name in self._models.lora_requests:
             return None
@@ -89,7 +90,7 @@ class PrefixModels:
             return refusal_of(error)
 
     async def look_again(self, spec: PrefixSpec) -> PrefixSpec | None:
-        """Returns what is in the place of a prefix that the engine could not read; None if nothing else is there.
+        """Returns what is in the place of a prefix that the engine could not read; None if nothing is that may take its place.
 
         Raises:
             VLLMNotFoundError: If there is no adapter of this name any more.
@@ -101,7 +102,8 @@ class PrefixModels:
             raise VLLMNotFoundError(f"The model `{spec.name}` does not exist.")
         if isinstance(adapter, ErrorResponse):
             raise PrefixRequestError(adapter.error.message)
-        return None if adapter.spec == spec else adapter.spec
+        # The prompt was rendered behind the opening of the one before.
+        return None if adapter.spec == spec or adapter.spec.opening != spec.opening else adapter.spec
 
     def spec(self, name: str | None) -> PrefixSpec | None:
         """Returns the adapter called `name`; None if there is none, or none that was read yet."""
@@ -139,7 +141,7 @@ class PrefixModels:
     async def cards(self) -> bytes:
         """Returns the entries of `/v1/models` in JSON: what is loaded or named, and what else requests may use."""
         # In a thread: it may look into thousands of folders.
-        return await asyncio.to_thread(self._cards.rendered)
+        return await asyncio.get_running_loop().run_in_executor(self._listing, self._cards.rendered)
 
     async def load(
         self,

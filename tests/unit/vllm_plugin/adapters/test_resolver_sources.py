@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,25 @@ def test_requests_do_not_wait_for_remote_storage(config: Any, tmp_path: Path, st
             break
         time.sleep(0.01)
     assert names.registry.adapters() == []
+
+
+def test_local_adapters_do_not_wait_for_downloads(config: Any, root: Path) -> None:
+    class Slow(RemoteSource):
+        def find(self, name: str) -> None:
+            done.wait(30)
+
+    names, done = Names(config, FolderSource(str(root)), Slow("memory://adapters")), threading.Event()
+    write(root / "a", 1)
+    assert names.tokens("a") == 4
+    downloads = [names.resolver.start(f"remote{number}") for number in range(8)]
+    names.now += 2
+    assert names.resolver.ready("a") is None
+    try:
+        found = names.resolver.start("a").result(10)
+    finally:
+        done.set()
+    assert found is not None
+    assert [download.result(10) for download in downloads] == [None] * 8
 
 
 def test_an_adapter_is_served_while_its_storage_cannot_be_asked(
