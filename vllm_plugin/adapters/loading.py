@@ -227,6 +227,7 @@ def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any
 
 
 def _spec(name: str, source: str, checkpoint: PrefixCheckpoint, **more: Any) -> PrefixSpec:
+    template = checkpoint.chat_template
     return PrefixSpec(
         name=name,
         source=source,
@@ -234,6 +235,7 @@ def _spec(name: str, source: str, checkpoint: PrefixCheckpoint, **more: Any) -> 
         path=os.path.realpath(checkpoint.path),
         num_virtual_tokens=checkpoint.num_virtual_tokens,
         digest=digest_of(checkpoint) if checkpoint.digest else "",
+        opening=None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
         **more,
     )
 

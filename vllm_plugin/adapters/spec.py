@@ -27,6 +27,7 @@ class PrefixSpec:
         lora_path: The local folder of the LoRA adapter that it was trained on, if any.
         lora_digest: SHA-256 of that LoRA adapter's weights and config, in hex.
         draft: The prefix of the draft model that goes with it, of the same length, if the operator named one.
+        opening: Tells the chat template of the messages behind it from others; None if it stands for no opening of a chat.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PrefixSpec:
     lora_path: str | None = None
     lora_digest: str | None = None
     draft: PrefixSpec | None = None
+    opening: str | None = None
 
     def salt(self, client_salt: str | None) -> str:
         """Returns the salt of the block hashes. Prefixes of another content, name or client salt share no block.

@@ -282,6 +282,15 @@ def test_what_is_in_the_place_of_a_prefix_that_cannot_be_read(options: Any, root
     time.sleep(0.001)
     # At once, and not after a second.
     assert look_again("a") == models.spec("a") != before
+    # The prompt was rendered behind another opening.
+    adapter(root / "a", 2, context={"chat_template": "{{ messages }}"})
+    time.sleep(0.001)
+    spec = models.spec("a")
+    assert look_again("a") is None
+    assert models.spec("a") != spec
+    adapter(root / "a", 3, context={"chat_template": "{{ messages }}"})
+    time.sleep(0.001)
+    assert look_again("a") == models.spec("a")
     adapter(root / "a", 2, base_fingerprint={"hidden_size": 1})
     time.sleep(0.001)
     spec = models.spec("a")
