@@ -91,6 +91,7 @@ def test_a_path_loads_an_adapter_and_another_replaces_it_in_place(engine: Engine
 
 def test_a_lora_request_of_a_prefix_is_one_for_the_prefix(engine: Engine, write: Any) -> None:
     """In an engine without LoRA, which would refuse any other."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
 
     (first, v1), (second, v2) = write("v1", 115), write("v2", 116)
@@ -101,7 +102,7 @@ def test_a_lora_request_of_a_prefix_is_one_for_the_prefix(engine: Engine, write:
     remove_prefix_adapter(engine.llm, "tone")
     with pytest.raises(ValueError, match="'tone' does not exist"):
         ask(engine, PrefixAdapterRequest("tone"))
-    with pytest.raises(ValueError, match="LoRA is not enabled"):
+    with pytest.raises(VLLMValidationError, match="LoRA is not enabled"):
         ask(engine, LoRARequest("lora", 2, str(first.parent / "nowhere")))
 
 
@@ -209,6 +210,8 @@ def test_a_refused_load_changes_nothing(
     engine: Engine, write: Any, request_of: Callable[[Path], PrefixAdapterRequest], message: str
 ) -> None:
     folder, _ = write("task", 113)
+    # Its first request reads it.
+    ask(engine, PrefixAdapterRequest("p33"))
     before = support.specs_in(config_of(engine).kv_transfer_config)
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
         ask(engine, PrefixAdapterRequest("p33"), request_of(folder))
