@@ -28,12 +28,15 @@ def resolve(source: str | Path) -> Path:
     try:
         return download(str(source))
     except Exception as error:
-        # Several packages raise errors here; the name of the type says more than some of their messages.
-        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise PrefixNotFoundError(
             f"No prefix adapter at {str(source)!r}: there is no such folder, and the Hub has no such repository or "
-            f"revision, or cannot be reached ({reason})."
+            f"revision, or cannot be reached ({reason_of(error)})."
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the reason in an error of another package, in one line: the name of its type says more than some messages."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def download(repository: str) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME, PrefixCheckpointError, PrefixNotFoundError
+from peft_prefix_ext.checkpoint.hub import reason_of
 from peft_prefix_ext.checkpoint.regular_file import MAX_CONFIG_BYTES
 from vllm_plugin.adapters.digest_cache import cache_folder
 
@@ -192,8 +193,7 @@ def _told(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Each file system raises errors of its own, and needs packages of its own, whose names its error says.
-        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise PrefixNotFoundError(f"No prefix adapter at {url!r} ({reason}).") from error
+        raise PrefixNotFoundError(f"No prefix adapter at {url!r} ({reason_of(error)}).") from error
 
 
 def _hash(text: str) -> str:
