@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from peft_prefix_ext.checkpoint.atomic_save import config_of
 from peft_prefix_ext.checkpoint.format import WEIGHTS_NAME, PrefixCheckpointError
-from peft_prefix_ext.checkpoint.hub import download
+from peft_prefix_ext.checkpoint.hub import download, reason_of
 from vllm_plugin.adapters.adapter_kinds import PREFIX_TYPES, type_on_hub
 from vllm_plugin.adapters.file_state import folder_state
 from vllm_plugin.adapters.folder_index import FolderIndex
@@ -73,7 +73,7 @@ class FolderSource:
 
     def __init__(self, folder: str, within: Sequence[str] = ()) -> None:
         self.folder = os.path.abspath(os.path.expanduser(folder))
-        self._within = (self.folder, *within)
+        self._within = (self.folder, *map(os.path.expanduser, within))
         self._index = FolderIndex(self.folder, self._leads_outside)
 
     def find(self, name: str) -> Found | None:
@@ -165,10 +165,8 @@ class HubSource:
         try:
             folder = os.path.realpath(download(name))
         except Exception as error:
-            # Several packages raise errors here.
-            reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
             raise AdapterNotFoundError(
-                f"Prefix adapter {name!r} cannot be downloaded from the Hub ({reason})."
+                f"Prefix adapter {name!r} cannot be downloaded from the Hub ({reason_of(error)})."
             ) from error
         # Each commit has a folder of its own.
         return Found(name, folder, folder)

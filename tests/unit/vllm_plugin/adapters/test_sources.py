@@ -91,7 +91,7 @@ def test_no_name_leads_outside(root: Path, name: str) -> None:
         assert FolderSource(str(root)).find(outside) is None
 
 
-def test_links_lead_to_named_folders_only(root: Path, tmp_path: Path) -> None:
+def test_links_lead_to_named_folders_only(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other"
     write(other / "b")
     (root / "inside").symlink_to(write(root / "..data" / "v1"))
@@ -104,7 +104,8 @@ def test_links_lead_to_named_folders_only(root: Path, tmp_path: Path) -> None:
         folder = write(root / name.partition(".")[0])
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / "outside" / name)
-    source, both = FolderSource(str(root)), FolderSource(str(root), [str(other)])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source, both = FolderSource(str(root)), FolderSource(str(root), ["~/other"])
     inside = source.find("inside")
     assert inside is not None
     assert (inside.source, inside.path) == (str(root / "inside"), str(root / "..data" / "v1"))
