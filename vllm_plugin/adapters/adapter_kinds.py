@@ -39,10 +39,10 @@ def adapter_type(source: str | Path) -> str | None:
         folder = Path(source).expanduser()
         if folder.exists() or _REPO.fullmatch(source) is None:
             return _type_in(read_regular(config_of(folder), MAX_CONFIG_BYTES))
+        return type_on_hub(source)
     except Exception:
         # No adapter, or one that cannot be read: whoever reads it says what is wrong.
         return None
-    return type_on_hub(source)
 
 
 def type_at_a_glance(folder: str) -> str | None:
@@ -57,13 +57,27 @@ def type_at_a_glance(folder: str) -> str | None:
 
 
 def type_on_hub(repository: str) -> str | None:
-    """Returns the type of the adapter in a repository of the Hub; None if there is none, or the Hub cannot be reached."""
+    """Returns the type of the adapter in a repository of the Hub; None if there is none.
+
+    Raises:
+        Exception: Any error of the client of the Hub, if that cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return _type_in(read_regular(hf_hub_download(repository, CONFIG_NAME), MAX_CONFIG_BYTES))
-    except Exception:
+        config = hf_hub_download(repository, CONFIG_NAME)
+    except LocalEntryNotFoundError:
+        # The Hub cannot be reached, and no copy is here.
+        raise
+    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         return None
+    return _type_in(read_regular(config, MAX_CONFIG_BYTES))
 
 
 def _remote_type(url: str) -> str | None:

@@ -30,6 +30,11 @@ from vllm_plugin.logger import logger
 MAX_CONCURRENT_LOADS = 4
 # The state of an adapter that the operator has named, and which was refused, is looked at this often.
 _RETRY_SECONDS = 1.0
+# Files that were refused are read again after this time, also if they are as they were: the reason may have passed, such as a
+# download that broke off, or too many open files.
+_READ_AGAIN_SECONDS = 60.0
+# A source that cannot be asked is asked again after this time at most.
+_MAX_RETRY_SECONDS = 30.0
 # Clients may send any number of names.
 _MAX_REFUSED = 10_000
 
@@ -41,11 +46,13 @@ class _Refused(NamedTuple):
         error: Why; None if nothing has this name.
         state: The state of the files that were refused; None if there are none.
         until: Until when this answer stands, whatever happens.
+        read_again: When the files are read again, even in the same state.
     """
 
     error: PrefixServeError | None
     state: str | None
     until: float
+    read_again: float
 
 
 class _Watched(NamedTuple):
@@ -207,6 +214,7 @@ class Resolver:
             adapter: What the table has, which is returned if its files are as they were.
         """
         error: PrefixServeError | None = None
+        retry = _RETRY_SECONDS
         for source in self._sources:
             try:
                 found = source.find(name)
@@ -216,7 +224,8 @@ class Resolver:
                     # The storage cannot be asked now.
                     logger.warning("%s It is served as it was.", problem)
                     return adapter, source
-                error = error or problem
+                if error is None:
+                    error, retry = problem, min(source.refresh_seconds, _MAX_RETRY_SECONDS)
                 continue
             if found is None:
                 continue
@@ -233,8 +242,7 @@ class Resolver:
                 self._refuse(name, problem, found.state, source.refresh_seconds)
                 raise
         self._drop(adapter)
-        seconds = max((source.refresh_seconds for source in self._sources if error is not None), default=_RETRY_SECONDS)
-        self._refuse(name, error, None, seconds)
+        self._refuse(name, error, None, retry)
         if error is not None:
             raise error
         return None, None
@@ -257,19 +265,20 @@ class Resolver:
             logger.info("Removed prefix adapter: name '%s'", adapter.spec.name)
 
     def _refuse_again(self, name: str, state: str, seconds: float) -> None:
-        """Raises what an adapter was refused for, if its files are as they were then."""
+        """Raises what an adapter was refused for, if its files are as they were then, not long ago."""
         with self._lock:
             refused = self._refused.get(name)
-            if refused is None or refused.error is None or refused.state != state:
+            now = self._clock()
+            if refused is None or refused.error is None or refused.state != state or now >= refused.read_again:
                 return
-            self._refused[name] = refused._replace(until=self._clock() + seconds)
+            self._refused[name] = refused._replace(until=now + seconds)
         raise _copy(refused.error)
 
     def _refuse(self, name: str, error: PrefixServeError | None, state: str | None, seconds: float) -> None:
         """Remembers what a name was refused for, and logs it once."""
         with self._lock:
-            before = self._refused.pop(name, None)
-            self._refused[name] = _Refused(error and _copy(error), state, self._clock() + seconds)
+            before, now = self._refused.pop(name, None), self._clock()
+            self._refused[name] = _Refused(error and _copy(error), state, now + seconds, now + _READ_AGAIN_SECONDS)
             if len(self._refused) > _MAX_REFUSED:
                 self._refused.popitem(last=False)
         if error is not None and (before is None or str(before.error) != str(error)):

@@ -159,10 +159,10 @@ class HubSource:
     def find(self, name: str) -> Found | None:
         if not _REPO.fullmatch(name) or not self._allowed & {name, name.partition("/")[0]}:
             return None
-        # Its config first: it may be a LoRA of many GiB. Never a local folder of that name.
-        if type_on_hub(name) not in PREFIX_TYPES:
-            return None
         try:
+            # Its config first: it may be a LoRA of many GiB. Never a local folder of that name.
+            if type_on_hub(name) not in PREFIX_TYPES:
+                return None
             folder = os.path.realpath(download(name))
         except Exception as error:
             raise AdapterNotFoundError(

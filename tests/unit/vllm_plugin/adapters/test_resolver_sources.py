@@ -227,6 +227,27 @@ def test_an_adapter_is_served_while_its_storage_cannot_be_asked(
         names.tokens("b")
 
 
+def test_a_download_that_broke_off_is_made_again(
+    config: Any, tmp_path: Path, storage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Names(config, RemoteSource("memory://adapters"))
+    storage.put(str(write(tmp_path / "a", 1)), "/adapters/a", recursive=True)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(storage), "open", fail)
+        with pytest.raises(AdapterNotFoundError, match="ConnectionError: no network"):
+            names.tokens("a")
+    # Not at once, and also if nothing there has changed.
+    names.now += 31
+    with pytest.raises(AdapterNotFoundError, match="ConnectionError: no network"):
+        names.tokens("a")
+    names.now += 31
+    assert names.tokens("a") == 4
+
+
 def test_a_copy_that_was_evicted_is_fetched_again(config: Any, tmp_path: Path, storage: Any) -> None:
     names = Names(config, RemoteSource("memory://adapters"))
     storage.put(str(write(tmp_path / "a", 1)), "/adapters/a", recursive=True)

@@ -228,6 +228,12 @@ def test_only_allowed_repositories_are_looked_for(monkeypatch: pytest.MonkeyPatc
 def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_plugin.adapters import sources
 
+    # Tests have no network.
+    with pytest.raises(
+        AdapterNotFoundError, match=r"'me/x' cannot be downloaded from the Hub \(LocalEntryNotFoundError: "
+    ):
+        HubSource(["me"]).find("me/x")
+    assert HubSource(["me"]).find("me/a--b") is None
     monkeypatch.setattr(sources, "type_on_hub", lambda name: "PREFIX_EXT")
 
     def fail(name: str) -> Path:
