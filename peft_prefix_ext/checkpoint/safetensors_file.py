@@ -49,18 +49,15 @@ class SafetensorsFile(NamedTuple):
 
     Args:
         header: Its header.
+        headers: What the header says of each tensor, by name, in the order of the file. Files share it: it must not be changed.
         contents: The bytes of the tensors that were read, by name.
         digest: SHA-256 of the whole file, in hex; empty if only the header was read.
     """
 
     header: bytes
+    headers: dict[str, TensorHeader]
     contents: dict[str, bytearray]
     digest: str
-
-    @property
-    def headers(self) -> dict[str, TensorHeader]:
-        """What the header says of each tensor, by name, in the order of the file."""
-        return _headers(self.header)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns a float tensor; on the meta device, without values, if it was not read."""
@@ -99,7 +96,7 @@ def read_safetensors(path: Path, choose: Callable[[SafetensorsFile], Container[s
         end = next(reversed(headers.values())).end if headers else 0
         if end != num_bytes:
             raise SafetensorsError(f"its tensors take {end} bytes, and {num_bytes} are there")
-        header_alone = SafetensorsFile(text, {}, "")
+        header_alone = SafetensorsFile(text, headers, {}, "")
         if choose is None:
             return header_alone
         wanted = choose(header_alone)
@@ -112,7 +109,7 @@ def read_safetensors(path: Path, choose: Callable[[SafetensorsFile], Container[s
                 digest.update(contents[name])
             else:
                 _skip(file, header.end - header.start, digest)
-    return SafetensorsFile(text, contents, digest.hexdigest())
+    return SafetensorsFile(text, headers, contents, digest.hexdigest())
 
 
 def _skip(file: io.FileIO, num_bytes: int, digest: Any) -> None:

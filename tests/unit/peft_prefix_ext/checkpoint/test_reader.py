@@ -154,7 +154,7 @@ def test_only_what_the_config_describes_takes_memory(folder, monkeypatch):
     assert len(lengths) == 2
 
 
-def test_very_large_headers_are_not_kept(folder):
+def test_very_large_headers_are_not_kept(folder, monkeypatch):
     reader._known_tables.clear()
     read_header(folder)
     assert len(reader._known_tables) == 1
@@ -163,6 +163,12 @@ def test_very_large_headers_are_not_kept(folder):
     reader._known_tables.clear()
     read_header(folder)
     assert not reader._known_tables
+    # Nor parsed for each tensor.
+    parsed = []
+    original = safetensors_file._parse
+    monkeypatch.setattr(safetensors_file, "_parse", lambda text: parsed.append(1) or original(text))
+    read_prefix(folder)
+    assert len(parsed) == 1
 
 
 def test_no_such_folder(tmp_path):
