@@ -242,12 +242,14 @@ class Pool:
 
 @contextmanager
 def file_gone(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Moves an adapter's folder away and empties the worker's pools, as after an eviction."""
+    """Moves the folder of an adapter that was read before away, and empties the worker's pools, as after an eviction."""
+    from vllm_plugin import PrefixAdapterRequest
+    from vllm_plugin.adapters.runtime_loading import adapter_of
     from vllm_plugin.worker.prefix_manager import LRUPool
 
     for pool in ("_on_device", "_on_host"):
         monkeypatch.setattr(engine.writer._manager, pool, LRUPool(0))
-    folder = Path(support.specs_in(engine.llm.llm_engine.vllm_config.kv_transfer_config)[name].path)
+    folder = Path(adapter_of(PrefixAdapterRequest(name), engine.llm.llm_engine.vllm_config).path)
     folder.rename(folder.with_name("gone"))
     try:
         yield
