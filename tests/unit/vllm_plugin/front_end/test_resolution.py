@@ -141,6 +141,24 @@ def test_a_list_of_very_many_models(options: Any, root: Path, monkeypatch: pytes
     assert len(cards(server)) == len(found) - 1
 
 
+def test_a_list_that_takes_long_holds_up_nothing_else(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = start(options).app.state.openai_serving_models.prefix_models
+    go = threading.Event()
+    monkeypatch.setattr(models._resolver, "names", lambda: go.wait(30) and [])
+
+    async def main() -> list[bytes]:
+        # More than asyncio has threads.
+        lists = [asyncio.create_task(models.cards()) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        try:
+            await asyncio.wait_for(asyncio.to_thread(go.is_set), 10)
+        finally:
+            go.set()
+        return await asyncio.gather(*lists)
+
+    assert b'"one"' in asyncio.run(main())[0]
+
+
 def test_names_of_models_are_not_looked_for(options: Any, root: Path, reads: list[str]) -> None:
     for name in ("base", "alias", "a-lora"):
         adapter(root / name, 1)
