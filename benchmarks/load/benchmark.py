@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             (folder / "model").symlink_to(options.model.resolve())
             paths, prefixes = {name: Path(path).resolve() for name, path in options.adapter}, None
         # A small cache forces eviction and preemption. The OS soon allocates all its pages, so that memory can be flat.
-        small = ("--max-model-len", "512", "--num-gpu-blocks-override", str(options.blocks))
+        small: tuple[str, ...] = ("--max-model-len", "512", "--num-gpu-blocks-override", str(options.blocks))
         found = None
         if options.folder:
             # The server knows no name, and finds them all.

@@ -27,7 +27,7 @@ from vllm_plugin.patches.patch import MethodPatch
 from vllm_plugin.patches.worker import WORKER_PATCHES
 
 # First supported and first unsupported release.
-MIN_VERSION, END_VERSION = (0, 32), (0, 34)
+MIN_VERSION, END_VERSION = (0, 30), (0, 34)
 # Set to 1, this environment variable skips the check of vLLM's version; the methods are checked all the same.
 ANY_VERSION = "PREFIX_SERVE_ANY_VLLM_VERSION"
 
@@ -73,12 +73,13 @@ def require(*, server: bool) -> None:
     from vllm import envs
 
     install()
-    # The version of a development build says little.
-    skip_version = "dev" in vllm.__version__ or os.environ.get(ANY_VERSION) == "1"
-    version = MIN_VERSION if skip_version else tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    if not MIN_VERSION <= version < END_VERSION:
-        patch.problems["version"] = "this release was written for 0.32 and 0.33"
+    version = patch.vllm_version()
+    is_known = MIN_VERSION <= version < END_VERSION or version == patch.DEVELOPMENT
+    if not is_known and os.environ.get(ANY_VERSION) != "1":
+        patch.problems["version"] = f"this release was written for 0.{MIN_VERSION[1]} to 0.{END_VERSION[1] - 1}"
     for method_patch in all_patches(server=server):
+        if not method_patch.is_for(version):
+            continue
         if method_patch.in_workers and method_patch.module not in sys.modules:
             # Attached by `install` when a worker imports it, and checked when the worker gets here.
             continue
@@ -199,6 +200,7 @@ START_PATCHES = (
         "build_custom_logits_processors",
         ("vllm_config", "req_states"),
         _build_custom_logits_processors,
+        since=(0, 31),  # Before, model runner V2 had none.
     ),
     *WORKER_PATCHES,
 )

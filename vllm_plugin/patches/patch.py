@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,6 +11,9 @@ from typing import Any
 
 import wrapt
 
+Version = tuple[float, float]
+# A build of vLLM between two releases, whose version may say little, is taken for newer than all of them.
+DEVELOPMENT: Version = (math.inf, 0)
 # By method: why a patch does not fit this vLLM, and which patches are attached.
 problems: dict[str, str] = {}
 _attached: set[str] = set()
@@ -25,6 +29,8 @@ class MethodPatch:
         parameters: Names of parameters that the method must have.
         wrapper: Runs instead of the method, with the arguments that `wrapt` passes.
         in_workers: Whether only workers use the module, which no other process should have to import.
+        since: The first release of vLLM that has the method; older ones do without the patch.
+        before: The first release that does no longer.
     """
 
     module: str
@@ -32,6 +38,12 @@ class MethodPatch:
     parameters: tuple[str, ...]
     wrapper: Callable[..., Any]
     in_workers: bool = False
+    since: Version = (0, 0)
+    before: Version = (math.inf, math.inf)
+
+    def is_for(self, version: Version) -> bool:
+        """Returns whether a release of vLLM needs the patch."""
+        return self.since <= version < self.before
 
     def problem(self, module: ModuleType) -> str | None:
         """Returns how the method differs from what the wrapper expects; None if it does not."""
@@ -44,9 +56,19 @@ class MethodPatch:
         return f"{self.method} has no parameter {', '.join(missing)}" if missing else None
 
 
+def vllm_version() -> Version:
+    """Returns the first two numbers of the version of vLLM."""
+    import vllm
+
+    if "dev" in vllm.__version__:
+        return DEVELOPMENT
+    major, minor = (int(part) for part in vllm.__version__.split(".")[:2])
+    return major, minor
+
+
 def attach(patch: MethodPatch, module: ModuleType) -> None:
-    """Attaches a patch, once. One that does not fit is left out and recorded in `problems`."""
-    if patch.method in _attached:
+    """Attaches a patch that this vLLM needs, once. One that does not fit is left out and recorded in `problems`."""
+    if patch.method in _attached or not patch.is_for(vllm_version()):
         return
     if problem := patch.problem(module):
         problems[patch.method] = problem

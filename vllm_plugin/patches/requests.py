@@ -47,6 +47,7 @@ def _from_engine_core_request(wrapped: Any, instance: Any, args: Any, kwargs: An
     return request
 
 
+_TO_SEQ = "OfflineInferenceMixin._lora_request_to_seq"
 REQUEST_PATCHES = (
     MethodPatch(
         "vllm.v1.engine.input_processor",
@@ -54,12 +55,8 @@ REQUEST_PATCHES = (
         ("prompt", "params", "lora_request"),
         _process_inputs,
     ),
-    MethodPatch(
-        "vllm.entrypoints.common.offline",
-        "OfflineInferenceMixin._lora_request_to_seq",
-        ("lora_request",),
-        _lora_request_to_seq,
-    ),
+    MethodPatch("vllm.entrypoints.common.offline", _TO_SEQ, ("lora_request",), _lora_request_to_seq, since=(0, 32)),
+    MethodPatch("vllm.entrypoints.offline_utils", _TO_SEQ, ("lora_request",), _lora_request_to_seq, before=(0, 32)),
     # vLLM has no hook before it hashes a new request, and hashing twice would double the cost of adding it.
     MethodPatch(
         "vllm.v1.request",

@@ -196,7 +196,8 @@ SERVER_PATCHES = (
             ("vllm.entrypoints.serve.tokenize.protocol", "TokenizeChatRequest"),
         )
     ),
-    MethodPatch("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", ("sockets",), _startup),
+    # Before, it was uvicorn's own.
+    MethodPatch("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", ("sockets",), _startup, since=(0, 32)),
     # vLLM's hook for endpoints loads only plugins that VLLM_PLUGINS lists, and then no others.
     MethodPatch("vllm.entrypoints.serve.lora.api_router", "attach_router", ("app",), _attach_lora_router),
 )

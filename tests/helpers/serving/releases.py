@@ -12,13 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helpers.release_sources import Release, imported, record
+from helpers.release_sources import Release, imported, order, record
 from vllm_plugin.patches.install import all_patches
 from vllm_plugin.patches.patch import MethodPatch
 from vllm_plugin.prefix_serve import parser_patch
 
 RECORDED = Path(__file__).with_name("releases.json")
 PLUGIN = Path(__file__).parents[3] / "vllm_plugin"
+# Model runner V2 has them since 0.31, and the plugin imports them only for it.
+LOGITS_PROCESSORS_V2 = "vllm.v1.worker.gpu.sample.logits_processor"
 # Methods that the plugin calls on vLLM's objects.
 CALLED = {
     "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
@@ -61,6 +63,15 @@ def all_method_patches() -> tuple[MethodPatch, ...]:
 def wrapped() -> set[str]:
     """Returns the functions of vLLM that the plugin wraps, as `module:qualified.name`."""
     return {f"{patch.module}:{patch.method}" for patch in all_method_patches()}
+
+
+def needed(name: str, version: str) -> bool:
+    """Says whether the plugin needs a function or a name of vLLM in a release."""
+    release = order(version)[:2]
+    if name.startswith(LOGITS_PROCESSORS_V2):
+        return release >= (0, 31)
+    patches = [patch for patch in all_method_patches() if f"{patch.module}:{patch.method}" == name]
+    return any(patch.is_for(release) for patch in patches) if patches else True
 
 
 def describe(release: Release) -> dict[str, Any]:
