@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 _NUM_ROWS = "num_real_prompt_rows"
 
 
-def expect(processor: LogprobsProcessor, request: EngineCoreRequest) -> None:
+def expect(processor: LogprobsProcessor | None, request: EngineCoreRequest) -> None:
     """Records how many rows of prompt log-probabilities belong to real tokens, if the request has a prefix."""
-    if processor.prompt_logprobs is not None and has_prefix(request):
+    if processor is not None and processor.prompt_logprobs is not None and has_prefix(request):
         setattr(processor, _NUM_ROWS, len(request.prompt_token_ids or ()) - 1)
 
 

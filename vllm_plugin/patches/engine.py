@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_plugin.front_end import prompt_logprobs
+from vllm_plugin.front_end import adapters_in_use, prompt_logprobs
+from vllm_plugin.front_end.requests import has_prefix
 from vllm_plugin.kv_transfer_config import CONNECTOR, settings_in
 from vllm_plugin.patches.arguments import argument
 from vllm_plugin.patches.patch import MethodPatch
@@ -52,21 +53,38 @@ def _register_add_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     return index
 
 
-def _new_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    processor = wrapped(*args, **kwargs)
-    prompt_logprobs.expect(processor, kwargs["request"] if "request" in kwargs else args[1])
-    return processor
+def _new_state(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    state = wrapped(*args, **kwargs)
+    request = kwargs["request"] if "request" in kwargs else args[1]
+    if has_prefix(request):
+        adapters_in_use.name_adapter(state, request)
+        prompt_logprobs.expect(state.logprobs_processor, request)
+    return state
+
+
+def _new_prometheus_logger(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    wrapped(*args, **kwargs)
+    adapters_in_use.add_gauge(instance)
+
+
+def _record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    adapters_in_use.forget_sets(instance, kwargs["scheduler_stats"] if "scheduler_stats" in kwargs else args[0])
+    wrapped(*args, **kwargs)
 
 
 def _update_prompt_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(prompt_logprobs.real_rows(instance, kwargs["prompt_logprobs_tensors"] if kwargs else args[0]))
 
 
-_LOGPROBS, _SCHEDULER = "vllm.v1.engine.logprobs", "vllm.v1.core.sched.scheduler"
+_SCHEDULER, _LOGGERS = "vllm.v1.core.sched.scheduler", "vllm.v1.metrics.loggers"
 ENGINE_PATCHES = (
-    MethodPatch(_LOGPROBS, "LogprobsProcessor.from_new_request", ("tokenizer", "request"), _new_logprobs),
     MethodPatch(
-        _LOGPROBS,
+        "vllm.v1.engine.output_processor", "RequestState.from_new_request", ("tokenizer", "request"), _new_state
+    ),
+    MethodPatch(_LOGGERS, "PrometheusStatLogger.__init__", ("vllm_config",), _new_prometheus_logger),
+    MethodPatch(_LOGGERS, "PrometheusStatLogger.record", ("scheduler_stats",), _record),
+    MethodPatch(
+        "vllm.v1.engine.logprobs",
         "LogprobsProcessor._update_prompt_logprobs",
         ("prompt_logprobs_tensors",),
         _update_prompt_logprobs,

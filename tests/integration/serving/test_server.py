@@ -272,6 +272,24 @@ def test_metrics_and_log_list_the_adapters(client: Any, server_folder: Path) -> 
     assert "are shared whole: 'poet' (7; better 32)." in log
 
 
+def test_gateways_see_which_adapters_run(client: Any) -> None:
+    """By the metric of the model server protocol, which vLLM has with LoRA only."""
+    stream = complete(client, "pirate", "w5", max_tokens=200, stream=True)
+    next(iter(stream))
+    running = set()
+    for _ in range(50):
+        text = client.get("/../metrics", cast_to=str)
+        lines = [line for line in text.splitlines() if line.startswith("vllm:lora_requests_info{")]
+        # The last one that was set.
+        latest = max(lines, key=lambda line: float(line.rpartition(" ")[2]), default="")
+        running.add(latest.partition('running_lora_adapters="')[2].partition('"')[0])
+        if "pirate" in running:
+            break
+    assert "pirate" in running
+    assert "max_lora=" in latest
+    stream.close()
+
+
 def test_beam_search_and_tokenize_with_adapters(client: Any) -> None:
     response = complete(client, "pirate", "w5 w6", n=2, extra_body={"use_beam_search": True})
     assert len({choice.text for choice in response.choices}) == 2
