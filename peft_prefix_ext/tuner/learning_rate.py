@@ -21,7 +21,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
 
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook
 from peft_prefix_ext.injection.state_layer import PrefixStateLayer
@@ -39,7 +38,10 @@ Lowest = Mapping[int, float]
 
 
 class _RaisedRates:
-    """Hooks around the steps of all optimizers, while there is a model that has not trained yet or a rate to raise."""
+    """Hooks around the steps of all optimizers, from the first model with a prefix on.
+
+    They stay: torch walks over its hooks in each step, and none can be removed meanwhile.
+    """
 
     def __init__(self) -> None:
         self._models: WeakSet[nn.Module] = WeakSet()
@@ -47,16 +49,16 @@ class _RaisedRates:
         # The lowest rate of each parameter by its id, and the highest rate so far of each group.
         self._raised: WeakKeyDictionary[Optimizer, tuple[Lowest, list[float]]] = WeakKeyDictionary()
         self._groups: WeakKeyDictionary[Optimizer, list[Group]] = WeakKeyDictionary()
-        self._handles: list[RemovableHandle] = []
+        self._is_attached = False
 
-    def wait_for(self, model: nn.Module) -> None:
+    def watch(self, model: nn.Module) -> None:
+        """Raises the rates of all optimizers of a model, as each training makes its own."""
         self._models.add(model)
         self._seen.clear()
-        if not self._handles:
-            self._handles = [
-                register_optimizer_step_pre_hook(self._before_step),
-                register_optimizer_step_post_hook(self._after_step),
-            ]
+        if not self._is_attached:
+            self._is_attached = True
+            register_optimizer_step_pre_hook(self._before_step)
+            register_optimizer_step_post_hook(self._after_step)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -66,7 +68,6 @@ class _RaisedRates:
             self._seen.add(optimizer)
             self._look_at(optimizer)
         if optimizer not in self._raised:
-            self._leave_if_done()
             return
         lowest, highest = self._raised[optimizer]
         groups = optimizer.param_groups
@@ -81,12 +82,6 @@ class _RaisedRates:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore(optimizer)
-
-    def _leave_if_done(self) -> None:
-        if not self._models and not self._raised:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
 
     def _restore(self, optimizer: Optimizer) -> None:
         """Puts the groups back, with what a step keeps in them, such as the step counts of some optimizers."""
@@ -103,12 +98,8 @@ class _RaisedRates:
         """Finds the prefixes that an optimizer trains, and those of its rates that are too low."""
         raised: dict[int, float] = {}
         for model in list(self._models):
-            found = _trained(model)
-            own = _trained_by(optimizer, model, found)
-            if own or not found:
-                self._models.discard(model)
             if "adam" in type(optimizer).__name__.lower():  # other optimizers need other rates
-                raised |= own
+                raised |= _trained_by(optimizer, model, _trained(model))
         rates = {
             (_rate(group), raised[id(each)])
             for group in optimizer.param_groups
@@ -179,5 +170,5 @@ def _written(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
-# Warns at most once per model, at its first optimizer step. Keeps no model alive.
-raise_low_learning_rates = _RaisedRates().wait_for
+# Keeps no model alive.
+raise_low_learning_rates = _RaisedRates().watch

@@ -70,7 +70,7 @@ import peft_prefix_ext
 
 for module in pkgutil.walk_packages(peft_prefix_ext.__path__, "peft_prefix_ext."):
     if not module.name.endswith("__main__") and not module.name.startswith(
-        ("peft_prefix_ext.training.", "peft_prefix_ext.trl")
+        ("peft_prefix_ext.training.", "peft_prefix_ext.trl", "peft_prefix_ext.integrations.")
     ):
         import_module(module.name)
 """

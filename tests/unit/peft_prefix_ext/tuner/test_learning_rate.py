@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Adafactor, AutoTokenizer, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 from trl import SFTConfig, SFTTrainer
 
@@ -226,12 +226,35 @@ def test_other_models_and_optimizers_do_not_warn():
     assert told(lambda: step(model, Adafactor(trained(model)))) == []
 
 
-def test_the_hook_is_removed_and_keeps_no_model():
-    before = len(_global_optimizer_pre_hooks)
+def test_each_optimizer_of_a_model_is_raised():
+    """A second training makes its own."""
+    model = with_prefix(tiny_model("llama"), reparam="mlp")
+    assert len(told(lambda: step(model, torch.optim.AdamW(trained(model), lr=2e-3)))) == 0
+    for _ in range(2):
+        assert len(told(lambda: step(model, torch.optim.AdamW(trained(model), lr=5e-5)))) == 1
+
+
+def test_no_model_is_kept():
     model = with_prefix(tiny_model("llama"))
     reference = weakref.ref(model.get_base_model())
-    step(model, torch.optim.AdamW(trained(model), lr=0.1), times=1)
-    assert len(_global_optimizer_pre_hooks) <= before
+    step(model, torch.optim.AdamW(trained(model), lr=1e-4))
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_hooks_of_others_run_beside_ours():
+    steps = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: steps.append(optimizer))
+    try:
+        for rate in (0.1, 1e-4):
+            model = with_prefix(tiny_model("llama"))
+            step(model, torch.optim.AdamW(trained(model), lr=rate))
+            del model
+            gc.collect()
+        other = torch.nn.Linear(2, 2)
+        other(torch.ones(2)).sum().backward()
+        torch.optim.AdamW(other.parameters()).step()
+    finally:
+        handle.remove()
+    assert len(steps) == 5
