@@ -257,7 +257,7 @@ class RequestPath:
             {"type": "token", "prompt_token_ids": [*self._shared, *self._tokens(self._prompt_tokens + extra_tokens)]}
             for _ in range(number)
         ]
-        self._front_end.look({body.model for body in bodies})
+        self._front_end.look({str(body.model) for body in bodies})
         with clock.stage("name", number):
             adapters = [self._front_end.name(body) for body in bodies]
         with clock.stage("check", number):
