@@ -25,28 +25,28 @@ import torch
 from benchmarks.common.cli import add_output_options, make_parser, page_to_write
 from benchmarks.quality.benchmark import Benchmark, Settings
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.rates import run_rates, write_rates
+from benchmarks.quality.rates import RATES_NAME, run_rates
 from benchmarks.quality.report import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_args(arguments)
-    rates = options.results.with_name("rates.json")
     if options.data is not None:
         torch.set_num_threads(options.threads)
         settings = Settings(model=options.model)
         if options.rates:
-            run_rates(options.data, replace(settings, dtype="float32", attention="sdpa"), rates)
+            run_rates(
+                options.data,
+                replace(settings, dtype="float32", attention="sdpa"),
+                options.results.with_name(RATES_NAME),
+            )
         elif options.vary:
             Benchmark(options.data, settings, options.results).run_variants(METHODS[0])
         else:
             benchmark = Benchmark(options.data, settings, options.results)
             benchmark.run([method for method in METHODS if options.only in method.name])
     if options.report:
-        page = page_to_write(options)
-        print(write_report(options.results, METHODS, page))
-        if rates.exists():
-            print(write_rates(rates, page))
+        print(write_report(options.results, METHODS, page_to_write(options)))
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import plots
-from benchmarks.common.docs_pages import image, write_generated_part
+from benchmarks.common.docs_pages import image
 from benchmarks.common.results import Record
 from benchmarks.common.tables import markdown_table
 from benchmarks.quality.benchmark import Benchmark, Run, Settings
@@ -16,6 +16,7 @@ from benchmarks.quality.methods import METHODS, Method
 
 # The defaults of TRL's `SFTTrainer` and of `Trainer`, LoRA's usual rate, and those that suit a prefix with and without an MLP.
 RATES = (2e-5, 5e-5, 2e-4, 2e-3, 2e-2)
+RATES_NAME = "rates.json"  # beside the results of the benchmark
 TASKS = {"describe": "write a sentence with the facts", "parse": "find the facts in a sentence"}
 OURS, LORA, STOCK = "ours", "LoRA", "PEFT prefix tuning"
 _METHODS = {method.name: method for method in METHODS}
@@ -52,24 +53,21 @@ def run_rates(data: Path, settings: Settings, results: Path, rates: Sequence[flo
                 print(f"{task}, {label}, {rate:g}: {loss}", flush=True)
 
 
-def write_rates(results: Path, page: Path | None = None) -> str:
-    """Saves the plot beside the results and writes the tables into a page, if one is given.
+def rates_section(results: Path, page: Path | None = None) -> str:
+    """Saves the plot beside the results.
+
+    Args:
+        results: The results file of `run_rates`.
+        page: The page that will show the plot, if any.
 
     Returns:
-        The tables in Markdown.
+        The plot and the tables in Markdown.
     """
     content = json.loads(results.read_text(encoding="utf-8"))
     plot = results.with_suffix(".png")
     _save_plot(content, plot)
-    text = "\n\n".join(
-        [
-            image(plot, "Held-out loss by learning rate", page),
-            *(_table(content, task) for task in TASKS if _losses(content, task)),
-        ]
-    )
-    if page is not None:
-        write_generated_part(page, "rates", text)
-    return text
+    tables = [_table(content, task) for task in TASKS if _losses(content, task)]
+    return "\n\n".join(["### By learning rate", image(plot, "Held-out loss by learning rate", page), *tables])
 
 
 def _losses(content: Record, task: str) -> dict[str, dict[float, float]]:

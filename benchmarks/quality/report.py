@@ -13,6 +13,7 @@ from benchmarks.common.docs_pages import image, write_generated_part
 from benchmarks.common.results import Record
 from benchmarks.common.tables import markdown_table
 from benchmarks.quality.methods import Method, variants
+from benchmarks.quality.rates import RATES_NAME, rates_section
 
 HEADER = ["method", "trained parameters", "learning rate"]
 # The methods of the plot, with their labels and colours.
@@ -38,6 +39,8 @@ def write_report(results: Path, methods: Sequence[Method], page: Path | None = N
         score_table(content, methods),
         variant_table(content, methods[0]),
     ]
+    if (rates := results.with_name(RATES_NAME)).exists():
+        parts.append(rates_section(rates, page))
     text = "\n\n".join(filter(None, parts))
     if page is not None:
         write_generated_part(page, "quality", text)

@@ -9,7 +9,7 @@ from benchmarks.common.results import ResultsFile
 from benchmarks.quality import methods
 from benchmarks.quality.benchmark import Benchmark, Settings, Size
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.rates import COMPARED, TASKS, run_rates, write_rates
+from benchmarks.quality.rates import COMPARED, TASKS, run_rates
 from benchmarks.quality.report import variant_table, write_report
 from helpers.tiny import tiny_model
 
@@ -101,7 +101,7 @@ def test_report_fills_the_page_and_saves_the_plot(finished, tmp_path):
     assert finished.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rates(settings, e2e, tmp_path):
+def test_rates(finished, settings, e2e, tmp_path):
     path, page = tmp_path / "rates.json", tmp_path / "quality.md"
     run_rates(e2e, settings, path, rates=(5e-5, 2e-2))
     records = json.loads(path.read_text())["records"]
@@ -115,8 +115,9 @@ def test_rates(settings, e2e, tmp_path):
     assert losses["describe", "LoRA, rank 8", 2e-2] != losses["parse", "LoRA, rank 8", 2e-2]
     run_rates(e2e, settings, path, rates=(5e-5, 2e-2))
     assert json.loads(path.read_text())["records"] == records
-    page.write_text("\n".join(markers("rates")))
-    text = write_rates(path, page)
+    page.write_text("\n".join(markers("quality")))
+    (tmp_path / "quality.json").write_text(finished.read_text())
+    text = write_report(tmp_path / "quality.json", METHODS, page)
     assert text in page.read_text()
     assert "| learning rate | 5e-05 | 0.02 | farthest from its best at 2e-5 to 2e-4 |" in text
     assert path.with_suffix(".png").stat().st_size > 10_000
