@@ -96,10 +96,11 @@ class _RaisedRates:
 
     def _look_at(self, optimizer: Optimizer) -> None:
         """Finds the prefixes that an optimizer trains, and those of its rates that are too low."""
+        if "adam" not in type(optimizer).__name__.lower():  # other optimizers need other rates
+            return
         raised: dict[int, float] = {}
         for model in list(self._models):
-            if "adam" in type(optimizer).__name__.lower():  # other optimizers need other rates
-                raised |= _trained_by(optimizer, model, _trained(model))
+            raised |= _trained_by(optimizer, model, _trained(model))
         rates = {
             (_rate(group), raised[id(each)])
             for group in optimizer.param_groups
