@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm_plugin.composition import check_composable, takes_over
+from vllm_plugin.composable_connectors import check_composable, takes_over
 
 CONNECTOR = "PrefixConnector"
 CONNECTOR_MODULE = "vllm_plugin.connector"
@@ -70,8 +70,9 @@ def merge(other: Any, settings: Mapping[str, Any]) -> Any:
         fields = {field.name: getattr(other, field.name) for field in dataclasses.fields(other)}
         children = [{name: value for name, value in fields.items() if name != "engine_id"}]
     check_composable(children)
-    if takes_over(children):
-        own_settings[HANDOVER] = True
+    own_settings |= {HANDOVER: True} if any(map(takes_over, children)) else {}
+    # What another server has prefilled is the whole prompt, and a connector that keeps blocks may have a part of it.
+    children.sort(key=takes_over, reverse=True)
     return dataclasses.replace(
         other,
         kv_connector="MultiConnector",

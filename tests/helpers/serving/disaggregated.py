@@ -35,7 +35,12 @@ def engine_config(model: Path, role: str) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     connector = {"kv_connector": "NixlConnector", "kv_role": role, "engine_id": role}
-    settings = {"max_model_len": 256, "dtype": "float32", "block_size": BLOCK_SIZE, "async_scheduling": False}
+    settings: dict[str, Any] = {
+        "max_model_len": 256,
+        "dtype": "float32",
+        "block_size": BLOCK_SIZE,
+        "async_scheduling": False,
+    }
     config = EngineArgs(
         str(model), skip_tokenizer_init=True, **settings, **prefix_adapters({}, connector)
     ).create_engine_config()
@@ -60,7 +65,7 @@ class Server:
         groups = [KVCacheGroupSpec(["model.layers.0"], FullAttentionSpec(**sizes))]
         if window is not None:
             groups.append(KVCacheGroupSpec(["model.layers.1"], SlidingWindowSpec(**sizes, sliding_window=window)))
-        self.scheduler = Scheduler(
+        self.scheduler: Any = Scheduler(
             config,
             KVCacheConfig(NUM_BLOCKS, [], groups),
             StructuredOutputManager(config),

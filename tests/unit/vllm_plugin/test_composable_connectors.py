@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm.config import KVTransferConfig
 
-from vllm_plugin.composition import COMPOSABLE
+from vllm_plugin.composable_connectors import COMPOSABLE
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import HANDOVER, merge, settings, settings_in
 
@@ -36,6 +36,16 @@ def test_a_connector_runs_after_ours(name: str, role: str) -> None:
     hands_over = name.startswith("Nixl")
     assert settings_in(merged).get(HANDOVER, False) is hands_over
     assert settings_in(merge(several(connector(name)), settings([]))).get(HANDOVER, False) is hands_over
+
+
+def test_a_whole_prompt_is_taken_over_before_a_part_of_it_is_loaded() -> None:
+    theirs = several(
+        connector("OffloadingConnector"), connector("NixlConnector"), connector("SimpleCPUOffloadConnector")
+    )
+    merged = merge(theirs, settings([]))
+    names = [child["kv_connector"] for child in merged.kv_connector_extra_config["connectors"]]
+    assert names == ["PrefixConnector", "NixlConnector", "OffloadingConnector", "SimpleCPUOffloadConnector"]
+    assert theirs["kv_connector_extra_config"]["connectors"][0]["kv_connector"] == "OffloadingConnector"
 
 
 def test_settings_of_the_caller_stay_as_they_are() -> None:

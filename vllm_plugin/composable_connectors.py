@@ -48,6 +48,6 @@ def check_composable(connectors: Iterable[Mapping[str, Any]]) -> None:
             )
 
 
-def takes_over(connectors: Iterable[Mapping[str, Any]]) -> bool:
-    """Returns whether one of the connectors takes over what another server has prefilled."""
-    return any(connector.get("kv_connector") in TAKES_OVER for connector in connectors)
+def takes_over(connector: Mapping[str, Any]) -> bool:
+    """Returns whether a connector takes over what another server has prefilled."""
+    return connector.get("kv_connector") in TAKES_OVER
