@@ -118,7 +118,10 @@ def register_adapters(vllm_config: Any, number: int) -> None:
     resolver_of(registry, vllm_config).resolve(name_of(0))
     first, *others = registry.adapters()
     registry.add(
-        dataclasses.replace(first, spec=dataclasses.replace(first.spec, name=name_of(index), digest=f"{index:064x}"))
+        # Nobody looks at their files: they would all have the digest of the first.
+        dataclasses.replace(
+            first, spec=dataclasses.replace(first.spec, name=name_of(index), digest=f"{index:064x}"), files=None
+        )
         for index in range(1 + len(others), number)
     )
 
@@ -183,10 +186,15 @@ def medians(rounds: list[Measurement]) -> dict[str, float]:
 def patches_when_idle() -> list[str]:
     """Returns the methods in the path of a request that the plugin patches in a process without adapters."""
     from vllm_plugin.patches.engine import ENGINE_PATCHES
+    from vllm_plugin.patches.patch import vllm_version
     from vllm_plugin.patches.requests import REQUEST_PATCHES
     from vllm_plugin.patches.server import SERVER_PATCHES
 
-    patches = [(patch.module, patch.method) for patch in (*REQUEST_PATCHES, *ENGINE_PATCHES, *SERVER_PATCHES)]
+    patches = [
+        (patch.module, patch.method)
+        for patch in (*REQUEST_PATCHES, *ENGINE_PATCHES, *SERVER_PATCHES)
+        if patch.is_for(vllm_version())
+    ]
     child = subprocess.run(
         [sys.executable, "-c", _PATCHES_WHEN_IDLE],
         input=json.dumps(patches) + "\n",

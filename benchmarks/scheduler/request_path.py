@@ -11,7 +11,7 @@ import asyncio
 import gc
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -80,8 +80,14 @@ class FrontEnd:
         models = kind(OpenAIServingModels)(self._client, [BaseModelPath(BASE, vllm_config.model_config.model)])
         asyncio.run(models.init_static_loras())
         self._serving = kind(BaseServing)(models, vllm_config.model_config)
-        self._logprobs = kind(LogprobsProcessor)
+        self._states = kind(RequestState)
         self._encoder, self._decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreRequest)
+
+    def look(self, names: Iterable[str]) -> None:
+        """Lets the plugin look at the adapters' files, which it does once a second, beside the requests."""
+        prefixes = getattr(self._serving.models, "prefix_models", None)
+        if prefixes is not None:
+            asyncio.run(_resolve(prefixes, names))
 
     def name(self, request: CompletionRequest) -> Any:
         """Looks up the adapter by the model's name, as every endpoint does."""
@@ -98,7 +104,17 @@ class FrontEnd:
             arguments = arguments["start"](arguments["spec"]).ag_frame.f_locals
         adapter = arguments["lora_request"]
         request = self._inputs.process_inputs(request_id, prompt, params, ("generate",), lora_request=adapter)
-        self._logprobs.from_new_request(tokenizer=None, request=request)
+        request.external_req_id = request_id
+        self._states.from_new_request(
+            tokenizer=None,
+            request=request,
+            prompt=None,
+            parent_req=None,
+            request_index=0,
+            queue=None,
+            log_stats=False,
+            stream_interval=1,
+        )
         return request
 
     def message(self, request: EngineCoreRequest) -> EngineCoreRequest:
@@ -241,6 +257,7 @@ class RequestPath:
             {"type": "token", "prompt_token_ids": [*self._shared, *self._tokens(self._prompt_tokens + extra_tokens)]}
             for _ in range(number)
         ]
+        self._front_end.look({str(body.model) for body in bodies})
         with clock.stage("name", number):
             adapters = [self._front_end.name(body) for body in bodies]
         with clock.stage("check", number):
@@ -264,6 +281,11 @@ class RequestPath:
 
     def _tokens(self, number: int) -> list[int]:
         return [self._random.randrange(3, 100) for _ in range(number)]
+
+
+async def _resolve(prefixes: Any, names: Iterable[str]) -> None:
+    for name in names:
+        await prefixes.resolve(name)
 
 
 def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:

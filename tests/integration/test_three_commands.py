@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +23,8 @@ ROWS = [
     {"messages": [{"role": "user", "content": f"say {index % 7}"}, {"role": "assistant", "content": "Aromi serves"}]}
     for index in range(40)
 ]
+# The commands of this environment.
+COMMANDS = {**ENVIRONMENT, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
 # What a tiny model on a CPU needs besides.
 TRAIN = ("--num-virtual-tokens", "8", "--max_steps", "30", "--learning_rate", "0.02", "--max-new-tokens", "6")
 SERVE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", "32")
@@ -53,7 +57,7 @@ def test_three_commands(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     base, out = write_base(tmp_path / "base"), tmp_path / "restaurant"
     train = ["prefix-ext", "train", tmp_path / "rows.jsonl", "--model", base, "--out", out]
-    run = subprocess.run([*train, *TRAIN], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    run = subprocess.run([*train, *TRAIN], capture_output=True, text=True, env=COMMANDS, check=False)
     assert run.returncode == 0, run.stderr
     serve, ask = (shlex.split(line) for line in run.stdout.splitlines() if line.startswith(("prefix-serve", "curl")))
     sample = json.loads((out / "training.json").read_text())["samples"][0]
@@ -64,7 +68,7 @@ def test_three_commands(tmp_path):
         port = free.getsockname()[1]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [*serve, *SERVE, "--port", str(port)], env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, text=True
+            [*serve, *SERVE, "--port", str(port)], env=COMMANDS, stdout=log, stderr=subprocess.STDOUT, text=True
         )
         try:
             answer = post(ask[1].replace(":8000", f":{port}"), ask[-1].encode(), server)
