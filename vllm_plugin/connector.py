@@ -8,7 +8,7 @@ the step finds them, and it reads them after the write as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
 from vllm_plugin.adapters.validation import check_shapes, check_states
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY
+from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY, HANDOVER
 from vllm_plugin.metadata import PrefixMetadata
 from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
 from vllm_plugin.patches.install import require
@@ -63,7 +63,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self.draft_writer: PrefixWriter | None = None
         if role == KVConnectorRole.SCHEDULER:
             _check_only_engine(vllm_config)
-            self.scheduler = PrefixScheduler(_block_size(kv_cache_config))
+            self.scheduler = PrefixScheduler(
+                _block_size(kv_cache_config),
+                hands_over=self._kv_transfer_config.get_from_extra_config(HANDOVER, False),
+            )
             return
         use_cache(self._kv_transfer_config.get_from_extra_config(CACHE_SIZE, None))
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -141,8 +144,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self.scheduler is not None
-        self.scheduler.finished(request, block_ids)
-        return False, None
+        return False, self.scheduler.finished(request, block_ids)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self.scheduler is not None
@@ -158,6 +160,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.scheduler is not None
         self.scheduler.other_connectors.were_reset()
         return True
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
+        # That of another connector: vLLM hands it to all of them. The base class refuses several pipeline stages.
+        return
 
     # Worker side
 
@@ -186,10 +192,21 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def release_device_memory(self) -> None:
-        """Drops the prefixes on the device; the worker calls it before the engine sleeps."""
+        """Drops the prefixes on the device, before the engine sleeps."""
         for writer in (self.writer, self.draft_writer):
             if writer is not None:
                 writer.release_device_memory()
+
+    def unregister_kv_caches(self) -> None:
+        """vLLM 0.33 calls it before the engine sleeps, and when it drops its KV cache."""
+        self.release_device_memory()
+
+    def restore_kv_caches(self) -> None:
+        """vLLM 0.33 calls it after the engine woke up. The KV cache is empty then.
+
+        Each prefix comes back from the host with its next load. The layers' caches are looked up for each load.
+        """
+        return
 
     # Both sides
 

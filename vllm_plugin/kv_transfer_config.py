@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.composable_connectors import check_composable, takes_over
 
 CONNECTOR = "PrefixConnector"
 CONNECTOR_MODULE = "vllm_plugin.connector"
@@ -22,9 +22,8 @@ ADAPTERS, REGISTRY, WARMUP = "prefix_adapters", "prefix_registry", "prefix_adapt
 FOLDERS, OWNERS, CACHE_SIZE = "prefix_adapter_dir", "prefix_adapter_hub", "prefix_adapter_cache_size"
 # Device memory for prefixes, in bytes. On a GPU the KV cache leaves it free.
 DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY = "prefix_device_memory", 512 << 20
-# Connectors that key their blocks by vLLM's salted block hashes. Others key by token ids, where the placeholders of two
-# adapters look alike, so that one adapter could be served with the K/V of another.
-COMPOSABLE = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+# Whether the operator's own connector takes over what another server has prefilled; ours cannot see it.
+HANDOVER = "prefix_handover"
 
 
 def settings(adapters: Iterable[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
@@ -40,7 +39,8 @@ def settings(adapters: Iterable[Mapping[str, Any]], **more: Any) -> dict[str, An
 def merge(other: Any, settings: Mapping[str, Any]) -> Any:
     """Returns a `KVTransferConfig` with our connector, followed by the operator's own connector if there is one.
 
-    Ours comes first because vLLM takes the first connector with a hit, and no other connector can hold a prefix.
+    Ours comes first because vLLM takes the first connector with a hit, and only ours has every prefix. Where another one
+    takes over a whole prompt from the server that prefilled it, ours stands back.
 
     Args:
         other: The operator's `KVTransferConfig`, its fields, or None.
@@ -51,11 +51,12 @@ def merge(other: Any, settings: Mapping[str, Any]) -> Any:
     """
     from vllm.config import KVTransferConfig
 
+    own_settings = dict(settings)
     ours: dict[str, Any] = {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_consumer",
-        "kv_connector_extra_config": dict(settings),
+        "kv_connector_extra_config": own_settings,
     }
     if isinstance(other, Mapping):
         other = KVTransferConfig(**other)
@@ -68,12 +69,10 @@ def merge(other: Any, settings: Mapping[str, Any]) -> Any:
     else:
         fields = {field.name: getattr(other, field.name) for field in dataclasses.fields(other)}
         children = [{name: value for name, value in fields.items() if name != "engine_id"}]
-    for child in children:
-        if child.get("kv_connector") not in COMPOSABLE or child.get("kv_connector_module_path"):
-            raise PrefixServeError(
-                f"Prefix adapters cannot run beside the KV connector {child.get('kv_connector')!r}; use one that keys by "
-                f"vLLM's block hashes ({', '.join(COMPOSABLE)}), or none."
-            )
+    check_composable(children)
+    own_settings |= {HANDOVER: True} if any(map(takes_over, children)) else {}
+    # What another server has prefilled is the whole prompt, and a connector that keeps blocks may have a part of it.
+    children.sort(key=takes_over, reverse=True)
     return dataclasses.replace(
         other,
         kv_connector="MultiConnector",

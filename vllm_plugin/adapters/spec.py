@@ -40,13 +40,14 @@ class PrefixSpec:
     draft: PrefixSpec | None = None
     opening: str | None = None
 
-    def salt(self, client_salt: str | None) -> str:
-        """Returns the salt of the block hashes. Prefixes of another content, name or client salt share no block.
+    @property
+    def content(self) -> str:
+        """What its blocks hold: also the K/V of the draft model, and so that model's prefix."""
+        return self.digest if self.draft is None else f"{self.digest}+{self.draft.digest}"
 
-        A block holds the K/V of the draft model as well, so the draft model's prefix is part of the content.
-        """
-        digest = self.digest if self.draft is None else f"{self.digest}+{self.draft.digest}"
-        return f"{SALT_PREFIX}{digest}:{len(self.name)}:{self.name}:{client_salt or ''}"
+    def salt(self, client_salt: str | None) -> str:
+        """Returns the salt of the block hashes. Prefixes of another content, name or client salt share no block."""
+        return f"{SALT_PREFIX}{self.content}:{len(self.name)}:{self.name}:{client_salt or ''}"
 
 
 # Cached: packing and unpacking run once per request, and the result is the same for all requests with one prefix.

@@ -23,6 +23,7 @@ from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
 from vllm_plugin.adapters.rotary import check_rotation
 from vllm_plugin.adapters.speculation import lossy_speculation
 from vllm_plugin.errors import PrefixServeError
+from vllm_plugin.kv_transfer_config import HANDOVER, settings_in
 from vllm_plugin.logger import logger
 
 # Fields of the config of models whose queries read only what an indexer selects from a cache of its own: DeepSeek-V3.2
@@ -34,6 +35,7 @@ def check_engine(vllm_config: Any) -> None:
     """Raises `PrefixServeError` if this engine cannot serve prefixes."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     aux_outputs = getattr(vllm_config, "aux_output_config", None)
+    hands_over = bool((settings_in(vllm_config.kv_transfer_config) or {}).get(HANDOVER))
     refusals = {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
@@ -45,6 +47,10 @@ def check_engine(vllm_config: Any) -> None:
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "--enable-return-routed-experts": bool(getattr(aux_outputs, "enabled", False)),
+        # There the server that prefills leaves out the end of the prompt, which may reach into a short prompt's prefix.
+        "recurrent layers with the NixlConnector": hands_over and bool(model.is_hybrid),
+        "several MTP modules with the NixlConnector": hands_over
+        and getattr(vllm_config, "num_prefill_lookahead_tokens", 0) > 1,
     }
     found = [feature for feature, present in refusals.items() if present]
     if (drafts := lossy_speculation(vllm_config.speculative_config)) is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vllm import PoolingParams
 
-from vllm_plugin.adapters import base_lora
+from vllm_plugin.adapters import base_lora, handover
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.runtime_loading import adapter_of, as_prefix_request
 from vllm_plugin.adapters.spec import SALT_PREFIX, PrefixSpec, pack
@@ -110,7 +110,7 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
         params: vLLM's `SamplingParams` or `PoolingParams`.
         max_model_len: The length of the context in tokens, virtual tokens included.
     """
-    transfer = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
+    transfer = transfer_of(params)
     # vLLM's scheduler takes it for a dict without a check, and anything else would crash it.
     if transfer is not None and not isinstance(transfer, Mapping):
         raise PrefixRequestError(f"`kv_transfer_params` must be an object, got {transfer!r}.")
@@ -118,6 +118,8 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
         raise PrefixRequestError(
             f"`kv_transfer_params` may not hold {ADAPTERS!r}; choose a prefix adapter with `model`."
         )
+    if transfer and (problem := handover.problem(spec, transfer)) is not None:
+        raise PrefixRequestError(problem)
     if prompt is not None and prompt.cache_salt is not None and prompt.cache_salt.startswith(SALT_PREFIX):
         raise PrefixRequestError(
             f"`cache_salt` may not start with {SALT_PREFIX!r}, which is reserved for prefix adapters."
@@ -149,6 +151,11 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
             f"`min_tokens` must be <= {remaining}, the part of the context that the prompt and the {spec.num_virtual_tokens} "
             f"virtual tokens of {adapter} leave, got {params.min_tokens}."
         )
+
+
+def transfer_of(params: Any) -> Any:
+    """Returns the KV transfer parameters of a request, as the client sent them; None if there are none."""
+    return (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
 
 
 def has_prefix(request: Any) -> bool:
@@ -185,6 +192,8 @@ async def outputs_of(
     start: Callable[[PrefixSpec], AsyncGenerator[Any]],
     spec: PrefixSpec,
     look_again: Callable[[PrefixSpec], Awaitable[PrefixSpec | None]] | None = None,
+    *,
+    handed_over: bool = False,
 ) -> AsyncGenerator[Any]:
     """Yields the engine's outputs of a request with a prefix. It begins again if its prefix was replaced before it was read.
 
@@ -192,9 +201,11 @@ async def outputs_of(
         start: Begins the request with a prefix.
         spec: Its prefix.
         look_again: Returns what is in the place of a prefix that cannot be read; None if nothing else is there.
+        handed_over: Whether another server prefilled the request.
 
     Raises:
-        PrefixUnavailableError: If the prefix could not be read; vLLM would report an internal error.
+        PrefixUnavailableError: If the prefix, or what the other server prefilled, could not be loaded; vLLM would report
+            an internal error.
     """
     current, has_output = spec, False
     while True:
@@ -209,6 +220,11 @@ async def outputs_of(
                 return
         # Once: files that change all the time are no reason to go on. An answer is of one prefix.
         newer = None if look_again is None or current is not spec or has_output else await look_again(spec)
+        if newer is None and handed_over:
+            raise PrefixUnavailableError(
+                f"What another server prefilled for this request with the prefix adapter {spec.name!r} could not be loaded, and "
+                "the log of this server says why; send the request to both servers again."
+            )
         if newer is None:
             raise PrefixUnavailableError(
                 f"The prefix adapter {spec.name!r} could not be read into the cache, and the server's log says why; if its "

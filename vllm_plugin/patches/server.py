@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from vllm_plugin.adapters import handover
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.front_end import requests
@@ -47,8 +48,10 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(**{**all_arguments(wrapped, args, kwargs), "lora_request": request})
 
     prefixes: Any = getattr(instance, "prefix_models", None)
-    is_fixed = prefixes is None or isinstance(lora_request, requests.FixedRequest)
-    return requests.outputs_of(start, named, None if is_fixed else prefixes.look_again)
+    # The blocks of another server are of the prefix that it used.
+    handed_over = handover.is_handed_over(requests.transfer_of(params) or {})
+    is_fixed = prefixes is None or handed_over or isinstance(lora_request, requests.FixedRequest)
+    return requests.outputs_of(start, named, None if is_fixed else prefixes.look_again, handed_over=handed_over)
 
 
 def _beam_search(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.request import RequestStatus
+
 from vllm_plugin.logger import logger
+from vllm_plugin.scheduler.other_connectors import keeps_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -70,12 +73,14 @@ def fail_requests(
         The ids of these requests, which vLLM then fails.
     """
     # In vLLM's `MultiConnector`, ours is the first.
-    ours, *other_connectors = getattr(scheduler.connector, "sub_connectors", [scheduler.connector])
-    ours.scheduler.other_connectors.load_failed(other_connectors)
+    ours, *others = getattr(scheduler.connector, "sub_connectors", [scheduler.connector])
+    ours.scheduler.other_connectors.load_failed([other for other in others if keeps_blocks(other)])
     manager = scheduler.kv_cache_manager
+    # A request whose text comes from another server may share the prefix of one that failed.
+    waiting = [each for each in scheduler.requests.values() if each.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
     blocks = {
         request.request_id: _flat((*manager.get_block_ids(request.request_id), *recent_blocks_of(request)))
-        for request in scheduler.running
+        for request in (*scheduler.running, *waiting)
     }
     # The KV cache groups share one pool, so an id names one block.
     failed = {request_id for request_id, ids in blocks.items() if not ids.isdisjoint(invalid_block_ids)}

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
 from vllm_plugin.logger import logger
+
+
+def keeps_blocks(connector: Any) -> bool:
+    """Returns whether a connector keeps blocks that it can forget; others hand them over and keep none."""
+    return type(connector).reset_cache is not KVConnectorBase_V1.reset_cache
 
 
 class OtherConnectors:

@@ -1,7 +1,8 @@
 """The scheduler's side of a prefix: which tokens stand for it, and what to load where. No tensors.
 
 Inside the engine a request's prompt starts with p placeholders. Either vLLM's own prefix cache finds the blocks they
-fill, or `PrefixScheduler` reports that they can be loaded. In both cases the model never runs them.
+fill, or `PrefixScheduler` reports that they can be loaded. In both cases the model never runs them. With disaggregated
+prefill, another connector loads the whole prompt from the server that prefilled it, where the placeholders are as well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_plugin.adapters import handover
 from vllm_plugin.adapters.spec import PrefixSpec, unpack
 from vllm_plugin.kv_transfer_config import ADAPTERS
 from vllm_plugin.metadata import PrefixLoad
@@ -32,20 +34,22 @@ class PrefixScheduler:
 
     Args:
         block_size: Tokens per block; the least common multiple if groups of layers differ.
+        hands_over: Whether another connector takes over what another server has prefilled, or hands it over.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, *, hands_over: bool = False) -> None:
         self.stats = PrefixStats()
         self.recent_blocks = RecentBlocks()
         self.other_connectors = OtherConnectors()
-        self._block_size = block_size
+        self._block_size, self._hands_over = block_size, hands_over
         # The least recently used first.
         self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
         self._specs: dict[str, PrefixSpec] = {}
         self._num_loadable: dict[str, int] = {}
         self._loads: list[PrefixLoad] = []
-        # Requests of this step that vLLM scheduled without the load, since its own cache goes beyond the prefix.
-        self._found_in_cache: list[tuple[Request, PrefixSpec]] = []
+        # Requests of this step that vLLM scheduled without the load, since its own cache goes beyond the prefix, or
+        # another connector's load does.
+        self._loaded_by_others: list[tuple[Request, PrefixSpec]] = []
         # Requests of this step whose flag `accept_load` has cleared.
         self._skips_prefix_cache: list[Request] = []
 
@@ -53,7 +57,7 @@ class PrefixScheduler:
         """Inserts the placeholders before a new request's prompt and salts its block hashes."""
         # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters,
         # so that a connector can release what it holds for the request. It never runs.
-        packed = (request.kv_transfer_params or {}).get(ADAPTERS)
+        packed = _transfer(request).get(ADAPTERS)
         if packed is None or getattr(request, "abort_immediately", False):
             return
         spec = self._specs[request.request_id] = unpack(packed)
@@ -82,7 +86,8 @@ class PrefixScheduler:
         if spec is None:
             return 0
         missing = self._num_loadable[request.request_id] = max(0, spec.num_virtual_tokens - num_computed)
-        return missing
+        # vLLM takes the first connector with an answer, and what the other server has prefilled would be lost.
+        return 0 if self._is_taken_over(request) else missing
 
     def accept_load(self, request: Request) -> None:
         """Makes vLLM accept the load of a request that skips the prefix cache.
@@ -118,8 +123,8 @@ class PrefixScheduler:
             return
         if num_external == 0:
             # With --prefix-match-unit, hits may end within blocks. vLLM then asks what can be loaded after the last
-            # full block, and accepts nothing if its own cache goes beyond that.
-            self._found_in_cache.append((request, spec))
+            # full block, and accepts nothing if its own cache goes beyond that. Or another connector loads the prompt.
+            self._loaded_by_others.append((request, spec))
             return
         if num_external != missing:
             # Going on would silently run placeholders as text.
@@ -132,13 +137,13 @@ class PrefixScheduler:
 
     def take_loads(self) -> list[PrefixLoad]:
         """Returns the loads of the step that was just scheduled, and forgets them."""
-        for request, spec in self._found_in_cache:
+        for request, spec in self._loaded_by_others:
             if request.num_computed_tokens < spec.num_virtual_tokens:
                 raise RuntimeError(
                     f"vLLM neither has nor loads {spec.num_virtual_tokens - request.num_computed_tokens} tokens of the "
                     f"prefix {spec.name!r}."
                 )
-        self._found_in_cache.clear()
+        self._loaded_by_others.clear()
         loads, self._loads = self._loads, []
         return loads
 
@@ -150,16 +155,32 @@ class PrefixScheduler:
         self.recent_blocks.next_step()
         self.other_connectors.next_step()
 
-    def finished(self, request: Request, block_ids: tuple[list[int], ...]) -> None:
+    def finished(self, request: Request, block_ids: tuple[list[int], ...]) -> dict[str, Any] | None:
         """Forgets a request, whether it ran or not.
 
         Args:
             request: The request.
             block_ids: The blocks it had per KV cache group.
+
+        Returns:
+            What the KV transfer parameters of its response say of its prefix, if another server goes on with it.
         """
-        if self._specs.pop(request.request_id, None) is not None:
-            self.recent_blocks.add(request, block_ids)
         self._num_loadable.pop(request.request_id, None)
+        spec = self._specs.pop(request.request_id, None)
+        if spec is None:
+            return None
+        self.recent_blocks.add(request, block_ids)
+        return handover.say(spec) if self._hands_over and _transfer(request).get("do_remote_decode") else None
+
+    def _is_taken_over(self, request: Request) -> bool:
+        """Returns whether another connector loads the whole prompt of a request, placeholders included."""
+        return (
+            self._hands_over
+            and bool(_transfer(request).get("do_remote_prefill"))
+            # vLLM loads nothing for a request that skips the prefix cache, unless it has to; see `accept_load`.
+            and not request.skip_reading_prefix_cache
+            and all(request is not other for other in self._skips_prefix_cache)
+        )
 
     def _prefix_hashes(self, request: Request, p: int) -> tuple[Any, ...]:
         """Returns the hashes of the blocks that a prefix fills, computed by vLLM once per prefix and salt.
@@ -181,3 +202,7 @@ class PrefixScheduler:
         else:
             self._hashes.move_to_end(key)
         return hashes
+
+
+def _transfer(request: Request) -> dict[str, Any]:
+    return request.kv_transfer_params or {}

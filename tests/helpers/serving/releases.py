@@ -21,6 +21,9 @@ RECORDED = Path(__file__).with_name("releases.json")
 PLUGIN = Path(__file__).parents[3] / "vllm_plugin"
 # Model runner V2 has them since 0.31, and the plugin imports them only for it.
 LOGITS_PROCESSORS_V2 = "vllm.v1.worker.gpu.sample.logits_processor"
+_BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
+# Methods that our connector has for releases from 0.33 on.
+SLEEP = {f"{_BASE}.unregister_kv_caches", f"{_BASE}.restore_kv_caches"}
 # Methods that the plugin calls on vLLM's objects.
 CALLED = {
     "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
@@ -31,13 +34,14 @@ CALLED = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
     "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector",
-    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.reset_cache",
+    f"{_BASE}.reset_cache",
     "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector.sub_connectors",
     "vllm.config.kv_transfer:KVTransferConfig.get_from_extra_config",
     "vllm.v1.metrics.stats:PrefillStats.finalize",
     "vllm.v1.metrics.stats:PrefillStats.set",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.is_base_model",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.__init__",
+    *SLEEP,
 }
 
 
@@ -70,6 +74,8 @@ def needed(name: str, version: str) -> bool:
     release = order(version)[:2]
     if name.startswith(LOGITS_PROCESSORS_V2):
         return release >= (0, 31)
+    if name in SLEEP:
+        return release >= (0, 33)
     patches = [patch for patch in all_method_patches() if f"{patch.module}:{patch.method}" == name]
     return any(patch.is_for(release) for patch in patches) if patches else True
 

@@ -272,6 +272,27 @@ def test_another_connector_runs_after_ours(model: Path, adapter: Path) -> None:
     assert support.specs_in(merged)["one"].num_virtual_tokens == 4
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("is_hybrid", True, "do not support recurrent layers with the NixlConnector"),
+        ("num_prefill_lookahead_tokens", 2, "do not support several MTP modules with the NixlConnector"),
+    ],
+)
+def test_prompts_that_are_not_prefilled_to_their_end(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, message: str
+) -> None:
+    # vLLM sets it for the NixlConnector on CPUs, and it would stay for later tests.
+    monkeypatch.setenv("VLLM_SSM_CONV_STATE_LAYOUT", "SD")
+    nixl = {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
+    configs = [engine_config(model, adapter, kv_transfer_config=other) for other in (None, nixl)]
+    owner = configs[0] if hasattr(configs[0], attribute) else configs[0].model_config
+    monkeypatch.setattr(type(owner), attribute, value)
+    check_engine(configs[0])
+    with pytest.raises(PrefixServeError, match=message):
+        check_engine(configs[1])
+
+
 def test_settings_of_several_connectors_are_kept(model: Path, adapter: Path) -> None:
     extra = {"connectors": [], "mine": 1}
     theirs = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}

@@ -72,9 +72,9 @@ class Engine:
         finally:
             self.closed += 1
 
-    def ask(self, look_again: Any) -> list[str]:
+    def ask(self, look_again: Any, **options: Any) -> list[str]:
         async def main() -> list[str]:
-            outputs = requests.outputs_of(self.generate, OLD, look_again)
+            outputs = requests.outputs_of(self.generate, OLD, look_again, **options)
             return [output.outputs[0].text async for output in outputs]
 
         return asyncio.run(main())
@@ -110,3 +110,8 @@ def test_a_prefix_that_was_replaced_before_it_was_read() -> None:
 def test_a_prefix_that_cannot_be_read(engine: Engine, look_again: Any) -> None:
     with pytest.raises(PrefixUnavailableError, match="'a' could not be read into the cache"):
         engine.ask(look_again)
+
+
+def test_what_another_server_prefilled_cannot_be_loaded() -> None:
+    with pytest.raises(PrefixUnavailableError, match="What another server prefilled for this request"):
+        Engine("old").ask(None, handed_over=True)

@@ -5,6 +5,7 @@ torch's "meta" device stands for the GPU: it takes tensors, and holds no numbers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from helpers.serving import support
 from peft_prefix_ext.checkpoint import LayerKV, LayerState, read_prefix, write_prefix
 from vllm_plugin.adapters.loading import digest_of
 from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.connector import PrefixConnector
 from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import RESIDENT
 from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
@@ -170,12 +172,30 @@ def test_without_memory_on_the_device_a_copy_fails(monkeypatch: pytest.MonkeyPat
         to_device(torch.zeros(2), DEVICE)
 
 
-def test_memory_of_the_device_is_given_back_and_taken_again(spec: PrefixSpec) -> None:
+def by_hand(writer: PrefixWriter) -> None:
+    writer.release_device_memory()
+
+
+def by_vllm(writer: PrefixWriter) -> None:
+    """As vLLM 0.33 does around sleep."""
+    connector = PrefixConnector.__new__(PrefixConnector)
+    connector.writer, connector.draft_writer = writer, None
+    # It may sleep after it has dropped its KV cache, and wakes up in steps.
+    for _ in range(2):
+        connector.unregister_kv_caches()
+    for _ in range(2):
+        connector.restore_kv_caches()
+
+
+@pytest.mark.parametrize("release", [by_hand, by_vllm])
+def test_memory_of_the_device_is_given_back_and_taken_again(
+    spec: PrefixSpec, release: Callable[[PrefixWriter], None]
+) -> None:
     worker = Worker(1 << 20)
     worker.write(load(spec, 1, 2))
     used = worker.manager._on_device.used
     assert used > 0
-    worker.writer.release_device_memory()
+    release(worker.writer)
     assert worker.manager._on_device.used == worker.manager.num_resident == 0
     assert worker.writer.stats.data[RESIDENT] == 0
     # From the host, not from the file.
