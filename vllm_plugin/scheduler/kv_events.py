@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -85,7 +85,7 @@ class PrefixEvents:
             if isinstance(event, BlockStored):
                 renamed = self._queued.pop(id(event), None)
                 self._stored(renamed or (), event.group_idx)
-                if renamed and not event.block_hashes:
+                if renamed is not None and not event.block_hashes:
                     continue
             elif isinstance(event, BlockRemoved):
                 event.block_hashes = list(self._removed(event.block_hashes, event.group_idx))
@@ -104,7 +104,7 @@ class PrefixEvents:
                 if published is not None:
                     self._num_blocks[published, group] += 1
 
-    def _removed(self, block_hashes: Iterable[Any], group: int | None) -> Iterable[Any]:
+    def _removed(self, block_hashes: Iterable[Any], group: int | None) -> Iterator[Any]:
         for block_hash in block_hashes:
             if (block_hash, group) not in self._published:
                 yield block_hash
@@ -150,7 +150,7 @@ class _Blocks:
         first, stop = max(indices[0], self._num_prefix_blocks), indices[-1] + 1
         engine_hashes, skipped = event.block_hashes, sum(index < first for index in kept)
         kept = kept[skipped:]
-        renamed = [(block_hash, None) for block_hash in engine_hashes[:skipped]]
+        renamed: list[tuple[Any, Any]] = [(block_hash, None) for block_hash in engine_hashes[:skipped]]
         event.block_hashes = engine_hashes[skipped:]
         if first == self._num_prefix_blocks:
             event.parent_block_hash = None
