@@ -57,6 +57,7 @@ def check_engine(vllm_config: Any) -> None:
         found.append(drafts)
     if found:
         raise PrefixServeError(f"Prefix adapters do not support {' nor '.join(found)} yet; start without them.")
+    _check_events(vllm_config)
     cache_layout(model)
     check_rotation(model)
     if vllm_config.lora_config is not None and confuses_slots():
@@ -68,6 +69,23 @@ def check_engine(vllm_config: Any) -> None:
         logger.warning(
             "Prefix caching is off: every request gets a copy of its prefix of its own; leave it on to share one."
         )
+
+
+def _check_events(vllm_config: Any) -> None:
+    """Raises `PrefixServeError` if another connector would publish placeholders as the text of a prompt.
+
+    Ours rewrites the events of the KV cache. These connectors make their own, with the tokens of the request.
+    """
+    events = vllm_config.kv_events_config
+    if events is None or not events.enable_kv_cache_events:
+        return
+    for connector in vllm_config.kv_transfer_config.kv_connector_extra_config.get("connectors", ()):
+        name, extra = connector.get("kv_connector"), connector.get("kv_connector_extra_config") or {}
+        if name == "SimpleCPUOffloadConnector" or extra.get("self_describing_kv_events"):
+            raise PrefixServeError(
+                f"With --kv-events-config, {name} would publish the placeholders of prefixes as text; use the "
+                'OffloadingConnector without "self_describing_kv_events", or publish no events.'
+            )
 
 
 def check_adapter(name: str, checkpoint: PrefixCheckpoint, model: Any) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import values
-
 from vllm_plugin.adapters.spec import unpack
 from vllm_plugin.kv_transfer_config import ADAPTERS, settings_in
+from vllm_plugin.metrics import is_multiprocess
 
 # vLLM's labels are all names at once, so a registry would keep each set of adapters that were ever in use together.
 MAX_SETS = 64
@@ -35,7 +34,7 @@ def add_gauge(logger: Any) -> None:
     Not with several API servers: each of them would show its own requests, and nothing can be forgotten there.
     """
     config = logger.vllm_config
-    if settings_in(config.kv_transfer_config) is None or logger.gauge_lora_info is not None or _is_multiprocess():
+    if settings_in(config.kv_transfer_config) is None or logger.gauge_lora_info is not None or is_multiprocess():
         return
     labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
     logger.labelname_max_lora, logger.labelname_waiting_lora_adapters, logger.labelname_running_lora_adapters = labels
@@ -52,14 +51,10 @@ def add_gauge(logger: Any) -> None:
 def forget_sets(logger: Any, scheduler_stats: Any) -> None:
     """Clears the metric before it gets the next set of adapters, if it has many. Call it before vLLM records a step."""
     gauge = logger.gauge_lora_info
-    if gauge is None or scheduler_stats is None or _is_multiprocess() or not hasattr(gauge, "clear"):
+    if gauge is None or scheduler_stats is None or is_multiprocess() or not hasattr(gauge, "clear"):
         return
     sets = logger.__dict__.setdefault(_SETS, set())
     sets.add((*scheduler_stats.running_lora_adapters, None, *scheduler_stats.waiting_lora_adapters))
     if len(sets) > MAX_SETS:
         gauge.clear()
         sets.clear()
-
-
-def _is_multiprocess() -> bool:
-    return values.ValueClass is not values.MutexValue

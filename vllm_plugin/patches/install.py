@@ -104,10 +104,17 @@ def all_patches(*, server: bool) -> tuple[MethodPatch, ...]:
         server: Whether to include those of the OpenAI server.
     """
     from vllm_plugin.patches.engine import ENGINE_PATCHES
+    from vllm_plugin.patches.kv_events import KV_EVENT_PATCHES
     from vllm_plugin.patches.requests import REQUEST_PATCHES
     from vllm_plugin.patches.server import SERVER_PATCHES
 
-    return (*START_PATCHES, *REQUEST_PATCHES, *ENGINE_PATCHES, *(SERVER_PATCHES if server else ()))
+    return (
+        *START_PATCHES,
+        *REQUEST_PATCHES,
+        *ENGINE_PATCHES,
+        *KV_EVENT_PATCHES,
+        *(SERVER_PATCHES if server else ()),
+    )
 
 
 @functools.cache

@@ -46,15 +46,13 @@ class PrefixWriter:
 
     def write(self, loads: Sequence[PrefixLoad]) -> None:
         """Copies the prefixes of one step's loads, with one cache update per layer."""
-        num_resident = self._manager.num_resident
         ready: list[tuple[PrefixLoad, PrefixKV]] = []
         for load, prefix in zip(loads, self._manager.gather([load.spec for load in loads]), strict=True):
             if prefix is None:
                 self._give_up(load)
             else:
                 ready.append((load, prefix))
-        if self._manager.num_resident != num_resident:
-            self.stats.data[RESIDENT] = self._manager.num_resident
+        self._report_residency()
         try:
             for index, (stack, modules) in enumerate(self._stacks):
                 self._write_stack(index, stack, modules, ready)
@@ -70,12 +68,17 @@ class PrefixWriter:
     def release_device_memory(self) -> None:
         """Drops the prefixes on the device. The next loads copy them from the host."""
         self._manager.release_device_memory()
-        self.stats.data[RESIDENT] = self._manager.num_resident
+        self._report_residency()
 
     def take_unwritten(self) -> set[int]:
         """Returns the blocks whose content is wrong because a load failed since the last call."""
         blocks, self._unwritten = self._unwritten, set()
         return blocks
+
+    def _report_residency(self) -> None:
+        if changes := self._manager.take_residency():
+            self.stats.data[RESIDENT] = self._manager.num_resident
+            self.stats.change_residency(changes)
 
     def _write_stack(
         self, index: int, stack: LayerStack, modules: Sequence[Any], ready: Sequence[tuple[PrefixLoad, PrefixKV]]

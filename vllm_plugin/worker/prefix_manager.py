@@ -22,6 +22,7 @@ from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.logger import logger
 from vllm_plugin.worker.cache_layers import LayerStack, shard
 from vllm_plugin.worker.device_copy import to_device
+from vllm_plugin.worker.residency import Residency
 from vllm_plugin.worker.state_layers import StateLayer, model_states
 from vllm_plugin.worker.state_layout import part_of_rank
 
@@ -66,6 +67,10 @@ class LRUPool:
         self.capacity = capacity
         self.used = 0
         self._prefixes: OrderedDict[str, PrefixKV] = OrderedDict()
+        self._changed: set[str] = set()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._prefixes
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -91,16 +96,24 @@ class LRUPool:
             if self.has_room(nbytes):
                 break
             self.used -= self._prefixes.pop(digest).nbytes
+            self._changed.add(digest)
         return True
 
     def put(self, digest: str, prefix: PrefixKV) -> None:
         """Adds a prefix; there must be room for it."""
         self._prefixes[digest] = prefix
+        self._changed.add(digest)
         self.used += prefix.nbytes
 
     def clear(self) -> None:
+        self._changed.update(self._prefixes)
         self._prefixes.clear()
         self.used = 0
+
+    def take_changed(self) -> set[str]:
+        """Returns the prefixes that came or were dropped since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
 
 class PrefixManager:
@@ -138,6 +151,7 @@ class PrefixManager:
         self._on_device = LRUPool(device_memory)
         # On CPU, the device is the host.
         self._on_host = LRUPool(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
+        self._residency = Residency()
 
     @property
     def num_resident(self) -> int:
@@ -150,9 +164,15 @@ class PrefixManager:
         None stands for a prefix that cannot be read; the log says why.
         """
         needed = {spec.digest: spec for spec in specs}
+        for spec in specs:
+            self._residency.name(spec.name, spec.digest)
         # By content, so that a prefix with two names is kept once.
         found = {digest: self._get(spec, needed) for digest, spec in needed.items()}
         return [found[spec.digest] for spec in specs]
+
+    def take_residency(self) -> dict[str, dict[str, int]]:
+        """Returns 1 for each adapter that came into a tier since the last call, and 0 for each that left, by tier."""
+        return self._residency.take_changes({"device": self._on_device, "host": self._on_host})
 
     def release_device_memory(self) -> None:
         """Drops the prefixes on the device, unless the device is the host, which has no other copy of them."""

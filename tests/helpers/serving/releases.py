@@ -30,6 +30,8 @@ CALLED = {
     "vllm.lora.peft_helper:PEFTHelper.validate_legal",
     "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
     "vllm.v1.request:Request.update_block_hashes",
+    "vllm.v1.core.kv_cache_utils:maybe_convert_block_hash",
+    "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",

@@ -161,6 +161,29 @@ def test_unsupported_settings(model: Path, adapter: Path, settings: dict[str, An
     refused(model, adapter, message, **settings)
 
 
+@pytest.mark.parametrize(
+    ("connector", "extra", "is_refused"),
+    [
+        ("SimpleCPUOffloadConnector", {}, True),
+        ("OffloadingConnector", {"self_describing_kv_events": True}, True),
+        ("OffloadingConnector", {}, False),
+    ],
+)
+def test_connectors_that_publish_placeholders_are_refused(
+    model: Path, adapter: Path, connector: str, extra: dict[str, Any], is_refused: bool
+) -> None:
+    from vllm.config import KVEventsConfig
+
+    extra = {"cpu_bytes_to_use": 1 << 20, **extra}
+    theirs = {"kv_connector": connector, "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    engine_config(model, adapter, kv_transfer_config=theirs)
+    settings = {"kv_transfer_config": theirs, "kv_events_config": KVEventsConfig(enable_kv_cache_events=True)}
+    if is_refused:
+        refused(model, adapter, f"{connector} would publish the placeholders of prefixes as text", **settings)
+    else:
+        engine_config(model, adapter, **settings)
+
+
 def test_longrope_is_served_up_to_its_original_length(tmp_path: Path) -> None:
     """Beyond it, vLLM takes the factors of long texts for short ones, too, and the keys of a prefix do not fit."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}

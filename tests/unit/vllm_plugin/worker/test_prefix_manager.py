@@ -20,7 +20,7 @@ from vllm_plugin.adapters.loading import load as load_adapter
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.metadata import PrefixLoad
-from vllm_plugin.metrics import RESIDENT
+from vllm_plugin.metrics import RESIDENCY, RESIDENT
 from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
 from vllm_plugin.worker.prefix_manager import HOST_FACTOR, PrefixManager
@@ -333,14 +333,45 @@ def test_an_unexpected_error_does_not_end_the_engine(adapters: Any, caplog: pyte
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_the_resident_count_is_reported_when_it_changes(adapters: Any) -> None:
+def test_what_is_resident_is_reported_when_it_changes(adapters: Any) -> None:
     one, two = adapters("one")[0], adapters("two")[0]
     worker = Worker(1 << 20)
     told = []
     for spec in (one, one, two):
         worker.writer.write([load(spec, [1, 2])])
         told.append(worker.writer.stats.take())
-    assert [stats and stats.data for stats in told] == [{RESIDENT: 1}, None, {RESIDENT: 2}]
+    assert [stats and stats.data for stats in told] == [
+        {RESIDENT: 1, RESIDENCY: {"device": {"one": 1}}},
+        None,
+        {RESIDENT: 2, RESIDENCY: {"device": {"two": 1}}},
+    ]
+
+
+def test_the_tiers_of_prefixes_are_reported(adapters: Any) -> None:
+    """Room for one on the device; the host, where there is one, has room for all."""
+    one, two = adapters("one")[0], adapters("two")[0]
+    worker = Worker(6 * BYTES_PER_TOKEN, torch.device("meta"))
+    told = []
+    for spec in (one, two):
+        worker.manager.gather([spec])
+        told.append(worker.manager.take_residency())
+    worker.manager.release_device_memory()
+    told.append(worker.manager.take_residency())
+    assert told == [
+        {"device": {"one": 1}, "host": {"one": 1}},
+        {"device": {"one": 0, "two": 1}, "host": {"two": 1}},
+        {"device": {"two": 0}},
+    ]
+
+
+def test_a_prefix_that_cannot_be_read_is_nowhere(adapters: Any) -> None:
+    spec = adapters("one")[0]
+    shutil.rmtree(spec.path)
+    worker = Worker(1 << 20)
+    worker.writer.write([load(spec, [1, 2])])
+    assert worker.manager.take_residency() == {}
+    assert RESIDENCY not in worker.writer.stats.data
+    assert len(worker.manager._residency) == 0
 
 
 def test_a_cache_that_cannot_be_written_is_refused() -> None:

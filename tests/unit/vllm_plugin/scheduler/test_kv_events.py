@@ -1,0 +1,253 @@
+"""KV events of requests with a prefix, made by vLLM's own block pool, as a router reads them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.distributed.kv_events import BlockStored
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.request import Request
+
+from helpers.serving.router import Router
+from helpers.serving.support import prompt_ids
+from vllm_plugin.adapters.spec import PrefixSpec, pack
+from vllm_plugin.patches.install import require
+from vllm_plugin.scheduler.scheduler import PrefixScheduler
+
+BLOCK_SIZE, UNIT = 32, 8
+SPECS = {p: PrefixSpec(f"p{p}", "", f"/p{p}", p, f"{p:064}") for p in (1, 31, 32, 70, 96)}
+PICTURES = [
+    MultiModalFeatureSpec(None, "image", name, PlaceholderRange(offset=offset, length=20))
+    for name, offset in (("a", 5), ("b", 40), ("c", 90))
+]
+
+
+class Replica:
+    """A KV cache whose requests are stored whole, and a router that listens to it."""
+
+    def __init__(self, unit: int = BLOCK_SIZE, num_blocks: int = 100) -> None:
+        require(server=False)
+        kv_cache_utils.init_none_hash(sha256)
+        self.pool = BlockPool(num_blocks, True, unit, enable_kv_cache_events=True)
+        self.router = Router(BLOCK_SIZE)
+        self._scheduler = PrefixScheduler(BLOCK_SIZE)
+        self._hasher = kv_cache_utils.get_request_block_hasher(unit, sha256)
+        self._stored: dict[Any, Any] = {}
+
+    def request(self, prompt: list[int], p: int | None = None, **fields: Any) -> Request:
+        transfer = None if p is None else {"kv_transfer_params": {"prefix_adapters": pack(SPECS[p])}}
+        params = SamplingParams(max_tokens=5, extra_args=transfer)
+        request = Request(
+            f"request-{id(prompt)}", list(prompt), params, None, **{"block_hasher": self._hasher, **fields}
+        )
+        self._scheduler.add_placeholders(request)
+        return request
+
+    def store(self, request: Request, steps: int = 1, group: int = 0) -> list[Any]:
+        """Stores the full blocks of a request, in several steps; blocks that it shares with others are there already."""
+        hashes = kv_cache_utils.resolve_block_hashes(request.block_hashes, self.pool.hash_block_size, BLOCK_SIZE)
+        hashes = [hashes[index] for index in range(request.num_tokens // BLOCK_SIZE)]
+        cached = next((i for i, each in enumerate(hashes) if (each, group) not in self._stored), len(hashes))
+        blocks = [self._stored[each, group] for each in hashes[:cached]]
+        blocks += self.pool.get_new_blocks(len(hashes) - cached)
+        bounds = [cached + (len(hashes) - cached) * step // steps for step in range(steps + 1)]
+        for start, stop in itertools.pairwise(bounds):
+            self.pool.cache_full_blocks(request, blocks, start, stop, BLOCK_SIZE, group)
+        self._stored.update(zip([(each, group) for each in hashes], blocks, strict=True))
+        return blocks
+
+    def publish(self) -> list[Any]:
+        events = self.pool.take_events()
+        self.router.receive(events)
+        return events
+
+    def remove(self, blocks: list[Any]) -> None:
+        by_id = {block.block_id: block for block in blocks}
+        self._stored = {key: block for key, block in self._stored.items() if block.block_id not in by_id}
+        self.pool.evict_blocks(set(by_id))
+        self.pool.free_blocks(by_id.values())
+
+    def clear(self) -> None:
+        self.pool.free_blocks(self._stored.values())
+        self._stored.clear()
+        assert self.pool.reset_prefix_cache()
+
+    @property
+    def blocks(self) -> list[Any]:
+        return list(self._stored.values())
+
+
+@pytest.fixture
+def replica() -> Replica:
+    return Replica()
+
+
+def num_matched(p: int, length: int) -> int:
+    """Returns how many blocks of a prompt are there once all full blocks of the cache are."""
+    return (p + length) // BLOCK_SIZE - -(-p // BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("p", SPECS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_router_finds_the_prompt_under_the_name_only(replica: Replica, p: int, steps: int) -> None:
+    prompt = prompt_ids(170)
+    replica.store(replica.request(prompt, p), steps)
+    events = replica.publish()
+    expected = num_matched(p, len(prompt))
+    assert expected >= 4
+    assert replica.router.match(f"p{p}", prompt) == expected
+    assert replica.router.match(None, prompt) == replica.router.match("other", prompt) == 0
+    # As a client that sends the placeholders would be found.
+    assert replica.router.match(None, [prompt[0]] * p + prompt) == 0
+    assert replica.router.match(f"p{p}", [prompt[0]] * BLOCK_SIZE + prompt) == 0
+    published = [token for event in events for token in event.token_ids]
+    assert published == prompt[: expected * BLOCK_SIZE]
+    assert {event.lora_id for event in events}.isdisjoint({None, 0})
+    assert replica.router.num_orphans == 0
+
+
+@pytest.mark.parametrize("p", SPECS)
+@pytest.mark.parametrize("salt", [None, "mine"])
+def test_events_are_those_of_the_same_prompt_without_a_prefix(p: int, salt: str | None) -> None:
+    """Tokens, images, and the client's salt of each block, as vLLM publishes them for the base model."""
+    prompt, published = prompt_ids(170), []
+    for length in (None, p):
+        replica = Replica()
+        replica.store(replica.request(prompt, length, mm_features=PICTURES, cache_salt=salt))
+        published.append(replica.publish())
+    (plain,), (event,) = published
+    assert plain.lora_name is None
+    assert plain.lora_id is None
+    count = num_matched(p, len(prompt))
+    assert len(event.block_hashes) == count
+    assert event.token_ids == plain.token_ids[: count * BLOCK_SIZE]
+    assert event.extra_keys == plain.extra_keys[:count]
+    assert sum(keys is not None for keys in event.extra_keys) >= 3
+    assert (event.parent_block_hash, event.block_size) == (None, BLOCK_SIZE)
+
+
+def test_prefixes_on_lora_have_their_own_name(replica: Replica) -> None:
+    prompt = prompt_ids(100)
+    for lora in (None, LoRARequest("lora", 7, "/lora")):
+        replica.store(replica.request(prompt, 32, lora_request=lora))
+    first, second = replica.publish()
+    assert first.lora_name == second.lora_name == "p32"
+    assert first.extra_keys == second.extra_keys == [None] * 3
+    assert set(first.block_hashes).isdisjoint(second.block_hashes)
+
+
+@pytest.mark.parametrize("p", SPECS)
+def test_a_block_of_several_prompts_goes_with_the_last_of_them(replica: Replica, p: int) -> None:
+    common = prompt_ids(2 * BLOCK_SIZE)
+    prompts = [common + prompt_ids(90, seed=seed) for seed in (1, 2, 3)]
+    stored = [replica.store(replica.request(prompt, p)) for prompt in prompts]
+    replica.publish()
+
+    def matches() -> list[int]:
+        return [replica.router.match(f"p{p}", prompt) for prompt in prompts]
+
+    all_of_it = num_matched(p, len(prompts[0]))
+    assert matches() == [all_of_it] * 3
+    num_prompts = Counter(block.block_id for blocks in stored for block in blocks)
+    own = [[block for block in blocks if num_prompts[block.block_id] == 1] for blocks in stored]
+    replica.remove(own[0])
+    replica.publish()
+    assert matches() == [2, all_of_it, all_of_it]
+    replica.store(replica.request(prompts[0], p))
+    replica.remove(own[1])
+    replica.publish()
+    assert matches() == [all_of_it, 2, all_of_it]
+    assert replica.router.num_orphans == replica.router.num_unknown == 0
+
+
+@pytest.mark.parametrize("p", SPECS)
+def test_nothing_is_kept_of_blocks_that_are_gone(replica: Replica, p: int) -> None:
+    for is_cleared in (False, True):
+        for seed in range(3):
+            replica.store(replica.request(prompt_ids(100, seed=seed), p))
+        replica.publish()
+        kept = vars(replica.pool)["prefix_events"]
+        assert len(kept) > 0
+        if is_cleared:
+            replica.clear()
+        else:
+            replica.remove(replica.blocks)
+        replica.publish()
+        assert len(kept) == 0
+        assert replica.router.match(f"p{p}", prompt_ids(100)) == 0
+    assert replica.router.num_unknown == 0
+
+
+@pytest.mark.parametrize("p", SPECS)
+def test_blocks_that_are_removed_and_stored_in_one_step_are_there(replica: Replica, p: int) -> None:
+    prompt = prompt_ids(100)
+    for _ in range(2):
+        replica.remove(replica.store(replica.request(prompt, p)))
+        blocks = replica.store(replica.request(prompt, p))
+        replica.publish()
+        assert replica.router.match(f"p{p}", prompt) == num_matched(p, 100)
+        replica.remove(blocks)
+        replica.publish()
+        assert replica.router.match(f"p{p}", prompt) == 0
+    assert replica.router.num_unknown == 0
+
+
+@pytest.mark.parametrize("p", SPECS)
+def test_blocks_outside_of_a_sliding_window_are_left_out(replica: Replica, p: int) -> None:
+    request = replica.request(prompt_ids(170), p)
+    num_blocks = request.num_tokens // BLOCK_SIZE
+    for group, outside in ((0, 0), (1, num_blocks - 2)):
+        blocks = [replica.pool.null_block] * outside + replica.pool.get_new_blocks(num_blocks - outside)
+        replica.pool.cache_full_blocks(request, blocks, 0, num_blocks, BLOCK_SIZE, group)
+    whole, window = replica.pool.take_events()
+    assert window.block_hashes == whole.block_hashes[-2:]
+    assert window.token_ids == whole.token_ids
+    # The group is part of what is removed.
+    replica.pool.evict_blocks({blocks[-1].block_id})
+    (removed,) = replica.pool.take_events()
+    assert (removed.block_hashes, removed.group_idx) == (whole.block_hashes[-1:], 1)
+
+
+@pytest.mark.parametrize("p", SPECS)
+def test_hits_that_end_within_a_block(p: int) -> None:
+    """`--prefix-match-unit`: vLLM publishes a unit of tokens as a block of its own."""
+    replica, prompt = Replica(UNIT), prompt_ids(100)
+    request = replica.request(prompt, p)
+    stop = -(-p // UNIT) * UNIT + 2 * UNIT
+    (block,) = replica.pool.get_new_blocks(1)
+    for position in (UNIT, stop - UNIT, stop):
+        replica.pool.cache_partial_block(request, block, position, 0, BLOCK_SIZE)
+    events = [event for event in replica.pool.take_events() if isinstance(event, BlockStored)]
+    assert [event.token_ids for event in events] == [prompt[:UNIT], prompt[UNIT : 2 * UNIT]]
+    assert {event.lora_name for event in events} == {f"p{p}"}
+    assert events[0].parent_block_hash is None
+    assert events[1].parent_block_hash == events[0].block_hashes[0]
+
+
+def test_equal_adapters_are_published_alike_by_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As operators set it, since vLLM's own hashes start from it.
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    hashes = []
+    for _ in range(2):
+        replica = Replica()
+        for p in SPECS:
+            replica.store(replica.request(prompt_ids(100), p))
+        hashes.append([event.block_hashes for event in replica.publish()])
+    assert hashes[0] == hashes[1]
+
+
+def test_without_events_nothing_is_kept(replica: Replica) -> None:
+    replica.pool.enable_kv_cache_events = False
+    request = replica.request(prompt_ids(100), 70)
+    replica.remove(replica.store(request))
+    assert replica.publish() == []
+    assert "prefix_events" not in vars(replica.pool)
+    assert "prefix_event_hashes" not in vars(request)
