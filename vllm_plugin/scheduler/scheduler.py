@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.adapters.spec import PrefixSpec, unpack
@@ -18,9 +18,11 @@ from vllm_plugin.metrics import PrefixStats
 from vllm_plugin.scheduler import media
 from vllm_plugin.scheduler.load_failures import BlockIds, RecentBlocks
 from vllm_plugin.scheduler.other_connectors import OtherConnectors
+from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
 from vllm_plugin.scheduler.prefill_stats import RealPrefillStats
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
 # How many lists of block hashes are kept, one per prefix and client salt; each takes some kilobytes at most.
@@ -38,6 +40,8 @@ class PrefixScheduler:
         self.stats = PrefixStats()
         self.recent_blocks = RecentBlocks()
         self.other_connectors = OtherConnectors()
+        # None before vLLM has made its pool of blocks.
+        self.pinned: PinnedPrefixes | None = None
         self._block_size = block_size
         # The least recently used first.
         self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
@@ -95,13 +99,20 @@ class PrefixScheduler:
             request.skip_reading_prefix_cache = False
             self._skips_prefix_cache.append(request)
 
-    def allocated(self, request: Request, get_block_ids: Callable[[], BlockIds], num_external: int) -> None:
+    def allocated(
+        self,
+        request: Request,
+        get_block_ids: Callable[[], BlockIds],
+        num_external: int,
+        blocks: Sequence[Sequence[KVCacheBlock]] = (),
+    ) -> None:
         """Records the load of a request that the scheduler has just given blocks to.
 
         Args:
             request: The request.
             get_block_ids: Returns its block ids per KV cache group; called only if it has a prefix.
             num_external: How many tokens the scheduler counts as loaded.
+            blocks: These blocks themselves.
         """
         spec = self._specs.get(request.request_id)
         if spec is None:
@@ -112,6 +123,8 @@ class PrefixScheduler:
             return
         block_ids = get_block_ids()
         self.recent_blocks.add(request, block_ids)
+        if self.pinned is not None and (spec.pinned or self.pinned):
+            self.pinned.used(spec, request.cache_salt or "", blocks)
         p = spec.num_virtual_tokens
         self.stats.add("block_hits", spec.name, (p - missing) // self._block_size)
         if missing == 0:

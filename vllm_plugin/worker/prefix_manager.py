@@ -9,7 +9,7 @@ Shape suffixes: L layers of one stack, P virtual tokens of one prefix, H KV head
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ class PrefixKV:
 
 
 class LRUPool:
-    """A pool of prefixes of limited size, which drops the least recently used ones.
+    """A pool of prefixes of limited size, which drops the least recently used ones, and pinned ones last.
 
     Args:
         capacity: Its size in bytes.
@@ -75,16 +75,22 @@ class LRUPool:
             self._prefixes.move_to_end(digest)
         return self._prefixes.get(digest)
 
+    def count(self, digests: Collection[str]) -> int:
+        """Returns how many of these prefixes are in the pool."""
+        return sum(digest in self._prefixes for digest in digests)
+
     def has_room(self, nbytes: int) -> bool:
         return self.used + nbytes <= self.capacity
 
-    def make_room(self, nbytes: int, keep: Container[str] = ()) -> bool:
-        """Drops the least recently used prefixes, except those in `keep`, until `nbytes` fit.
+    def make_room(self, nbytes: int, keep: Container[str] = (), last: Container[str] = ()) -> bool:
+        """Drops the least recently used prefixes until `nbytes` fit: none in `keep`, and those in `last` after all others.
 
         Returns:
             Whether they fit. If not, nothing is dropped.
         """
         others = [digest for digest in self._prefixes if digest not in keep]
+        # A stable sort: by use within both parts.
+        others.sort(key=lambda digest: digest in last)
         if self.used - sum(self._prefixes[digest].nbytes for digest in others) + nbytes > self.capacity:
             return False
         for digest in others:
@@ -136,6 +142,9 @@ class PrefixManager:
         self._dtype = dtype
         self._without = without
         self._on_device = LRUPool(device_memory)
+        # The digests of the prefixes that make room for no others.
+        self._pinned: frozenset[str] = frozenset()
+        self._told_of_pinned = False
         # On CPU, the device is the host.
         self._on_host = LRUPool(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
 
@@ -153,6 +162,10 @@ class PrefixManager:
         # By content, so that a prefix with two names is kept once.
         found = {digest: self._get(spec, needed) for digest, spec in needed.items()}
         return [found[spec.digest] for spec in specs]
+
+    def pin(self, digests: frozenset[str]) -> None:
+        """Keeps these prefixes, and no others, from making room for prefixes that are not pinned."""
+        self._pinned = digests
 
     def release_device_memory(self) -> None:
         """Drops the prefixes on the device, unless the device is the host, which has no other copy of them."""
@@ -188,7 +201,27 @@ class PrefixManager:
             if layer.layout is not None
         )
 
-    def _get(self, spec: PrefixSpec, keep: Container[str]) -> PrefixKV | None:
+    def _make_room(self, pool: LRUPool, digest: str, nbytes: int, needed: Collection[str]) -> bool:
+        """Makes room in a pool for a prefix, beside those that are needed in this step."""
+        if digest not in self._pinned:
+            return pool.make_room(nbytes, self._pinned.union(needed) if self._pinned else needed)
+        num_pinned = pool.count(self._pinned)
+        has_room = pool.make_room(nbytes, needed, last=self._pinned)
+        if pool is self._on_device and (not has_room or pool.count(self._pinned) < num_pinned):
+            self._tell_of_pinned()
+        return has_room
+
+    def _tell_of_pinned(self) -> None:
+        """Logs once that the pinned prefixes do not fit."""
+        if not self._told_of_pinned:
+            self._told_of_pinned = True
+            logger.warning(
+                "The pinned prefixes do not fit on the device together (%.2f GiB): those used last stay there; raise "
+                "--prefix-adapter-device-memory, or pin fewer.",
+                self._on_device.capacity / 2**30,
+            )
+
+    def _get(self, spec: PrefixSpec, keep: Collection[str]) -> PrefixKV | None:
         prefix = self._on_device.get(spec.digest)
         if prefix is not None:
             return prefix
@@ -196,7 +229,7 @@ class PrefixManager:
         try:
             if prefix is None:
                 prefix = self.open(spec)
-                if self._on_host.make_room(prefix.nbytes, keep):
+                if self._make_room(self._on_host, spec.digest, prefix.nbytes, keep):
                     self._on_host.put(spec.digest, prefix)
         except PrefixServeError as error:
             logger.error("%s %s.", error, self._without.capitalize())
@@ -205,7 +238,7 @@ class PrefixManager:
             # Any error affects only requests with this prefix. The engine continues.
             logger.exception("Prefix adapter %r cannot be read; %s.", spec.name, self._without)
             return None
-        if self._on_device.make_room(prefix.nbytes, keep):
+        if self._make_room(self._on_device, spec.digest, prefix.nbytes, keep):
             try:
                 prefix = prefix.to(self.device)
             except torch.OutOfMemoryError:
