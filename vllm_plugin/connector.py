@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -118,11 +117,13 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Scheduler side
 
-    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
         assert self.scheduler is not None
         names = PinnedNames(self._kv_transfer_config.get_from_extra_config(REGISTRY, ""))
         limit = blocks_per_step(self._vllm_config.scheduler_config, self._kv_cache_config)
-        self.scheduler.pinned = PinnedPrefixes(names, PinnedBlocks(gpu_block_pool, limit))
+        blocks = PinnedBlocks(kv_cache_manager.block_pool, limit)
+        self.scheduler.pinned = PinnedPrefixes(names, blocks, kv_cache_manager.get_blocks)
 
     def on_new_request(self, request: Request) -> None:
         assert self.scheduler is not None
@@ -139,7 +140,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         assert self.scheduler is not None
-        self.scheduler.allocated(request, blocks.get_block_ids, num_external_tokens, blocks.blocks)
+        self.scheduler.allocated(request, blocks.get_block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self.scheduler is not None

@@ -64,6 +64,9 @@ class PinnedBlocks:
         hashed = [(block, block.block_hash) for group in blocks for block in self._full(group, spec.num_virtual_tokens)]
         adapter = self._adapters.get(spec.name)
         if adapter is None or adapter.spec != spec:
+            self.remove(spec.name)
+            if not hashed:
+                return
             adapter = self._adapters[spec.name] = _Adapter(spec)
         self._adapters.move_to_end(spec.name)
         # It may be one of these: then it returns to the end, with others between it and ours.

@@ -8,7 +8,7 @@ engine on another machine than the server does not see them, and forgets a prefi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_plugin.adapters.pinned_names import PinnedNames
@@ -16,7 +16,8 @@ from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.scheduler.pinned_blocks import PinnedBlocks
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
 
 # How often the names are looked at.
 _LOOK_SECONDS = 1.0
@@ -30,12 +31,19 @@ class PinnedPrefixes:
     Args:
         names: The names of the server's pinned adapters.
         blocks: The blocks of the pinned prefixes.
+        blocks_of: Returns the blocks of a request by its id.
         clock: Seconds that never go back.
     """
 
-    def __init__(self, names: PinnedNames, blocks: PinnedBlocks, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        names: PinnedNames,
+        blocks: PinnedBlocks,
+        blocks_of: Callable[[str], KVCacheBlocks],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.blocks = blocks
-        self._names, self._clock = names, clock
+        self._names, self._blocks_of, self._clock = names, blocks_of, clock
         self._specs: dict[str, PrefixSpec] = {}
         self._used: dict[str, float] = {}
         self._changed = False
@@ -44,14 +52,8 @@ class PinnedPrefixes:
     def __bool__(self) -> bool:
         return bool(self._specs)
 
-    def used(self, spec: PrefixSpec, salt: str, blocks: Sequence[Sequence[KVCacheBlock]]) -> None:
-        """Records a request with a prefix that was given blocks, whether it is pinned or not.
-
-        Args:
-            spec: The prefix.
-            salt: The salt of the request's block hashes.
-            blocks: The request's blocks per KV cache group.
-        """
+    def used(self, spec: PrefixSpec, request: Request) -> None:
+        """Records a request with a prefix, pinned or not, when it was given blocks."""
         name = spec.name
         if not spec.pinned:
             self._forget(name)
@@ -59,7 +61,7 @@ class PinnedPrefixes:
         if self._specs.get(name) != spec:
             self._specs[name], self._changed = spec, True
         self._used[name] = self._clock()
-        self.blocks.add(spec, salt, blocks)
+        self.blocks.add(spec, request.cache_salt or "", self._blocks_of(request.request_id).blocks)
 
     def next_step(self) -> None:
         """Keeps the blocks from being the next to be evicted. Call it once per step, when requests have ended."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.adapters.spec import PrefixSpec, unpack
@@ -22,7 +22,6 @@ from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
 from vllm_plugin.scheduler.prefill_stats import RealPrefillStats
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
 # How many lists of block hashes are kept, one per prefix and client salt; each takes some kilobytes at most.
@@ -40,7 +39,7 @@ class PrefixScheduler:
         self.stats = PrefixStats()
         self.recent_blocks = RecentBlocks()
         self.other_connectors = OtherConnectors()
-        # None before vLLM has made its pool of blocks.
+        # None before vLLM has made its cache manager.
         self.pinned: PinnedPrefixes | None = None
         self._block_size = block_size
         # The least recently used first.
@@ -99,20 +98,13 @@ class PrefixScheduler:
             request.skip_reading_prefix_cache = False
             self._skips_prefix_cache.append(request)
 
-    def allocated(
-        self,
-        request: Request,
-        get_block_ids: Callable[[], BlockIds],
-        num_external: int,
-        blocks: Sequence[Sequence[KVCacheBlock]] = (),
-    ) -> None:
+    def allocated(self, request: Request, get_block_ids: Callable[[], BlockIds], num_external: int) -> None:
         """Records the load of a request that the scheduler has just given blocks to.
 
         Args:
             request: The request.
             get_block_ids: Returns its block ids per KV cache group; called only if it has a prefix.
             num_external: How many tokens the scheduler counts as loaded.
-            blocks: These blocks themselves.
         """
         spec = self._specs.get(request.request_id)
         if spec is None:
@@ -124,7 +116,7 @@ class PrefixScheduler:
         block_ids = get_block_ids()
         self.recent_blocks.add(request, block_ids)
         if self.pinned is not None and (spec.pinned or self.pinned):
-            self.pinned.used(spec, request.cache_salt or "", blocks)
+            self.pinned.used(spec, request)
         p = spec.num_virtual_tokens
         self.stats.add("block_hits", spec.name, (p - missing) // self._block_size)
         if missing == 0:

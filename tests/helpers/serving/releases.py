@@ -35,6 +35,7 @@ CALLED = {
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks",
     "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector",
     "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.reset_cache",
     "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector.sub_connectors",

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vllm import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.request import Request
 
 from vllm_plugin.adapters.pinned_names import PinnedNames
 from vllm_plugin.adapters.registry import Adapter, Registry
@@ -27,12 +31,17 @@ class Engine:
         self.registry, self.now = Registry(registry), 0.0
         self.registry.add([Adapter(spec, None, ()) for spec in (ONE, TWO)])
         pool = BlockPool(num_gpu_blocks=11, enable_caching=True, hash_block_size=4)
-        self.pinned = PinnedPrefixes(PinnedNames(str(names)), PinnedBlocks(pool, 1), lambda: self.now)
+        block = pool.get_new_blocks(1)[0]
+        block.set_block_hash(make_block_hash_with_group_id(b"block", 0), num_tokens=4)  # type: ignore[arg-type]
+        self.pinned = PinnedPrefixes(
+            PinnedNames(str(names)), PinnedBlocks(pool, 1), lambda _: KVCacheBlocks(([block],)), lambda: self.now
+        )
         for spec in (ONE, TWO):
             self.use(spec)
 
     def use(self, spec: PrefixSpec) -> None:
-        self.pinned.used(spec, spec.salt(None), ())
+        params = SamplingParams(max_tokens=1)
+        self.pinned.used(spec, Request("request", [3], params, None, cache_salt=spec.salt(None)))
 
     def later(self, seconds: float) -> frozenset[str] | None:
         self.now += seconds
@@ -74,7 +83,7 @@ def test_a_prefix_without_an_adapter_is_forgotten(engine: Engine, change: Callab
     change(engine.registry)
     assert engine.later(0.5) is None
     assert engine.later(0.6) == ALL - {ONE.digest}
-    assert "one" not in engine.pinned.blocks._adapters
+    assert list(engine.pinned.blocks._adapters) == ["two"]
     # A request that was on its way.
     engine.use(ONE)
     assert engine.later(1.1) == ALL - {ONE.digest}
