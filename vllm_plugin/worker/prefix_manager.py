@@ -9,7 +9,7 @@ Shape suffixes: L layers of one stack, P virtual tokens of one prefix, H KV head
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,9 +75,9 @@ class LRUPool:
             self._prefixes.move_to_end(digest)
         return self._prefixes.get(digest)
 
-    def count(self, digests: Collection[str]) -> int:
-        """Returns how many of these prefixes are in the pool."""
-        return sum(digest in self._prefixes for digest in digests)
+    def size_of(self, digests: Iterable[str]) -> int:
+        """Returns the bytes of those of these prefixes that are in the pool."""
+        return sum(self._prefixes[digest].nbytes for digest in digests if digest in self._prefixes)
 
     def has_room(self, nbytes: int) -> bool:
         return self.used + nbytes <= self.capacity
@@ -205,21 +205,15 @@ class PrefixManager:
         """Makes room in a pool for a prefix, beside those that are needed in this step."""
         if digest not in self._pinned:
             return pool.make_room(nbytes, self._pinned.union(needed) if self._pinned else needed)
-        num_pinned = pool.count(self._pinned)
-        has_room = pool.make_room(nbytes, needed, last=self._pinned)
-        if pool is self._on_device and (not has_room or pool.count(self._pinned) < num_pinned):
-            self._tell_of_pinned()
-        return has_room
-
-    def _tell_of_pinned(self) -> None:
-        """Logs once that the pinned prefixes do not fit."""
-        if not self._told_of_pinned:
+        is_full = pool is self._on_device and pool.size_of(self._pinned) + nbytes > pool.capacity
+        if is_full and not self._told_of_pinned:
             self._told_of_pinned = True
             logger.warning(
                 "The pinned prefixes do not fit on the device together (%.2f GiB): those used last stay there; raise "
                 "--prefix-adapter-device-memory, or pin fewer.",
-                self._on_device.capacity / 2**30,
+                pool.capacity / 2**30,
             )
+        return pool.make_room(nbytes, needed, last=self._pinned)
 
     def _get(self, spec: PrefixSpec, keep: Collection[str]) -> PrefixKV | None:
         prefix = self._on_device.get(spec.digest)
