@@ -8,7 +8,7 @@ the step finds them, and it reads them after the write as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,16 +22,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
+from vllm_plugin.adapters.pinned_names import PinnedNames
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.remote import use_cache
 from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
 from vllm_plugin.adapters.validation import check_shapes, check_states
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY, HANDOVER
+from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY, HANDOVER, REGISTRY
 from vllm_plugin.metadata import PrefixMetadata
 from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
 from vllm_plugin.patches.install import require
+from vllm_plugin.scheduler.pinned_blocks import PinnedBlocks, blocks_per_step
+from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
 from vllm_plugin.scheduler.scheduler import PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
@@ -42,8 +45,9 @@ from vllm_plugin.worker.state_writer import StateWriter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -116,12 +120,22 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Scheduler side
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        assert self.scheduler is not None
+        names = PinnedNames(self._kv_transfer_config.get_from_extra_config(REGISTRY, ""))
+        limit = blocks_per_step(self._vllm_config.scheduler_config, self._kv_cache_config)
+        blocks = PinnedBlocks(kv_cache_manager.block_pool, limit)
+        self.scheduler.pinned = PinnedPrefixes(names, blocks, kv_cache_manager.get_blocks)
+
     def on_new_request(self, request: Request) -> None:
         assert self.scheduler is not None
         self.scheduler.add_placeholders(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
+        if self.scheduler.pinned:
+            self.scheduler.pinned.blocks.protect()
         num_loadable = self.scheduler.num_loadable(request, num_computed_tokens)
         if num_loadable:
             self.scheduler.accept_load(request)
@@ -133,9 +147,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self.scheduler is not None
-        loads = self.scheduler.take_loads()
+        loads, pinned = self.scheduler.take_loads(), self.scheduler.pinned
         self.scheduler.end_step()
-        return PrefixMetadata(loads)
+        # Workers make room only for loads.
+        return PrefixMetadata(loads, pinned.take_digests() if loads and pinned is not None else None)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -156,6 +171,12 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
                 self.scheduler.recent_blocks.expand_to_requests(connector_output.invalid_block_ids)
             )
 
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        # At the end of each step, when the blocks of requests that have ended are free again.
+        if self.scheduler is not None and self.scheduler.pinned:
+            self.scheduler.pinned.next_step()
+        return ()
+
     def reset_cache(self) -> bool | None:
         assert self.scheduler is not None
         self.scheduler.other_connectors.were_reset()
@@ -172,6 +193,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(metadata, PrefixMetadata)
         if metadata.loads:
             assert self.writer is not None
+            if metadata.pinned is not None:
+                self._pin(metadata.pinned)
             self.writer.write(metadata.loads)
             if self.draft_writer is not None and (loads := draft_loads(metadata.loads)):
                 self.draft_writer.write(loads)
@@ -190,6 +213,11 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         return
+
+    def _pin(self, digests: frozenset[str]) -> None:
+        for writer in (self.writer, self.draft_writer):
+            if writer is not None:
+                writer.pin(digests)
 
     def release_device_memory(self) -> None:
         """Drops the prefixes on the device, before the engine sleeps."""

@@ -20,6 +20,8 @@ CONNECTOR_MODULE = "vllm_plugin.connector"
 ADAPTERS, REGISTRY, WARMUP = "prefix_adapters", "prefix_registry", "prefix_adapter_warmup"
 # Where adapters are found by the names in requests: folders, and owners on the Hub. The size of the cache of remote adapters.
 FOLDERS, OWNERS, CACHE_SIZE = "prefix_adapter_dir", "prefix_adapter_hub", "prefix_adapter_cache_size"
+# Names of adapters that stay in memory, also of those that are found later.
+PINNED = "prefix_adapter_pinned"
 # Device memory for prefixes, in bytes. On a GPU the KV cache leaves it free.
 DEVICE_MEMORY, DEFAULT_DEVICE_MEMORY = "prefix_device_memory", 512 << 20
 # Whether the operator's own connector takes over what another server has prefilled; ours cannot see it.

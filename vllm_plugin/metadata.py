@@ -31,6 +31,12 @@ class PrefixLoad:
 
 @dataclass
 class PrefixMetadata(KVConnectorMetadata):
-    """The loads of one step."""
+    """The loads of one step.
+
+    Args:
+        loads: The loads.
+        pinned: The digests of all pinned prefixes, with loads, if they have changed.
+    """
 
     loads: list[PrefixLoad] = field(default_factory=list)
+    pinned: frozenset[str] | None = None

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_plugin.adapters.options import option_of, parse_gib
+from vllm_plugin.adapters.options import check_name, option_of, parse_gib
 from vllm_plugin.adapters.sources import check_folders, check_owners
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEVICE_MEMORY, FOLDERS, OWNERS, merge, settings
+from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEVICE_MEMORY, FOLDERS, OWNERS, PINNED, merge, settings
 from vllm_plugin.patches.install import install, require
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["PrefixAdapterRequest", "prefix_adapters", "remove_prefix_adapter"]
 
 # Where an adapter lies; see `option_of`.
-Source = str | os.PathLike[str] | Mapping[str, str]
+Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def prefix_adapters(
@@ -30,18 +30,21 @@ def prefix_adapters(
     prefix_adapter_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     prefix_adapter_hub: str | Sequence[str] = (),
     prefix_adapter_cache_size: float | None = None,
+    prefix_adapter_pinned: str | Sequence[str] = (),
     **more: Source,
 ) -> dict[str, Any]:
     """Returns the keyword arguments that make `LLM(...)` or `EngineArgs(...)` serve prefix adapters.
 
     Args:
         adapters: Folder or Hub repository of each adapter by name, for names that are not Python identifiers; or a
-            mapping with `path` and `draft_path`, the prefix of the draft model. `{}` if requests bring all adapters along.
+            mapping with `path`, and optionally `draft_path`, the prefix of the draft model, and `pinned`, True for one that
+            stays in memory. `{}` if requests bring all adapters along.
         kv_transfer_config: Your own KV connector to run beside the prefixes, if any.
         prefix_adapter_device_memory: Device memory for prefixes beside the KV cache, in GiB; 0.5 by default.
         prefix_adapter_dir: Folders whose folders are adapters, found by the names in requests.
         prefix_adapter_hub: Owners or repositories on the Hub, found by `OWNER/name` in requests.
         prefix_adapter_cache_size: Disk space for copies of adapters in remote storage, in GiB; 10 by default.
+        prefix_adapter_pinned: Names of adapters that stay in memory, also of those that are found later.
         more: Further adapters by name.
 
     Raises:
@@ -55,10 +58,14 @@ def prefix_adapters(
         raise PrefixServeError("`prefix_adapters` needs at least one name=path.")
     check_folders(folders)
     check_owners(owners)
+    pinned = [str(name) for name in _list(prefix_adapter_pinned)]
+    for name in pinned:
+        check_name(name)
     options = [option_of(name, source) for name, source in sources.items()]
     given: dict[str, Any] = {
         FOLDERS: folders,
         OWNERS: owners,
+        PINNED: pinned,
         DEVICE_MEMORY: _bytes("prefix_adapter_device_memory", prefix_adapter_device_memory),
         CACHE_SIZE: _bytes("prefix_adapter_cache_size", prefix_adapter_cache_size),
     }

@@ -34,6 +34,7 @@ from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.validation import check_adapter, check_shapes, check_states
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
+from vllm_plugin.kv_transfer_config import PINNED, settings_in
 
 # Raises `PrefixServeError` if an engine cannot serve a prefix. Values are checked if they were read.
 Check = Callable[[PrefixCheckpoint], None]
@@ -160,7 +161,7 @@ def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Ad
     """
     spec = adapter.spec
     draft = None if spec.draft is None else spec.draft.path
-    option = AdapterOption(spec.name, spec.path, adapter.base_model_name, draft)
+    option = AdapterOption(spec.name, spec.path, adapter.base_model_name, draft, spec.pinned)
     try:
         opened = open_adapter(option, vllm_config, registry, load_known)
     except AdapterNotFoundError:
@@ -168,7 +169,7 @@ def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Ad
             raise
         # The local copy is gone.
         draft = None if spec.draft is None else spec.draft.source
-        option = AdapterOption(spec.name, spec.source, adapter.base_model_name, draft)
+        option = AdapterOption(spec.name, spec.source, adapter.base_model_name, draft, spec.pinned)
         opened = open_adapter(option, vllm_config, registry, load_known)
     draft_spec = opened.spec.draft
     if draft_spec is not None and spec.draft is not None:
@@ -180,6 +181,9 @@ def verify_adapter(adapter: Adapter, vllm_config: Any, registry: Registry) -> Ad
 
 def _open(option: AdapterOption, vllm_config: Any, registry: Registry | None, read: Load) -> Adapter:
     name = option.name
+    if option.pinned is None:
+        settings = settings_in(vllm_config.kv_transfer_config) or {}
+        option = option._replace(pinned=name in settings.get(PINNED, ()))
 
     def check(checkpoint: PrefixCheckpoint) -> None:
         check_adapter(name, checkpoint, vllm_config.model_config)
@@ -189,7 +193,7 @@ def _open(option: AdapterOption, vllm_config: Any, registry: Registry | None, re
 
     checkpoint = read(name, option.path, check)
     draft = None if option.draft_path is None else _open_draft(option, checkpoint.num_virtual_tokens, vllm_config, read)
-    spec = _spec(name, option.path, checkpoint, draft=draft, **find_base_lora(name, checkpoint, vllm_config))
+    spec = _spec(option, option.path, checkpoint, draft=draft, **find_base_lora(name, checkpoint, vllm_config))
     if draft is not None and not draft.digest:
         # Both are read with the first request.
         spec = dataclasses.replace(spec, digest="")
@@ -223,19 +227,20 @@ def _open_draft(option: AdapterOption, num_virtual_tokens: int, vllm_config: Any
             f"Prefix adapter {name!r} has {num_virtual_tokens} virtual tokens, and its prefix for the draft model in {path} "
             f"has {checkpoint.num_virtual_tokens}; train both with the same number."
         )
-    return _spec(name, path, checkpoint)
+    return _spec(option, path, checkpoint)
 
 
-def _spec(name: str, source: str, checkpoint: PrefixCheckpoint, **more: Any) -> PrefixSpec:
+def _spec(option: AdapterOption, source: str, checkpoint: PrefixCheckpoint, **more: Any) -> PrefixSpec:
     template = checkpoint.chat_template
     return PrefixSpec(
-        name=name,
+        name=option.name,
         source=source,
         # Links are resolved now: their target may be another adapter later.
         path=os.path.realpath(checkpoint.path),
         num_virtual_tokens=checkpoint.num_virtual_tokens,
         digest=digest_of(checkpoint) if checkpoint.digest else "",
         opening=None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
+        pinned=bool(option.pinned),
         **more,
     )
 

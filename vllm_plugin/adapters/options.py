@@ -29,12 +29,14 @@ class AdapterOption(NamedTuple):
         path: Folder or Hub repository.
         base_model_name: The served model that `/v1/models` lists as its parent; the first one by default.
         draft_path: Folder or Hub repository of a prefix of the same length that was trained on the draft model, if any.
+        pinned: Whether it stays in memory; None if the names of the pinned adapters in the engine's config decide.
     """
 
     name: str
     path: str
     base_model_name: str | None = None
     draft_path: str | None = None
+    pinned: bool | None = None
 
 
 def parse_adapter(text: str) -> AdapterOption:
@@ -102,20 +104,24 @@ def option_of(name: str, source: str | os.PathLike[str] | Mapping[str, Any]) -> 
 
     Args:
         name: The name that requests use.
-        source: Folder or Hub repository; or a mapping with the fields `path` and `draft_path`.
+        source: Folder or Hub repository; or a mapping with the fields `path`, `draft_path` and `pinned`.
 
     Raises:
         PrefixServeError: If the name or the source is invalid.
     """
     check_name(name)
     fields = source if isinstance(source, Mapping) else {"path": os.fspath(source)}
-    if not {"path"} <= fields.keys() <= {"path", "draft_path"}:
+    draft_path, pinned = fields.get("draft_path"), fields.get("pinned")
+    if not {"path"} <= fields.keys() <= {"path", "draft_path", "pinned"} or not isinstance(pinned, bool | None):
         raise PrefixServeError(
-            f"The prefix adapter {name!r} needs a path, or a mapping with `path` and, optionally, `draft_path`, got {source!r}."
+            f"The prefix adapter {name!r} needs a path, or a mapping with `path` and, optionally, `draft_path` and `pinned`, "
+            f"True or False, got {source!r}."
         )
-    draft_path = fields.get("draft_path")
     return AdapterOption(
-        name, os.fspath(fields["path"]), draft_path=None if draft_path is None else os.fspath(draft_path)
+        name,
+        os.fspath(fields["path"]),
+        draft_path=None if draft_path is None else os.fspath(draft_path),
+        pinned=pinned,
     )
 
 
@@ -132,10 +138,12 @@ def _parse_json(text: str) -> AdapterOption:
         raise PrefixServeError(f"invalid JSON ({error}), got {text!r}") from error
     known = set(AdapterOption._fields)
     if not {"name", "path"} <= fields.keys() <= known or not all(
-        isinstance(value, str) or (value is None and field in ("base_model_name", "draft_path"))
+        isinstance(value, bool if field == "pinned" else str)
+        or (value is None and field in ("base_model_name", "draft_path"))
         for field, value in fields.items()
     ):
         raise PrefixServeError(
-            f"expected strings `name`, `path` and, optionally, `base_model_name` and `draft_path`, got {text!r}"
+            "expected strings `name`, `path` and, optionally, `base_model_name` and `draft_path`, and true or false as "
+            f"`pinned`, got {text!r}"
         )
     return AdapterOption(**fields)

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from peft_prefix_ext.checkpoint.compatibility import StateShape
+from vllm_plugin.adapters import pinned_names
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.kv_transfer_config import REGISTRY, settings_in
 
@@ -221,13 +222,24 @@ class Registry:
                 fcntl.flock(self._journal, fcntl.LOCK_UN)
 
     def _append(self, changes: Iterable[dict[str, Any]]) -> None:
+        changes = list(changes)
+        names = [change["name"] for change in changes]
+        concerns_pinned = self._any_pinned(names)
         lines = b"".join(msgspec.json.encode(change) + b"\n" for change in changes)
         written = self._journal.write(lines)
         if written != len(lines):
             os.ftruncate(self._journal.fileno(), self._seen)
             raise OSError(f"The registry of prefix adapters in {self.folder} cannot grow: the disk is full.")
         self._read()
+        # Before any request can have one of them.
+        if concerns_pinned or self._any_pinned(names):
+            pinned_names.write(
+                self.folder, [adapter.spec.name for adapter in self._adapters.values() if adapter.spec.pinned]
+            )
         self._length[:] = self._seen_length
+
+    def _any_pinned(self, names: Iterable[str]) -> bool:
+        return any((adapter := self._adapters.get(name)) is not None and adapter.spec.pinned for name in names)
 
     def _read(self) -> None:
         self._journal.seek(self._seen)

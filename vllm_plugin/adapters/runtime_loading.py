@@ -159,7 +159,8 @@ def _load(request: PrefixAdapterRequest, registry: Registry, vllm_config: Any) -
     try:
         check_name(name)
         check_served_names([name], [vllm_config.model_config.served_model_name])
-        option = AdapterOption(name, path, None if known is None else known.base_model_name, draft_path or None)
+        base_model_name, pinned = (None, None) if known is None else (known.base_model_name, known.spec.pinned)
+        option = AdapterOption(name, path, base_model_name, draft_path or None, pinned)
         adapter = open_adapter(option, vllm_config, registry)
     except PrefixServeError as error:
         raise PrefixRequestError(str(error)) from error

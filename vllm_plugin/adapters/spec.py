@@ -28,6 +28,7 @@ class PrefixSpec:
         lora_digest: SHA-256 of that LoRA adapter's weights and config, in hex.
         draft: The prefix of the draft model that goes with it, of the same length, if the operator named one.
         opening: Tells the chat template of the messages behind it from others; None if it stands for no opening of a chat.
+        pinned: Whether it is the last to make room for others, on the device and in the KV cache.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PrefixSpec:
     lora_digest: str | None = None
     draft: PrefixSpec | None = None
     opening: str | None = None
+    pinned: bool = False
 
     @property
     def content(self) -> str:

@@ -33,6 +33,7 @@ class LoadPrefixAdapterRequest(BaseModel):
     prefix_name: str = _NAME
     prefix_path: str = _PATH
     draft_path: str | None = None
+    pinned: bool | None = None
     load_inplace: bool = False
 
 
@@ -84,6 +85,7 @@ async def load_prefix_adapter(request: LoadPrefixAdapterRequest, raw_request: Re
             request.prefix_name,
             request.prefix_path,
             draft_path=request.draft_path,
+            pinned=request.pinned,
             replace=request.load_inplace,
         )
     )

@@ -13,7 +13,7 @@ from vllm_plugin.errors import PrefixServeError
 # A server with any of these options serves prefixes.
 OPTIONS = (
     *("prefix_adapter", "enable_prefix_adapters", "prefix_adapter_dir", "prefix_adapter_hub"),
-    *("prefix_adapter_warmup", "prefix_adapter_device_memory", "prefix_adapter_cache_size"),
+    *("prefix_adapter_warmup", "prefix_adapter_pinned", "prefix_adapter_device_memory", "prefix_adapter_cache_size"),
 )
 _T = TypeVar("_T")
 
@@ -52,7 +52,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         help="Prefix adapters to serve. Each is a folder, a Hub repository, `owner/name[@revision]`, or an address of remote storage, "
         "such as `s3://bucket/name`; requests select one "
         'with "model": "NAME". The JSON form of --lora-modules works as well: \'{"name": "NAME", "path": "PATH_OR_REPO", '
-        '"base_model_name": "MODEL"}\'. NAME=PATH_OR_REPO,draft=PATH_OR_REPO, in JSON "draft_path", adds a prefix for the '
+        '"base_model_name": "MODEL", "pinned": true}\'. NAME=PATH_OR_REPO,draft=PATH_OR_REPO, in JSON "draft_path", adds a prefix for the '
         "draft model of --speculative-config.",
     )
     group.add_argument(
@@ -92,6 +92,15 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Load these prefixes into the KV cache before the server is ready. Without names: every prefix, and every adapter "
         "that is loaded later before its first request.",
+    )
+    group.add_argument(
+        "--prefix-adapter-pinned",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        default=None,
+        help="Keep these prefixes in memory: the others make room first, on the device and in the KV cache. They may be adapters "
+        "that are found or loaded later.",
     )
     group.add_argument(
         "--prefix-adapter-device-memory",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vllm_plugin.adapters.loading import register_adapters
-from vllm_plugin.adapters.options import AdapterOption, check_unique
+from vllm_plugin.adapters.options import AdapterOption, check_name, check_unique
 from vllm_plugin.adapters.registry import make_folder, registry_at
 from vllm_plugin.adapters.remote import use_cache
 from vllm_plugin.adapters.sources import check_folders, check_owners
@@ -16,13 +16,14 @@ from vllm_plugin.adapters.validation import check_engine, check_served_names
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.front_end.cli_args import OPTIONS
 from vllm_plugin.front_end.cpu_cores import keep_cores
-from vllm_plugin.front_end.lora_options import resolver_folders, resolver_repositories
+from vllm_plugin.front_end.lora_options import resolver_folders, resolver_repositories, switches_on
 from vllm_plugin.kv_transfer_config import (
     ADAPTERS,
     CACHE_SIZE,
     DEVICE_MEMORY,
     FOLDERS,
     OWNERS,
+    PINNED,
     REGISTRY,
     WARMUP,
     merge,
@@ -69,9 +70,22 @@ def configure(kv_transfer_config: Any, options: Namespace) -> Any:
         OWNERS: [*owners, *(name for name in resolver_repositories() if name not in owners)],
         DEVICE_MEMORY: options.prefix_adapter_device_memory,
         CACHE_SIZE: options.prefix_adapter_cache_size,
+        PINNED: options.prefix_adapter_pinned,
     }
     more = {name: value for name, value in more.items() if value not in (None, [])}
+    may_come_later = FOLDERS in more or OWNERS in more or options.enable_prefix_adapters or bool(switches_on())
+    _check_pinned(options.prefix_adapter_pinned or (), None if may_come_later else [each.name for each in adapters])
     return merge(kv_transfer_config, settings((adapter._asdict() for adapter in adapters), **more))
+
+
+def _check_pinned(names: Iterable[str], known: Sequence[str] | None) -> None:
+    """Raises `PrefixServeError` if no adapter can have one of these names. `known` is None if others may come later."""
+    for name in names:
+        check_name(name)
+        if known is not None and name not in known:
+            raise PrefixServeError(
+                f"--prefix-adapter-pinned names {name!r}, and there is no such adapter; this server has: {', '.join(known)}."
+            )
 
 
 def create(engine_args: Any, create_engine_config: Callable[[], Any]) -> Any:

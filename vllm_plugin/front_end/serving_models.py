@@ -150,6 +150,7 @@ class PrefixModels:
         *,
         draft_path: str | None = None,
         base_model_name: str | None = None,
+        pinned: bool | None = None,
         replace: bool,
     ) -> ErrorResponse | str:
         """Reads, checks and adds an adapter. If anything fails, nothing changes.
@@ -159,6 +160,7 @@ class PrefixModels:
             path: Folder or Hub repository, as on the command line.
             draft_path: The prefix for the draft model, if any.
             base_model_name: The served model that `/v1/models` lists as its parent; the first one by default.
+            pinned: Whether it stays in memory; by default, as the one that it replaces, or as the command line says.
             replace: Whether to replace an adapter that has this name.
         """
         if not name or not path:
@@ -176,7 +178,9 @@ class PrefixModels:
             check_name(name)
             # In a thread: it reads and hashes a file, or downloads it, and must not block running requests.
             async with self._load_limit:
-                option = AdapterOption(name, path, base_model_name, draft_path or None)
+                if pinned is None and (known := self._registry.get(name)) is not None:
+                    pinned = known.spec.pinned
+                option = AdapterOption(name, path, base_model_name, draft_path or None, pinned)
                 adapter = await asyncio.to_thread(open_adapter, option, self._config, self._registry)
             await self._prepare(adapter)
         except PrefixServeError as error:

@@ -20,6 +20,7 @@ from vllm_plugin.metrics import PrefixStats
 from vllm_plugin.scheduler import media
 from vllm_plugin.scheduler.load_failures import BlockIds, RecentBlocks
 from vllm_plugin.scheduler.other_connectors import OtherConnectors
+from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
 from vllm_plugin.scheduler.prefill_stats import RealPrefillStats
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class PrefixScheduler:
         self.stats = PrefixStats()
         self.recent_blocks = RecentBlocks()
         self.other_connectors = OtherConnectors()
+        # None before vLLM has made its cache manager.
+        self.pinned: PinnedPrefixes | None = None
         self._block_size, self._hands_over = block_size, hands_over
         # The least recently used first.
         self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
@@ -117,6 +120,8 @@ class PrefixScheduler:
             return
         block_ids = get_block_ids()
         self.recent_blocks.add(request, block_ids)
+        if self.pinned is not None and (spec.pinned or self.pinned):
+            self.pinned.used(spec, request)
         p = spec.num_virtual_tokens
         self.stats.add("block_hits", spec.name, (p - missing) // self._block_size)
         if missing == 0:

@@ -65,6 +65,10 @@ class PrefixWriter:
             for load, _ in ready:
                 self._give_up(load)
 
+    def pin(self, digests: frozenset[str]) -> None:
+        """Keeps these prefixes on the device, and no others than these."""
+        self._manager.pin(digests)
+
     def release_device_memory(self) -> None:
         """Drops the prefixes on the device. The next loads copy them from the host."""
         self._manager.release_device_memory()

@@ -9,7 +9,7 @@ Shape suffixes: L layers of one stack, P virtual tokens of one prefix, H KV head
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class PrefixKV:
 
 
 class LRUPool:
-    """A pool of prefixes of limited size, which drops the least recently used ones.
+    """A pool of prefixes of limited size, which drops the least recently used ones, and pinned ones last.
 
     Args:
         capacity: Its size in bytes.
@@ -80,16 +80,22 @@ class LRUPool:
             self._prefixes.move_to_end(digest)
         return self._prefixes.get(digest)
 
+    def size_of(self, digests: Iterable[str]) -> int:
+        """Returns the bytes of those of these prefixes that are in the pool."""
+        return sum(self._prefixes[digest].nbytes for digest in digests if digest in self._prefixes)
+
     def has_room(self, nbytes: int) -> bool:
         return self.used + nbytes <= self.capacity
 
-    def make_room(self, nbytes: int, keep: Container[str] = ()) -> bool:
-        """Drops the least recently used prefixes, except those in `keep`, until `nbytes` fit.
+    def make_room(self, nbytes: int, keep: Container[str] = (), last: Container[str] = ()) -> bool:
+        """Drops the least recently used prefixes until `nbytes` fit: none in `keep`, and those in `last` after all others.
 
         Returns:
             Whether they fit. If not, nothing is dropped.
         """
         others = [digest for digest in self._prefixes if digest not in keep]
+        # A stable sort: by use within both parts.
+        others.sort(key=lambda digest: digest in last)
         if self.used - sum(self._prefixes[digest].nbytes for digest in others) + nbytes > self.capacity:
             return False
         for digest in others:
@@ -149,6 +155,9 @@ class PrefixManager:
         self._dtype = dtype
         self._without = without
         self._on_device = LRUPool(device_memory)
+        # The digests of the prefixes that make room for no others.
+        self._pinned: frozenset[str] = frozenset()
+        self._told_of_pinned = False
         # On CPU, the device is the host.
         self._on_host = LRUPool(0 if device.type == "cpu" else HOST_FACTOR * device_memory)
         self._residency = Residency()
@@ -173,6 +182,10 @@ class PrefixManager:
     def take_residency(self) -> dict[str, dict[str, int]]:
         """Returns 1 for each adapter that came into a tier since the last call, and 0 for each that left, by tier."""
         return self._residency.take_changes({"device": self._on_device, "host": self._on_host})
+
+    def pin(self, digests: frozenset[str]) -> None:
+        """Keeps these prefixes, and no others, from making room for prefixes that are not pinned."""
+        self._pinned = digests
 
     def release_device_memory(self) -> None:
         """Drops the prefixes on the device, unless the device is the host, which has no other copy of them."""
@@ -208,7 +221,21 @@ class PrefixManager:
             if layer.layout is not None
         )
 
-    def _get(self, spec: PrefixSpec, keep: Container[str]) -> PrefixKV | None:
+    def _make_room(self, pool: LRUPool, digest: str, nbytes: int, needed: Collection[str]) -> bool:
+        """Makes room in a pool for a prefix, beside those that are needed in this step."""
+        if digest not in self._pinned:
+            return pool.make_room(nbytes, self._pinned.union(needed) if self._pinned else needed)
+        is_full = pool is self._on_device and pool.size_of(self._pinned) + nbytes > pool.capacity
+        if is_full and not self._told_of_pinned:
+            self._told_of_pinned = True
+            logger.warning(
+                "The pinned prefixes do not fit on the device together (%.2f GiB): those used last stay there; raise "
+                "--prefix-adapter-device-memory, or pin fewer.",
+                pool.capacity / 2**30,
+            )
+        return pool.make_room(nbytes, needed, last=self._pinned)
+
+    def _get(self, spec: PrefixSpec, keep: Collection[str]) -> PrefixKV | None:
         prefix = self._on_device.get(spec.digest)
         if prefix is not None:
             return prefix
@@ -216,7 +243,7 @@ class PrefixManager:
         try:
             if prefix is None:
                 prefix = self.open(spec)
-                if self._on_host.make_room(prefix.nbytes, keep):
+                if self._make_room(self._on_host, spec.digest, prefix.nbytes, keep):
                     self._on_host.put(spec.digest, prefix)
         except PrefixServeError as error:
             logger.error("%s %s.", error, self._without.capitalize())
@@ -225,7 +252,7 @@ class PrefixManager:
             # Any error affects only requests with this prefix. The engine continues.
             logger.exception("Prefix adapter %r cannot be read; %s.", spec.name, self._without)
             return None
-        if self._on_device.make_room(prefix.nbytes, keep):
+        if self._make_room(self._on_device, spec.digest, prefix.nbytes, keep):
             try:
                 prefix = prefix.to(self.device)
             except torch.OutOfMemoryError:

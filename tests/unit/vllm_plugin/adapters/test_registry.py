@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_prefix_ext.checkpoint.compatibility import StateShape
+from vllm_plugin.adapters.pinned_names import PinnedNames
 from vllm_plugin.adapters.registry import Adapter, NameTakenError, Registry
 from vllm_plugin.adapters.spec import PrefixSpec
 
@@ -26,6 +27,10 @@ def adapter(name: str, digest: str = "0") -> Adapter:
     return Adapter(
         PrefixSpec(name=name, source=f"org/{name}", path="/x", num_virtual_tokens=4, digest=digest), None, SHAPES
     )
+
+
+def pinned(name: str) -> Adapter:
+    return dataclasses.replace(adapter(name), spec=dataclasses.replace(adapter(name).spec, pinned=True))
 
 
 @pytest.fixture
@@ -45,6 +50,22 @@ def test_two_processes_see_each_others_changes(folder: Path) -> None:
     assert one.get("a") == adapter("a", "1")
     assert one.get("b") is None
     assert one.adapters() == Registry(folder).adapters() == [adapter("a", "1")]
+
+
+def test_engines_see_the_names_of_pinned_adapters(folder: Path) -> None:
+    registry, names = Registry(folder), PinnedNames(str(folder))
+    registry.add([adapter("a"), adapter("b")])
+    assert names.current() is None
+    registry.add([pinned("c"), pinned("d"), adapter("e")])
+    assert names.current() == {"c", "d"}
+    Registry(folder).remove("c")
+    assert names.current() == {"d"}
+    registry.add([pinned("a")], replace=True)
+    assert names.current() == {"a", "d"}
+    assert registry.exchange(pinned("d"), adapter("d"))
+    assert names.current() == {"a"}
+    registry.add([adapter("a")], replace=True)
+    assert names.current() == frozenset()
 
 
 def test_a_name_is_taken_until_it_is_removed(folder: Path) -> None:

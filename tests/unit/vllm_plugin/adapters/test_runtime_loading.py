@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,26 @@ def test_an_adapter_is_found_by_its_name(model: Path, tmp_path: Path) -> None:
     assert adapter_of(PrefixAdapterRequest("one"), config).source == str(tmp_path / "root" / "one")
     with pytest.raises(ValueError, match="'two' does not exist; this engine has: one"):
         adapter_of(PrefixAdapterRequest("two"), config)
+
+
+def test_pinned_adapters_stay_so_when_they_are_read_found_and_replaced(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "root" / "found", 3)
+    write(tmp_path / "root" / "other", 4)
+    config = config_of(
+        model,
+        one={"path": write(tmp_path / "one", 1), "pinned": True},
+        prefix_adapter_dir=tmp_path / "root",
+        prefix_adapter_pinned=["found", "brought"],
+    )
+    brought = PrefixAdapterRequest("brought", path=write(tmp_path / "brought", 5))
+    requests = [*map(PrefixAdapterRequest, ("one", "found", "other")), brought]
+    assert [adapter_of(request, config).pinned for request in requests] == [True, True, False, True]
+    newer = PrefixAdapterRequest("one", path=write(tmp_path / "newer", 2), load_inplace=True)
+    before = adapter_of(PrefixAdapterRequest("one"), config)
+    assert adapter_of(newer, config).pinned
+    assert adapter_of(PrefixAdapterRequest("one"), config).digest != before.digest
+    # Their blocks are those of the same adapter without a pin.
+    assert before.salt(None) == dataclasses.replace(before, pinned=False).salt(None)
 
 
 def test_an_adapter_is_removed(model: Path, tmp_path: Path) -> None:

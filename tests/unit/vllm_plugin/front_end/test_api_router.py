@@ -52,6 +52,22 @@ def test_a_reload_in_place_is_another_content(server: TestClient, other: TestCli
     assert list(cards(other)) == ["base", "alias", "one"]
 
 
+def test_an_operator_pins_and_unpins(server: TestClient, other: TestClient, tmp_path: Path) -> None:
+    def is_pinned(name: str) -> bool:
+        assert digest(other, name) is not None
+        return bool(other.app.state.openai_serving_models.prefix_models.spec(name).pinned)
+
+    two = adapter(tmp_path / "two", 2)
+    load(server, "two", two, pinned=True)
+    load(server, "three", two)
+    assert (is_pinned("one"), is_pinned("two"), is_pinned("three")) == (False, True, False)
+    # A newer version stays as the one before, unless the operator says otherwise.
+    for more, pinned in (({}, True), ({"pinned": False}, False), ({}, False), ({"pinned": True}, True)):
+        assert load(server, "two", two, load_inplace=True, **more).status_code == 200
+        assert is_pinned("two") == pinned
+    assert load(server, "four", two, pinned="mostly").status_code == 400
+
+
 def test_links_are_resolved_on_load(server: TestClient, tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to(adapter(tmp_path / "v1", 1))
     load(server, "linked", tmp_path / "current")

@@ -26,6 +26,7 @@ from vllm_plugin.patches.install import SharedFolder
     [
         *("one", "one=", "=path", "a b=path", "-x=path", "../x=path", "x" * 257 + "=path"),
         *('{"name": "a"', '{"name": "a"}', '{"name": "a", "path": 7}', '{"name": "a", "path": "/x", "rank": "8"}'),
+        *('{"name": "a", "path": "/x", "pinned": "true"}', '{"name": "a", "path": "/x", "pinned": null}'),
         *("one=path,draft=", "one=,draft=path", '{"name": "a", "path": "/x", "draft_path": ""}'),
         *('{"name": "a b", "path": "/x"}', '{"name": "a", "path": ""}', '{"name": null, "path": "/x"}'),
     ],
@@ -74,6 +75,40 @@ def test_a_prefix_for_the_draft_model() -> None:
             prefix_adapters(a=source)
 
 
+def test_pinned_adapters() -> None:
+    in_json = '{"name": "b", "path": "/y", "pinned": true}'
+    given = parsed("--prefix-adapter", "a=/x", in_json, "--prefix-adapter-pinned", "a")
+    assert given.prefix_adapter == [AdapterOption("a", "/x"), AdapterOption("b", "/y", pinned=True)]
+    settings = settings_in(engine_config.configure(None, given))
+    assert settings["prefix_adapter_pinned"] == ["a"]
+    offline = prefix_adapters(a="/x", b={"path": "/y", "pinned": True}, prefix_adapter_pinned="a")
+    extra = offline["kv_transfer_config"].kv_connector_extra_config
+    assert {name: extra[name] for name in ("prefix_adapters", "prefix_adapter_pinned")} == {
+        name: settings[name] for name in ("prefix_adapters", "prefix_adapter_pinned")
+    }
+    with pytest.raises(PrefixServeError, match="`draft_path` and `pinned`, True or False, got"):
+        prefix_adapters(a={"path": "/x", "pinned": "yes"})
+
+
+def test_only_adapters_that_may_come_later_are_pinned_by_an_unknown_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = ("--prefix-adapter", "a=/x", "--prefix-adapter-pinned", "a", "later")
+    with pytest.raises(
+        PrefixServeError,
+        match=r"--prefix-adapter-pinned names 'later', and there is no such adapter; this server has: a\.",
+    ):
+        engine_config.configure(None, parsed(*pinned))
+    for more in (["--prefix-adapter-dir", str(tmp_path)], ["--prefix-adapter-hub", "me"], ["--enable-prefix-adapters"]):
+        engine_config.configure(None, parsed(*pinned, *more))
+    with pytest.raises(PrefixServeError, match="must be up to 256 letters"):
+        engine_config.configure(None, parsed(*pinned, "../x", "--enable-prefix-adapters"))
+    monkeypatch.setenv("PREFIX_SERVE_ALLOW_RUNTIME_UPDATING", "1")
+    engine_config.configure(None, parsed(*pinned))
+    with pytest.raises(PrefixServeError, match="must be up to 256 letters"):
+        prefix_adapters(a="/x", prefix_adapter_pinned=["a", "../x"])
+
+
 @pytest.mark.parametrize("gib", ["-1", "all", "inf", "nan"])
 def test_malformed_memory(gib: str) -> None:
     message = f"expected a number of GiB >= 0, got '{gib}'"
@@ -91,7 +126,11 @@ def test_memory_offline() -> None:
 
 
 def test_incomplete_or_conflicting_options_are_refused() -> None:
-    for option in (["--prefix-adapter-warmup"], ["--prefix-adapter-device-memory", "2"]):
+    for option in (
+        ["--prefix-adapter-warmup"],
+        ["--prefix-adapter-device-memory", "2"],
+        ["--prefix-adapter-pinned", "a"],
+    ):
         with pytest.raises(PrefixServeError, match=f"{option[0]} needs"):
             engine_config.configure(None, parsed(*option))
     options = parsed("--prefix-adapter", "a=/x")
