@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +35,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.common.interleaving import Measurement
+from benchmarks.scheduler.clock import Clock
 
 BASE = "base"
 # As on a GPU: smaller blocks mean more hashes.
@@ -295,16 +294,3 @@ def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
     except StopIteration as done:
         return done.value
     raise RuntimeError(f"{coroutine!r} was suspended.")
-
-
-class Clock:
-    """Measures the CPU time of this thread by stage, independent of other processes."""
-
-    def __init__(self) -> None:
-        self.microseconds: Measurement = {}
-
-    @contextmanager
-    def stage(self, name: str, number: int) -> Iterator[None]:
-        started = time.thread_time_ns()
-        yield
-        self.microseconds[name] = (time.thread_time_ns() - started) / 1000 / number

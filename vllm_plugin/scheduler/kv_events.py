@@ -165,7 +165,8 @@ class _Blocks:
         event.token_ids = self._tokens(first, stop) if first < stop else []
         event.extra_keys = [self._extra_keys(index) or None for index in kept] or None
         if getattr(event, "lookahead_token_ids", None) is not None:
-            event.lookahead_token_ids = [
+            # A field of vLLM 0.33.
+            event.lookahead_token_ids = [  # type: ignore[attr-defined, unused-ignore]
                 self._request.all_token_ids[self._start(index + 1) : self._start(index + 1) + self._lookahead]
                 for index in kept
             ]

@@ -100,3 +100,11 @@ def complete(client: Any, model: str, prompt: Any, max_tokens: int | None = 6, *
     return client.completions.create(
         model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra_body, **options
     )
+
+
+def load(client: openai.OpenAI, name: str, path: Path, **more: Any) -> None:
+    client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": str(path), **more}, cast_to=str)
+
+
+def unload(client: openai.OpenAI, name: str) -> None:
+    client.post("/unload_prefix_adapter", body={"prefix_name": name}, cast_to=str)

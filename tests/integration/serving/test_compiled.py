@@ -10,7 +10,7 @@ import openai
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.serving.server import complete
+from helpers.serving.server import complete, load, unload
 from helpers.serving.support import prompt_ids, text_of
 from peft_prefix_ext.distillation.compile import compile_context
 from peft_prefix_ext.distillation.context import chat_context, text_context
@@ -40,11 +40,10 @@ def compiled(client: Any, server_folder: Path, tokenizer: Any) -> Iterator[None]
     contexts = {"opening": chat_context(tokenizer, OPENING), "text": text_context(tokenizer, [TEXT])}
     for name, context in contexts.items():
         compile_context(model, context, server_folder / name)
-        body = {"prefix_name": name, "prefix_path": str(server_folder / name)}
-        client.post("/load_prefix_adapter", body=body, cast_to=str)
+        load(client, name, server_folder / name)
     yield
     for name in contexts:
-        client.post("/unload_prefix_adapter", body={"prefix_name": name}, cast_to=str)
+        unload(client, name)
 
 
 def chat(client: Any, model: str, messages: list[dict[str, str]], **extra: Any) -> tuple[str, int]:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.load.benchmark import check_answers, expected_answers
 from benchmarks.load.traffic import BASE, Traffic
 from helpers.serving import support
-from helpers.serving.server import CONFIG, PREFIXES
+from helpers.serving.server import CONFIG, PREFIXES, load, unload
 
 
 @pytest.mark.timeout(1800)
@@ -22,7 +22,7 @@ def test_every_answer_is_right_while_adapters_come_and_go(client: Any, server_fo
     added = prefixes.keys() - PREFIXES.keys()
     for name in added:
         support.write_adapter(Path(paths[name]), CONFIG, prefixes[name])
-        client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": paths[name]}, cast_to=str)
+        load(client, name, Path(paths[name]))
     base_url = str(client.base_url)
     expected = asyncio.run(expected_answers(base_url, [*prefixes, BASE]))
     assert check_answers(expected, prefixes, server_folder / "model") == []
@@ -30,7 +30,7 @@ def test_every_answer_is_right_while_adapters_come_and_go(client: Any, server_fo
     traffic = Traffic(base_url, expected, paths)
     outcome = asyncio.run(traffic.run(num_clients=16, seconds=math.inf, max_requests=300))
     for name in added:
-        client.post("/unload_prefix_adapter", body={"prefix_name": name}, cast_to=str)
+        unload(client, name)
     assert outcome.wrong == []
     assert outcome.is_right
     assert sum(outcome.answers.values()) == 300

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
@@ -17,10 +16,6 @@ from helpers.serving.on_lora import greedy, train
 from helpers.serving.support import prompt_ids, text_of
 
 pytestmark = pytest.mark.soak
-
-
-def load(client: Any, name: str, path: Path) -> None:
-    client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": str(path)}, cast_to=str)
 
 
 def priority(job: tuple[str, list[int]]) -> dict[str, int]:
@@ -49,7 +44,7 @@ def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None
     )
     adapters = {"on-lora": tmp_path / "first" / "prefix", "pirate": server_folder / "pirate"}
     with server.serve(server_folder, *options, adapters=adapters) as client:
-        load(client, "late", tmp_path / "second")
+        server.load(client, "late", tmp_path / "second")
         assert [each.id for each in client.models.list()] == ["base", "alone", "on-lora", "pirate", "late"]
         jobs, expected = [], []
         for length in (5, 40):
@@ -66,4 +61,4 @@ def test_each_has_the_lora_it_names(server_folder: Path, tmp_path: Path) -> None
                 assert response.choices[0].text.split() == text_of(tokens).split(), name
         for name in ("alone", "on-lora"):
             with pytest.raises(openai.ConflictError):
-                load(client, name, tmp_path / "second")
+                server.load(client, name, tmp_path / "second")

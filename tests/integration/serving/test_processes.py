@@ -44,10 +44,9 @@ def test_processes_agree(
         for seed, inplace in ((21, False), (22, True)):
             prefixes["late"] = support.random_prefix(server.CONFIG, 40, seed=seed)
             path = support.write_adapter(server_folder / f"late{seed}", server.CONFIG, prefixes["late"])
-            body = {"prefix_name": "late", "prefix_path": str(path), "load_inplace": inplace}
-            client.post("/load_prefix_adapter", body=body, cast_to=str)
+            server.load(client, "late", path, load_inplace=inplace)
             check(client, reference, prefixes)
-        client.post("/unload_prefix_adapter", body={"prefix_name": "late"}, cast_to=str)
+        server.unload(client, "late")
         del prefixes["late"]
         check(client, reference, prefixes)
         # Read before the server shuts down, since workers may exit before the front end.

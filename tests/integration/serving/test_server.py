@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from helpers.serving import support
-from helpers.serving.server import CONFIG, MAX_MODEL_LEN, PREFIXES, complete, launch
+from helpers.serving.server import CONFIG, MAX_MODEL_LEN, PREFIXES, complete, launch, load, unload
 from helpers.serving.support import prompt_ids, text_of
 
 
@@ -142,14 +142,6 @@ def test_a_disconnected_client_leaves_the_server_well(client: Any) -> None:
         next(iter(stream))
         stream.close()
     assert complete(client, "pirate", "w5 w6").usage.completion_tokens == 6
-
-
-def load(client: Any, name: str, path: Path, **more: Any) -> None:
-    client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": str(path), **more}, cast_to=str)
-
-
-def unload(client: Any, name: str) -> None:
-    client.post("/unload_prefix_adapter", body={"prefix_name": name}, cast_to=str)
 
 
 def loaded_tokens(client: Any) -> float:
