@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def is_partitioned(tensor: Any) -> bool:
@@ -21,7 +22,7 @@ def is_partitioned(tensor: Any) -> bool:
 
 @contextmanager
 def gathered_parameters(model: nn.Module) -> Iterator[None]:
-    """Gathers the partitioned parameters of each module while it runs; all processes must run the model."""
+    """Gathers the partitioned parameters that a module reads while it runs; all processes must run the model."""
     if not any(is_partitioned(parameter) for parameter in model.parameters()):
         yield
         return
@@ -30,7 +31,7 @@ def gathered_parameters(model: nn.Module) -> Iterator[None]:
     gathered: dict[nn.Module, ExitStack] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
-        partitioned = [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]
+        partitioned = [parameter for parameter in _read_by(module) if is_partitioned(parameter)]
         if partitioned:
             gathered[module] = ExitStack()
             gathered[module].enter_context(deepspeed.zero.GatheredParameters(partitioned))
@@ -44,3 +45,16 @@ def gathered_parameters(model: nn.Module) -> Iterator[None]:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
+
+
+def _read_by(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters that a module's own code may read.
+
+    Those of its parts are among them: recurrent mixers read the weight of their convolution without calling it. Whole
+    models call their embeddings and heads, which are large.
+    """
+    yield from module.parameters(recurse=False)
+    if not isinstance(module, PreTrainedModel):
+        for child in module.children():
+            if next(child.children(), None) is None:
+                yield from child.parameters()

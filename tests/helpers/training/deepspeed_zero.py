@@ -37,11 +37,15 @@ ADAPTERS = {
     "mlp": PrefixExtConfig(**PREFIX),
     "flat": PrefixExtConfig(**PREFIX, reparam="none", num_frozen_tokens=2),
     "part": PrefixExtConfig(**PREFIX, layers_to_train=[0, 2]),
+    "states": PrefixExtConfig(**PREFIX, reparam="none"),
 }
+# A hybrid, whose recurrent layers train their states.
+BASES = {"states": "bamba"}
 
 
-def base(folder: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+def base(folder: Path, case: str) -> torch.nn.Module:
+    name = BASES.get(case.split("-")[0], "llama")
+    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
 
 
 def trainer_of(folder: Path, case: str, seed: int, steps: int) -> Trainer:
@@ -49,7 +53,7 @@ def trainer_of(folder: Path, case: str, seed: int, steps: int) -> Trainer:
 
     def make() -> PeftModel:
         torch.manual_seed(seed)
-        return get_peft_model(base(folder), ADAPTERS[adapter])
+        return get_peft_model(base(folder, case), ADAPTERS[adapter])
 
     model = make() if when == "early" else None
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
@@ -89,7 +93,7 @@ def resume(folder: Path, case: str) -> None:
 
 @torch.no_grad()
 def load(folder: Path, case: str) -> None:
-    model = PeftModel.from_pretrained(base(folder), folder / case / "adapter").eval()
+    model = PeftModel.from_pretrained(base(folder, case), folder / case / "adapter").eval()
     rows = torch.stack([row["input_ids"] for row in ROWS])
     write(folder, case, "loaded", model(input_ids=rows, labels=rows).loss.item())
 
@@ -119,5 +123,6 @@ def main(folder: Path, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    tiny_model("llama").save_pretrained(folder / "base")
+    for name in ("llama", *BASES.values()):
+        tiny_model(name).save_pretrained(folder / name)
     main(folder, sys.argv[2:])

@@ -29,20 +29,22 @@ ROWS, BATCH = random_ids(32, 12, seed=4), 8
 # Adam divides by the size of a gradient: an epsilon that hides none lets rounding decide over the smallest.
 LEARNING_RATE, EPSILON = 0.02, 1e-3
 
-# The adapter, and what gradient checkpointing is told.
-SETTINGS: dict[str, tuple[dict, dict | None]] = {
-    "flat": ({"num_frozen_tokens": 2}, None),
-    "mlp": ({"num_frozen_tokens": 2, "reparam": "mlp"}, None),
-    "mlp-of-two-layers": ({"layers_to_train": [0, 2], "reparam": "mlp"}, None),
-    "flat-checkpointed": ({}, {"use_reentrant": False}),
-    "mlp-checkpointed": ({"reparam": "mlp"}, {"use_reentrant": False}),
-    "mlp-reentrant": ({"reparam": "mlp"}, {"use_reentrant": True}),
+# The model, the adapter, and what gradient checkpointing is told. The hybrids' recurrent layers train their states.
+SETTINGS: dict[str, tuple[str, dict, dict | None]] = {
+    "flat": ("llama", {"num_frozen_tokens": 2}, None),
+    "mlp": ("llama", {"num_frozen_tokens": 2, "reparam": "mlp"}, None),
+    "mlp-of-two-layers": ("llama", {"layers_to_train": [0, 2], "reparam": "mlp"}, None),
+    "flat-checkpointed": ("llama", {}, {"use_reentrant": False}),
+    "mlp-checkpointed": ("llama", {"reparam": "mlp"}, {"use_reentrant": False}),
+    "mlp-reentrant": ("llama", {"reparam": "mlp"}, {"use_reentrant": True}),
+    "states-of-mamba": ("bamba", {}, None),
+    "states-of-delta-nets": ("qwen3_next", {"reparam": "mlp"}, {"use_reentrant": False}),
 }
 
 
 def make(setting: str) -> PeftModel:
-    prefix, checkpointing = SETTINGS[setting]
-    model = with_prefix(tiny_model("llama"), init_std=0.02, **prefix).train()
+    name, prefix, checkpointing = SETTINGS[setting]
+    model = with_prefix(tiny_model(name), init_std=0.02, **prefix).train()
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     return model

@@ -18,6 +18,9 @@ CASES = [
     "flat-3-late-low",
     "flat-2-early-low",
     "flat-2-early",
+    "states-3-early",
+    "states-3-late",
+    "states-2-early",
 ]
 
 
@@ -35,7 +38,7 @@ def test_resuming_and_loading_are_exact(case, losses):
     assert loaded == pytest.approx(end, abs=1e-5)
 
 
-@pytest.mark.parametrize("adapter", ["mlp", "flat"])
+@pytest.mark.parametrize("adapter", ["mlp", "flat", "states"])
 def test_models_partitioned_at_creation_train_like_others(adapter, losses):
     assert losses[f"{adapter}-3-late"]["end"] == pytest.approx(losses[f"{adapter}-3-early"]["end"], abs=1e-5)
 
