@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -246,18 +247,24 @@ def _spec(option: AdapterOption, source: str, checkpoint: PrefixCheckpoint, **mo
 
 
 def reload(spec: PrefixSpec) -> PrefixCheckpoint:
-    """Reads the tensors of a prefix again, in a worker.
+    """Reads the tensors of a prefix again, in a worker, which may be on another machine than the server.
 
     Raises:
         PrefixServeError: If the files are no longer those that were opened.
     """
     try:
         checkpoint = load(spec.name, spec.path)
-    except AdapterNotFoundError:
+    except AdapterNotFoundError as error:
         if not is_elsewhere(spec):
-            raise
+            raise AdapterNotFoundError(
+                f"{error} This was node {platform.node()!r}; every node needs the folder, or an adapter from the Hub or from "
+                "remote storage."
+            ) from error
         # The local copy is gone, or is on the machine of the server.
-        checkpoint = load(spec.name, spec.source)
+        try:
+            checkpoint = load(spec.name, spec.source)
+        except PrefixServeError as elsewhere:
+            raise type(elsewhere)(f"{elsewhere} This was node {platform.node()!r}.") from elsewhere
     if digest_of(checkpoint) != spec.digest:
         raise PrefixServeError(
             f"The weights of prefix adapter {spec.name!r} in {spec.path} are no longer those it was loaded with; load it "

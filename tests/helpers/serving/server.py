@@ -30,17 +30,16 @@ ENVIRONMENT = {
 }
 
 
+def command(folder: Path, *options: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "vllm_plugin", str(folder / "model"), "--served-model-name", "base"),
+        *("--dtype", "float32", "--enforce-eager", "--block-size", str(support.BLOCK_SIZE)),
+        *("--max-model-len", str(MAX_MODEL_LEN), "--host", "127.0.0.1", *options),
+    ]
+
+
 def launch(folder: Path, *options: str, **popen: Any) -> subprocess.Popen[Any]:
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "vllm_plugin", str(folder / "model"), "--served-model-name", "base"),
-            *("--dtype", "float32", "--enforce-eager", "--block-size", str(support.BLOCK_SIZE)),
-            *("--max-model-len", str(MAX_MODEL_LEN), "--host", "127.0.0.1", *options),
-        ],
-        env=ENVIRONMENT,
-        text=True,
-        **popen,
-    )
+    return subprocess.Popen(command(folder, *options), env=ENVIRONMENT, text=True, **popen)
 
 
 def write_models(folder: Path) -> Path:
@@ -73,7 +72,7 @@ def serve(folder: Path, *options: str, adapters: Mapping[str, Path] | None = Non
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
             # pytest's timeout ends this loop if the server never answers.
-            while not _answers(client):
+            while not answers(client):
                 assert server.poll() is None
                 time.sleep(0.5)
         except BaseException:
@@ -87,7 +86,7 @@ def serve(folder: Path, *options: str, adapters: Mapping[str, Path] | None = Non
             server.wait()
 
 
-def _answers(client: openai.OpenAI) -> bool:
+def answers(client: openai.OpenAI) -> bool:
     try:
         client.models.list()
     except openai.APIConnectionError:
@@ -102,7 +101,7 @@ def complete(client: Any, model: str, prompt: Any, max_tokens: int | None = 6, *
     )
 
 
-def load(client: openai.OpenAI, name: str, path: Path, **more: Any) -> None:
+def load(client: openai.OpenAI, name: str, path: Path | str, **more: Any) -> None:
     client.post("/load_prefix_adapter", body={"prefix_name": name, "prefix_path": str(path), **more}, cast_to=str)
 
 
