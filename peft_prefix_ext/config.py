@@ -324,7 +324,7 @@ class PrefixExtConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         shared = copy.copy(self)
         shared.forget_sources()
-        fields = {**super(PrefixExtConfig, shared).to_dict(), **self._saved_fields}
+        fields = {**PeftConfig.to_dict(shared), **self._saved_fields}
         if fields["prefix_layers"] is not None and not fields["prefix_states"]:
             del fields["state_prefix"]  # as no states were saved
         return {name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value}

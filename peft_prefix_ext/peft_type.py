@@ -23,4 +23,5 @@ def _add_member() -> PeftType:
     return member
 
 
-PREFIX_EXT = _add_member()
+# There already if this module is reloaded.
+PREFIX_EXT = PeftType._member_map_.get(NAME) or _add_member()

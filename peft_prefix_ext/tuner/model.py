@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from torch import nn
 
@@ -294,6 +295,14 @@ class PrefixExtModel(UnmergeableTuner):
         return from_checkpoint(model, config, adapter_name, rename_to_model_modules(config, saved))
 
 
-register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)
+def _register() -> None:
+    """Registers the method with PEFT, again when this module is reloaded, as notebooks do by `%autoreload`."""
+    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PREFIX_EXT), "__module__", None) == __name__:
+        for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
+            del mapping[PREFIX_EXT]
+    register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)
+
+
+_register()
 wrap_peft_model()
 register_grouped_query_attention()

@@ -10,6 +10,7 @@ from typing import Any
 
 import wrapt
 from peft import PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
 from transformers import PreTrainedModel
 
 from peft_prefix_ext.architectures.shared_kv import hooked_modules
@@ -36,8 +37,18 @@ def wrap_peft_model() -> None:
         "_upload_modified_files": _upload_modified_files,
     }.items():
         if hasattr(PeftModel, name):
-            wrapt.wrap_function_wrapper("peft", f"PeftModel.{name}", wrapper)
-    wrapt.wrap_function_wrapper("peft.config", "PeftConfigMixin.from_json_file", _from_json_file)
+            _wrap_once(PeftModel, name, wrapper)
+    _wrap_once(PeftConfigMixin, "from_json_file", _from_json_file)
+
+
+def _wrap_once(cls: type, name: str, wrapper: Any) -> None:
+    """Wraps a method, unless it was before this package was reloaded."""
+    wrapped = vars(cls).get(name)
+    while isinstance(wrapped, wrapt.FunctionWrapper):
+        if getattr(wrapped._self_wrapper, "__module__", None) == __name__:
+            return
+        wrapped = wrapped.__wrapped__
+    wrapt.wrap_function_wrapper(cls, name, wrapper)
 
 
 def _has_prefix(model: Any) -> bool:
