@@ -39,6 +39,8 @@ class PrefixAdapterRequest(LoRARequest, omit_defaults=True, array_like=True):
 
     def __post_init__(self) -> None:
         # vLLM's own requires a path.
+        if self.spec is not None:
+            return
         self.lora_path = self.path = os.fspath(self.lora_path or self.path or "")
         self.draft_path = os.fspath(self.draft_path or "")
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from vllm import PoolingParams
+from vllm import PoolingParams, SamplingParams
 
 from vllm_plugin.adapters import base_lora, handover
 from vllm_plugin.adapters.request import PrefixAdapterRequest
@@ -68,6 +68,18 @@ class Prompt(NamedTuple):
         )
 
 
+def is_plain(lora_request: Any, prompt: Any, params: Any) -> bool:
+    """Returns whether a call names no adapter and has nothing else that is checked, as most calls of the base model."""
+    return (
+        lora_request is None
+        and isinstance(params, SamplingParams)
+        and not params.extra_args
+        and params.prompt_logprobs is None
+        and isinstance(prompt, dict)
+        and not prompt.get("cache_salt")
+    )
+
+
 def is_relevant(lora_request: Any, vllm_config: Any) -> bool:
     """Returns whether the plugin has to look at a request: it names a prefix, or the engine serves prefixes."""
     return isinstance(lora_request, PrefixAdapterRequest) or settings_in(vllm_config.kv_transfer_config) is not None
@@ -81,6 +93,8 @@ def adapter_named(lora_request: Any, vllm_config: Any) -> PrefixSpec | None:
     """
     if lora_request is None:
         return None
+    if isinstance(lora_request, PrefixAdapterRequest) and lora_request.spec is not None:
+        return lora_request.spec
     lora_request = as_prefix_request(lora_request, vllm_config)
     return adapter_of(lora_request, vllm_config) if isinstance(lora_request, PrefixAdapterRequest) else None
 
@@ -126,31 +140,38 @@ def check(spec: PrefixSpec | None, prompt: Prompt | None, params: Any, max_model
         )
     if spec is None:
         return
-    adapter = f"the prefix adapter {spec.name!r}"
     if isinstance(params, PoolingParams):
         raise PrefixRequestError(
-            f"Embedding, scoring and other pooling requests cannot use {adapter}; use the base model."
+            f"Embedding, scoring and other pooling requests cannot use {_told(spec)}; use the base model."
         )
     if getattr(params, "prompt_logprob_token_ids", None) is not None:
-        raise PrefixRequestError(f"`prompt_logprob_token_ids` is not supported with {adapter}; use `prompt_logprobs`.")
+        raise PrefixRequestError(
+            f"`prompt_logprob_token_ids` is not supported with {_told(spec)}; use `prompt_logprobs`."
+        )
     if prompt is None:
         return
     if prompt.has_embeds or prompt.num_tokens is None:
-        raise PrefixRequestError(f"`prompt_embeds` are not supported with {adapter}; send text, token ids or media.")
+        raise PrefixRequestError(
+            f"`prompt_embeds` are not supported with {_told(spec)}; send text, token ids or media."
+        )
     if prompt.num_tokens == 0:
-        raise PrefixRequestError(f"The prompt is empty; {adapter} needs at least one token after it.")
+        raise PrefixRequestError(f"The prompt is empty; {_told(spec)} needs at least one token after it.")
     remaining = max_model_len - spec.num_virtual_tokens - prompt.num_tokens
     if remaining < 1:
         raise PrefixRequestError(
             f"The prompt has {prompt.num_tokens} tokens, {'media included, ' if prompt.has_media else ''}which with the "
-            f"{spec.num_virtual_tokens} virtual tokens of {adapter} leave no room for an output token in a context of "
+            f"{spec.num_virtual_tokens} virtual tokens of {_told(spec)} leave no room for an output token in a context of "
             f"{max_model_len}; shorten the prompt to at most {max_model_len - spec.num_virtual_tokens - 1} tokens."
         )
     if getattr(params, "min_tokens", 0) > remaining:
         raise PrefixRequestError(
             f"`min_tokens` must be <= {remaining}, the part of the context that the prompt and the {spec.num_virtual_tokens} "
-            f"virtual tokens of {adapter} leave, got {params.min_tokens}."
+            f"virtual tokens of {_told(spec)} leave, got {params.min_tokens}."
         )
+
+
+def _told(spec: PrefixSpec) -> str:
+    return f"the prefix adapter {spec.name!r}"
 
 
 def transfer_of(params: Any) -> Any:

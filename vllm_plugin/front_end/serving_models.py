@@ -40,6 +40,7 @@ class PrefixModels:
 
     def __init__(self, models: Any) -> None:
         self._models = models
+        self.base_names = frozenset(base.name for base in models.base_model_paths)
         self._engine = models.engine_client
         self._config = self._engine.vllm_config
         registry = registry_in(self._config.kv_transfer_config)
@@ -82,7 +83,7 @@ class PrefixModels:
             return adapter if name else None
         if not self._resolver.has_sources and self._registry.get(name) is None:
             return None
-        if self._models.is_base_model(name) or name in self._models.lora_requests:
+        if name in self.base_names or name in self._models.lora_requests:
             return None
         try:
             return await self._resolved(name)
@@ -116,7 +117,7 @@ class PrefixModels:
 
     def request(self, name: str | None) -> PrefixAdapterRequest | None:
         """Returns the `lora_request` for the adapter called `name`; None if there is none, or none that was read yet."""
-        spec = self.spec(name)
+        spec = None if name in self.base_names else self.spec(name)
         return None if spec is None else PrefixAdapterRequest(lora_name=spec.name, spec=spec)
 
     def with_names(self, response: ErrorResponse) -> ErrorResponse:

@@ -6,24 +6,24 @@ from typing import Any
 
 from vllm_plugin.adapters import base_lora, runtime_loading
 from vllm_plugin.front_end import requests
-from vllm_plugin.patches.arguments import all_arguments, argument
+from vllm_plugin.patches.arguments import argument, replaced
 from vllm_plugin.patches.patch import MethodPatch
 
 
 def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     config = instance.vllm_config
     lora_request = argument(wrapped, args, kwargs, "lora_request")
-    if not requests.is_relevant(lora_request, config):
+    prompt, params = argument(wrapped, args, kwargs, "prompt"), argument(wrapped, args, kwargs, "params")
+    if requests.is_plain(lora_request, prompt, params) or not requests.is_relevant(lora_request, config):
         return wrapped(*args, **kwargs)
-    params, max_model_len = argument(wrapped, args, kwargs, "params"), config.model_config.max_model_len
+    max_model_len = config.model_config.max_model_len
     if isinstance(lora_request, requests.CheckedRequest):
         spec, checked = lora_request.spec, True
     else:
-        spec, checked = requests.check_call(lora_request, argument(wrapped, args, kwargs, "prompt"), params, config)
-    if spec is None:
-        request = wrapped(*args, **kwargs)
-    else:
-        request = wrapped(**{**all_arguments(wrapped, args, kwargs), "lora_request": base_lora.request_for(spec)})
+        spec, checked = requests.check_call(lora_request, prompt, params, config)
+    if spec is not None:
+        args, kwargs = replaced(wrapped, args, kwargs, "lora_request", base_lora.request_for(spec))
+    request = wrapped(*args, **kwargs)
     if not checked:
         # The prompt was raw, and the call has rendered it.
         requests.check(spec, requests.Prompt.of_request(request), params, max_model_len)

@@ -13,7 +13,7 @@ from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.front_end import requests
 from vllm_plugin.kv_transfer_config import settings_in
-from vllm_plugin.patches.arguments import all_arguments, argument
+from vllm_plugin.patches.arguments import all_arguments, argument, replaced
 from vllm_plugin.patches.patch import MethodPatch
 
 
@@ -32,10 +32,9 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Checks the request before the stream starts: once a response streams, its status can no longer be 400."""
     config = instance.vllm_config
     lora_request = argument(wrapped, args, kwargs, "lora_request")
-    if not requests.is_relevant(lora_request, config):
+    prompt, params = argument(wrapped, args, kwargs, "prompt"), argument(wrapped, args, kwargs, "sampling_params")
+    if requests.is_plain(lora_request, prompt, params) or not requests.is_relevant(lora_request, config):
         return wrapped(*args, **kwargs)
-    params = argument(wrapped, args, kwargs, "sampling_params")
-    prompt = argument(wrapped, args, kwargs, "prompt")
     named, checked = requests.check_call(lora_request, prompt, params, config)
     if named is None:
         return wrapped(*args, **kwargs)
@@ -45,7 +44,8 @@ def _generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if spec is not named:
             requests.check(spec, requests.Prompt.of_input(prompt), params, config.model_config.max_model_len)
         request = request_type(lora_name=spec.name, spec=spec)
-        return wrapped(**{**all_arguments(wrapped, args, kwargs), "lora_request": request})
+        new_args, new_kwargs = replaced(wrapped, args, kwargs, "lora_request", request)
+        return wrapped(*new_args, **new_kwargs)
 
     prefixes: Any = getattr(instance, "prefix_models", None)
     # The blocks of another server are of the prefix that it used.
@@ -80,15 +80,22 @@ async def _init_static_loras(wrapped: Any, instance: Any, args: Any, kwargs: Any
         instance.prefix_models = instance.engine_client.prefix_models = prefixes
 
 
-async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Looks for prefixes only where the base model is not named: that has no coroutine of its own to wait for."""
+    request = kwargs["request"] if "request" in kwargs else args[0]
+    prefixes = getattr(instance.models, "prefix_models", None)
+    if prefixes is None or request.model in prefixes.base_names:
+        return wrapped(*args, **kwargs)
+    return _check_prefix(wrapped, instance, args, kwargs, request, prefixes)
+
+
+async def _check_prefix(wrapped: Any, instance: Any, args: Any, kwargs: Any, request: Any, prefixes: Any) -> Any:
     """Finds the prefix that a request names, and adds the prefixes to the message that lists the available models.
 
     It also truncates the prompt to the context if the client asks for it, since vLLM's own limit does not count virtual
     tokens, and notes the chat template of a prefix that stands for the opening of a chat.
     """
-    request = kwargs["request"] if "request" in kwargs else args[0]
-    prefixes = getattr(instance.models, "prefix_models", None)
-    adapter = None if prefixes is None else await prefixes.resolve(request.model)
+    adapter = await prefixes.resolve(request.model)
     if isinstance(adapter, ErrorResponse):
         return adapter
     if adapter is not None:
@@ -101,7 +108,7 @@ async def _check_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> A
         if adapter.chat_template is not None and hasattr(request, "build_chat_params"):
             request.prefix_chat_template = TrustedTemplate(adapter.chat_template)
     refusal = await wrapped(*args, **kwargs)
-    return refusal if refusal is None or prefixes is None else prefixes.with_names(refusal)
+    return refusal if refusal is None else prefixes.with_names(refusal)
 
 
 def _build_tok_params(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
