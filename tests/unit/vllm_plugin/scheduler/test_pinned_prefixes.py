@@ -34,7 +34,10 @@ class Engine:
         block = pool.get_new_blocks(1)[0]
         block.set_block_hash(make_block_hash_with_group_id(b"block", 0), num_tokens=4)  # type: ignore[arg-type]
         self.pinned = PinnedPrefixes(
-            PinnedNames(str(names)), PinnedBlocks(pool, 1), lambda _: KVCacheBlocks(([block],)), lambda: self.now
+            PinnedNames(str(names)),
+            PinnedBlocks(pool, [4], 4, 0),
+            lambda _: KVCacheBlocks(([block],)),
+            lambda: self.now,
         )
         for spec in (ONE, TWO):
             self.use(spec)
