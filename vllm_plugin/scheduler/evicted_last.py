@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,12 +37,15 @@ class EvictedLast:
     def __len__(self) -> int:
         return len(self._row)
 
-    def __contains__(self, block: KVCacheBlock) -> bool:
-        return block.block_id in self._row
+    @property
+    def block_ids(self) -> KeysView[int]:
+        """The ids of its blocks."""
+        return self._row.keys()
 
-    def taken(self, block: KVCacheBlock) -> None:
-        """Records that a request was given a block, which has left the queue."""
-        self._row.pop(block.block_id, None)
+    def taken(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Records that a request was given blocks, which have left the queue."""
+        for block in blocks:
+            self._row.pop(block.block_id, None)
 
     def release(self, blocks: Iterable[Hashed]) -> None:
         """Lets blocks be evicted like others, as if they were freed now."""

@@ -103,16 +103,19 @@ class PinnedBlocks:
             return
         learned = False
         for known, group in zip(salted.groups, given, strict=True):
+            self._last.taken(group)
             for block in group:
-                self._last.taken(block)
                 # Layers of a sliding window have no block, or one without a hash, for what is not kept. The blocks that
                 # other requests have there stay known: whoever has a longer prompt in common needs none of them.
                 end, hash_ = block.block_hash_num_tokens, block.block_hash
-                if end is not None and end <= p and (block.pool is None or block.pool is self._pool):
-                    if end in known and known[end][0] is not block:
-                        # A copy, of which one is enough.
-                        self._last.release([known[end]])
-                    known[end], learned = (block, hash_), True
+                if end is None or end > p or (block.pool is not None and block.pool is not self._pool):
+                    continue
+                learned = True
+                before = known.get(end)
+                if before is not None and before[0] is not block:
+                    # A copy, of which one is enough.
+                    self._last.release([before])
+                known[end] = block, hash_
         if not any(salted.groups):
             self._remove_salt(adapter, salt)
             return
@@ -137,10 +140,11 @@ class PinnedBlocks:
         """Makes sure of the same before a request is given blocks of which others may load so many tokens."""
         self._protect(sum(num_tokens // size + 1 for size in self._block_sizes))
 
-    def look(self) -> None:
-        """Forgets blocks that were evicted, and where the others are. Call it now and then.
+    def refresh(self) -> None:
+        """Forgets blocks that were evicted, and looks for the others again. Call it now and then.
 
-        A connector that stores blocks may use and free them, and nothing tells of it.
+        It takes a millisecond for some thousand blocks. A connector that stores blocks may use and free them, and nothing
+        tells of it.
         """
         self._last.clear()
         self._num_before = 0
@@ -181,8 +185,9 @@ class PinnedBlocks:
 
     def _watch(self, name: str, salt: str, salted: _Salted) -> None:
         """Waits for the blocks of a salt that are not in the row to become free."""
+        free = self._last.block_ids
         groups = (
-            [hashed for _, hashed in sorted(group.items(), reverse=True) if hashed[0] not in self._last]
+            [hashed for _, hashed in sorted(group.items(), reverse=True) if hashed[0].block_id not in free]
             for group in salted.groups
         )
         # Those used last are freed last.

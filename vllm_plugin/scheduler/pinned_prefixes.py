@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # How often the names are looked at.
 _LOOK_SECONDS = 1.0
+# How often the blocks are looked for again, if something has used them that does not tell of it.
+_REFRESH_SECONDS = 30.0
 # After this time without a request a prefix is forgotten where unloading cannot be seen.
 _UNUSED_SECONDS = 24 * 3600.0
 
@@ -50,7 +52,7 @@ class PinnedPrefixes:
         self._specs: dict[str, PrefixSpec] = {}
         self._used: dict[str, float] = {}
         self._changed = False
-        self._next_look = -float("inf")
+        self._next_look = self._next_refresh = -float("inf")
 
     @classmethod
     def of_engine(
@@ -88,7 +90,9 @@ class PinnedPrefixes:
             if (now := self._clock()) >= self._next_look:
                 self._next_look = now + _LOOK_SECONDS
                 self._forget_unloaded(now)
-                self.blocks.look()
+            if now >= self._next_refresh:
+                self._next_refresh = now + _REFRESH_SECONDS
+                self.blocks.refresh()
             self.blocks.next_step()
 
     def take_digests(self) -> frozenset[str] | None:

@@ -300,7 +300,7 @@ def test_what_a_connector_has_used_is_found_again(pool: CountingPool) -> None:
     pool.touch(prefix)
     pool.release(pool.fill(3, "other"))
     pool.release(prefix)
-    pinned.look()
+    pinned.refresh()
     pool.release(pool.fill(3, "more"))
     pinned.next_step()
     pool.get_new_blocks(8)
@@ -314,7 +314,7 @@ def test_the_cache_can_be_reset(pool: CountingPool) -> None:
     assert pool.reset_prefix_cache()
     pool.release(pool.fill(1, "other"))
     pinned.next_step()
-    pinned.look()
+    pinned.refresh()
     assert not pinned
     assert cached(prefix) == [False, False]
     assert pool.get_num_free_blocks() == 10
@@ -391,14 +391,14 @@ class Random:
         free = self.pool.free_block_queue.get_all_free_blocks()
         self.pool.evict_blocks({block.block_id for block in free if self.random.random() < 0.2})
         # Until then, a block without content stays among those of prefixes.
-        self.pinned.look()
+        self.pinned.refresh()
 
     def reset(self) -> None:
         if not self.running:
             assert self.pool.reset_prefix_cache()
 
     def step(self) -> None:
-        events = [self.admit] * 6 + [self.end] * 6 + [self.unload, self.fail, self.reset, self.pinned.look]
+        events = [self.admit] * 6 + [self.end] * 6 + [self.unload, self.fail, self.reset, self.pinned.refresh]
         for _ in range(self.random.randint(1, 4)):
             self.random.choice(events)()
         self.pinned.next_step()

@@ -17,7 +17,7 @@ from vllm_plugin.adapters.pinned_names import PinnedNames
 from vllm_plugin.adapters.registry import Adapter, Registry
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.scheduler.pinned_blocks import PinnedBlocks
-from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
+from vllm_plugin.scheduler.pinned_prefixes import _REFRESH_SECONDS, PinnedPrefixes
 
 ONE = PrefixSpec("one", "", "/one", 8, "1" * 64, pinned=True)
 TWO = dataclasses.replace(ONE, name="two", digest="2" * 64, draft=PrefixSpec("two", "", "/draft", 8, "3" * 64))
@@ -30,8 +30,8 @@ class Engine:
     def __init__(self, registry: Path, names: Path) -> None:
         self.registry, self.now = Registry(registry), 0.0
         self.registry.add([Adapter(spec, None, ()) for spec in (ONE, TWO)])
-        pool = BlockPool(num_gpu_blocks=11, enable_caching=True, hash_block_size=4)
-        block = pool.get_new_blocks(1)[0]
+        self.pool = pool = BlockPool(num_gpu_blocks=11, enable_caching=True, hash_block_size=4)
+        self.block = block = pool.get_new_blocks(1)[0]
         block.set_block_hash(make_block_hash_with_group_id(b"block", 0), num_tokens=4)  # type: ignore[arg-type]
         self.pinned = PinnedPrefixes(
             PinnedNames(str(names)),
@@ -107,3 +107,19 @@ def test_where_unloading_cannot_be_seen_unused_prefixes_are_forgotten(tmp_path: 
     engine.use(TWO)
     assert engine.later(2 * 3600) == ALL - {ONE.digest}
     assert engine.later(23 * 3600) == frozenset()
+
+
+def test_blocks_are_found_again_that_something_else_has_used(engine: Engine) -> None:
+    pool, block = engine.pool, engine.block
+    # In this engine both have the same block.
+    engine.registry.remove("two")
+    pool.free_blocks([block])
+    engine.later(_REFRESH_SECONDS)
+    pool.touch([block])
+    others = pool.get_new_blocks(3)
+    for number, other in enumerate(others):
+        other.set_block_hash(make_block_hash_with_group_id(f"{number}".encode(), 0), num_tokens=4)  # type: ignore[arg-type]
+    pool.free_blocks([*others, block, pool.get_new_blocks(1)[0]])
+    engine.later(_REFRESH_SECONDS)
+    pool.get_new_blocks(9)
+    assert block.block_hash is not None
