@@ -109,17 +109,12 @@ def test_where_unloading_cannot_be_seen_unused_prefixes_are_forgotten(tmp_path: 
     assert engine.later(23 * 3600) == frozenset()
 
 
-def test_blocks_are_found_again_that_something_else_has_used(engine: Engine) -> None:
-    pool, block = engine.pool, engine.block
-    # In this engine both have the same block.
-    engine.registry.remove("two")
-    pool.free_blocks([block])
-    engine.later(_REFRESH_SECONDS)
-    pool.touch([block])
-    others = pool.get_new_blocks(3)
-    for number, other in enumerate(others):
-        other.set_block_hash(make_block_hash_with_group_id(f"{number}".encode(), 0), num_tokens=4)  # type: ignore[arg-type]
-    pool.free_blocks([*others, block, pool.get_new_blocks(1)[0]])
-    engine.later(_REFRESH_SECONDS)
-    pool.get_new_blocks(9)
-    assert block.block_hash is not None
+def test_blocks_that_were_evicted_are_forgotten(engine: Engine) -> None:
+    engine.later(1)
+    engine.pool.free_blocks([engine.block])
+    assert engine.pool.reset_prefix_cache()
+    engine.later(_REFRESH_SECONDS - 1)
+    assert engine.pinned.blocks
+    engine.later(1)
+    assert not engine.pinned.blocks
+    assert engine.pinned
