@@ -22,18 +22,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
-from vllm_plugin.adapters.pinned_names import PinnedNames
 from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.remote import use_cache
 from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
 from vllm_plugin.adapters.validation import check_shapes, check_states
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY, HANDOVER, REGISTRY
+from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY, HANDOVER
 from vllm_plugin.metadata import PrefixMetadata
 from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
 from vllm_plugin.patches.install import require
-from vllm_plugin.scheduler.pinned_blocks import PinnedBlocks, blocks_per_step
 from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
 from vllm_plugin.scheduler.scheduler import PrefixScheduler
 from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
@@ -123,10 +121,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         assert self.scheduler is not None
-        names = PinnedNames(self._kv_transfer_config.get_from_extra_config(REGISTRY, ""))
-        limit = blocks_per_step(self._vllm_config.scheduler_config, self._kv_cache_config)
-        blocks = PinnedBlocks(kv_cache_manager.block_pool, limit)
-        self.scheduler.pinned = PinnedPrefixes(names, blocks, kv_cache_manager.get_blocks)
+        self.scheduler.pinned = PinnedPrefixes.of_engine(self._vllm_config, self._kv_cache_config, kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
         assert self.scheduler is not None
@@ -135,7 +130,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
         if self.scheduler.pinned:
-            self.scheduler.pinned.blocks.protect()
+            self.scheduler.pinned.blocks.before_request(request.num_tokens - num_computed_tokens)
         num_loadable = self.scheduler.num_loadable(request, num_computed_tokens)
         if num_loadable:
             self.scheduler.accept_load(request)

@@ -7,7 +7,7 @@ here, and reads a line of names instead of the whole table.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_plugin.adapters.file_state import FileState, state_of
@@ -15,10 +15,10 @@ from vllm_plugin.adapters.file_state import FileState, state_of
 _FILE = "pinned.json"
 
 
-def write(folder: Path, names: Sequence[str]) -> None:
+def write(folder: Path, names: Iterable[str]) -> None:
     """Writes the names. Call it while the registry is locked."""
     new = folder / f"{_FILE}.new"
-    new.write_text(json.dumps(names), encoding="utf-8")
+    new.write_text(json.dumps(sorted(names)), encoding="utf-8")
     new.replace(folder / _FILE)
 
 
@@ -35,7 +35,10 @@ class PinnedNames:
         self._names: frozenset[str] | None = None
 
     def current(self) -> frozenset[str] | None:
-        """Returns the names; None if the server runs on another machine, or none of its adapters was ever pinned."""
+        """Returns the names; None if they cannot be read, or none was ever pinned.
+
+        They cannot be read where the server runs on another machine.
+        """
         state = state_of(self._path)
         # Each write makes another file.
         if state != self._state:
@@ -45,5 +48,5 @@ class PinnedNames:
     def _read(self) -> frozenset[str] | None:
         try:
             return frozenset(json.loads(self._path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (OSError, ValueError):
             return None

@@ -94,6 +94,8 @@ class Registry:
             self._length = mmap.mmap(length.fileno(), len(_NO_LENGTH))
         self._lock = threading.Lock()
         self._adapters: dict[str, Adapter] = {}
+        # The names of those that are pinned.
+        self._pinned: set[str] = set()
         self._shapes: dict[Shapes | StateShapes, Any] = {}
         self._seen, self._seen_length = 0, _NO_LENGTH
 
@@ -223,23 +225,18 @@ class Registry:
 
     def _append(self, changes: Iterable[dict[str, Any]]) -> None:
         changes = list(changes)
-        names = [change["name"] for change in changes]
-        concerns_pinned = self._any_pinned(names)
+        pinned = self._pinned.difference(change["name"] for change in changes)
+        pinned.update(change["name"] for change in changes if change["adapter"] and change["adapter"].spec.pinned)
+        # Before any request can have one of them, and if it fails, nothing has changed.
+        if pinned != self._pinned:
+            pinned_names.write(self.folder, pinned)
         lines = b"".join(msgspec.json.encode(change) + b"\n" for change in changes)
         written = self._journal.write(lines)
         if written != len(lines):
             os.ftruncate(self._journal.fileno(), self._seen)
             raise OSError(f"The registry of prefix adapters in {self.folder} cannot grow: the disk is full.")
         self._read()
-        # Before any request can have one of them.
-        if concerns_pinned or self._any_pinned(names):
-            pinned_names.write(
-                self.folder, [adapter.spec.name for adapter in self._adapters.values() if adapter.spec.pinned]
-            )
         self._length[:] = self._seen_length
-
-    def _any_pinned(self, names: Iterable[str]) -> bool:
-        return any((adapter := self._adapters.get(name)) is not None and adapter.spec.pinned for name in names)
 
     def _read(self) -> None:
         self._journal.seek(self._seen)
@@ -250,11 +247,13 @@ class Registry:
             change = _CHANGE.decode(line)
             if change.adapter is None:
                 del self._adapters[change.name]
+                self._pinned.discard(change.name)
             else:
                 # Adapters of one model have the same shapes, which are kept once.
                 shapes = self._shapes.setdefault(change.adapter.shapes, change.adapter.shapes)
                 states = self._shapes.setdefault(change.adapter.states, change.adapter.states)
                 self._adapters[change.name] = dataclasses.replace(change.adapter, shapes=shapes, states=states)
+                (self._pinned.add if change.adapter.spec.pinned else self._pinned.discard)(change.name)
         self._seen += len(lines)
         self._seen_length = self._seen.to_bytes(len(_NO_LENGTH), "little")
 

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING
 
 from vllm_plugin.adapters.pinned_names import PinnedNames
 from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.kv_transfer_config import REGISTRY
 from vllm_plugin.scheduler.pinned_blocks import PinnedBlocks
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
 # How often the names are looked at.
 _LOOK_SECONDS = 1.0
+# How often the blocks are looked for again, if something has used them that does not tell of it.
+_REFRESH_SECONDS = 30.0
 # After this time without a request a prefix is forgotten where unloading cannot be seen.
 _UNUSED_SECONDS = 24 * 3600.0
 
@@ -47,7 +52,23 @@ class PinnedPrefixes:
         self._specs: dict[str, PrefixSpec] = {}
         self._used: dict[str, float] = {}
         self._changed = False
-        self._next_look = -float("inf")
+        self._next_look = self._next_refresh = -float("inf")
+
+    @classmethod
+    def of_engine(
+        cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_cache_manager: KVCacheManager
+    ) -> PinnedPrefixes:
+        """Returns those of an engine whose cache manager was just made."""
+        assert vllm_config.kv_transfer_config is not None
+        limits = vllm_config.scheduler_config
+        blocks = PinnedBlocks(
+            kv_cache_manager.block_pool,
+            [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups],
+            limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+        )
+        folder = vllm_config.kv_transfer_config.get_from_extra_config(REGISTRY, "")
+        return cls(PinnedNames(folder), blocks, kv_cache_manager.get_blocks)
 
     def __bool__(self) -> bool:
         return bool(self._specs)
@@ -69,6 +90,9 @@ class PinnedPrefixes:
             if (now := self._clock()) >= self._next_look:
                 self._next_look = now + _LOOK_SECONDS
                 self._forget_unloaded(now)
+            if now >= self._next_refresh:
+                self._next_refresh = now + _REFRESH_SECONDS
+                self.blocks.refresh()
             self.blocks.next_step()
 
     def take_digests(self) -> frozenset[str] | None:

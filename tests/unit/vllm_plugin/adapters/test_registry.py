@@ -68,6 +68,30 @@ def test_engines_see_the_names_of_pinned_adapters(folder: Path) -> None:
     assert names.current() == frozenset()
 
 
+def test_if_the_names_cannot_be_written_nothing_changes(folder: Path) -> None:
+    registry, names = Registry(folder), PinnedNames(str(folder))
+    registry.add([pinned("a")])
+    (folder / "pinned.json.new").mkdir()
+    for change in (lambda: registry.add([adapter("b"), pinned("c")]), lambda: registry.remove("a")):
+        with pytest.raises(IsADirectoryError):
+            change()
+    assert registry.adapters() == Registry(folder).adapters() == [pinned("a")]
+    assert names.current() == {"a"}
+
+
+@pytest.mark.parametrize("content", [None, "", "[1"])
+def test_names_that_cannot_be_read_are_unknown(folder: Path, content: str | None) -> None:
+    file, names = folder / "pinned.json", PinnedNames(str(folder))
+    Registry(folder).add([pinned("a")])
+    assert names.current() == {"a"}
+    file.unlink()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    assert names.current() is None
+
+
 def test_a_name_is_taken_until_it_is_removed(folder: Path) -> None:
     one, other = Registry(folder), Registry(folder)
     one.add([adapter("a")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import pytest
@@ -15,31 +16,43 @@ from vllm_plugin.scheduler.pinned_blocks import MAX_SALTS, PinnedBlocks
 BLOCK_SIZE = 4
 ONE = PrefixSpec("one", "", "/one", 2 * BLOCK_SIZE, "1" * 64, pinned=True)
 TWO = dataclasses.replace(ONE, name="two", digest="2" * 64)
-NEVER_SAFE = 1000
 
 
 class CountingPool(BlockPool):
-    """A pool of ten blocks, which counts how often blocks are touched."""
+    """A pool of ten blocks, which counts how often blocks are moved within the queue of free blocks."""
 
-    def __init__(self) -> None:
-        super().__init__(num_gpu_blocks=11, enable_caching=True, hash_block_size=BLOCK_SIZE)
-        self.num_touched = 0
+    def __init__(self, num_blocks: int = 10) -> None:
+        super().__init__(num_gpu_blocks=num_blocks + 1, enable_caching=True, hash_block_size=BLOCK_SIZE)
+        self.num_moved = 0
+        remove = self.free_block_queue.remove
+
+        def counting(block: Any) -> None:
+            self.num_moved += 1
+            remove(block)
+
+        self.free_block_queue.remove = counting  # type: ignore[method-assign]
 
     def touch(self, blocks: Any) -> None:
-        self.num_touched += len(blocks)
+        moved = self.num_moved
         super().touch(blocks)
+        self.num_moved = moved
 
-    def fill(self, number: int, text: str, behind: int = 0) -> list[Any]:
+    def fill(self, number: int, text: str, behind: int = 0, group: int = 0) -> list[Any]:
         """Takes blocks as a request does whose tokens fill them, behind those that it has already."""
         blocks = self.get_new_blocks(number)
         for index, block in enumerate(blocks):
-            key = make_block_hash_with_group_id(f"{text} {index}".encode(), 0)  # type: ignore[arg-type]
+            key = make_block_hash_with_group_id(f"{text} {index}".encode(), group)  # type: ignore[arg-type]
             self._insert_block_hash(key, block, num_tokens=(behind + index + 1) * BLOCK_SIZE)
         return blocks
 
     def release(self, blocks: list[Any]) -> None:
         """Frees blocks as a request does that ends."""
         self.free_blocks(reversed(blocks))
+
+
+def pinned_blocks(pool: BlockPool, blocks_per_step: int = 1000, num_groups: int = 1) -> PinnedBlocks:
+    """Returns the pinned blocks of a pool of which a step takes so many; by default, no block is ever safe."""
+    return PinnedBlocks(pool, [BLOCK_SIZE] * num_groups, blocks_per_step * BLOCK_SIZE, 0)
 
 
 @pytest.fixture
@@ -68,7 +81,7 @@ def cached(blocks: list[Any]) -> list[bool]:
 
 @pytest.mark.parametrize("protected", [True, False])
 def test_they_are_evicted_after_all_others(pool: CountingPool, protected: bool) -> None:
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     prefix = ask(pool, pinned)
     other = pool.fill(4, "other")
     pool.release(other)
@@ -87,57 +100,105 @@ def test_they_are_evicted_after_all_others(pool: CountingPool, protected: bool) 
 
 
 def test_text_behind_a_prefix_and_what_is_not_cached_is_left_alone(pool: CountingPool) -> None:
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     ask(pool, pinned)
     pinned.next_step()
-    assert pool.num_touched == 2
+    assert pool.num_moved == 2
     blocks = pool.get_new_blocks(2)
-    pinned.add(TWO, "", ([pool.null_block, blocks[0]], [blocks[1]]))
+    pinned.add(TWO, "", ([pool.null_block, *blocks],))
     pool.release(blocks)
     pinned.next_step()
-    assert pool.num_touched == 2
+    assert pool.num_moved == 2
     assert list(pinned._adapters) == ["one"]
 
 
 def test_nothing_is_moved_while_nothing_was_freed(pool: CountingPool) -> None:
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     assert not pinned
     pinned.next_step()
     ask(pool, pinned)
     for _ in range(5):
         pinned.next_step()
-        pinned.protect()
-    assert pool.num_touched == 2
+        pinned.before_request(BLOCK_SIZE)
+    assert pool.num_moved == 2
     pool.release(pool.fill(1, "other"))
     pinned.next_step()
-    assert pool.num_touched == 4
+    assert pool.num_moved == 3
 
 
 def test_nothing_is_moved_while_no_step_can_reach_them(pool: CountingPool) -> None:
-    pinned = PinnedBlocks(pool, 1)
+    pinned = pinned_blocks(pool, 1)
     prefix = ask(pool, pinned)
     pinned.next_step()
-    # Eight blocks lie before them.
-    for step in range(7):
-        assert pool.num_touched == 2, step
+    # Eight blocks lie before them. Moving both is less work than moving the others.
+    for step in range(8):
+        assert pool.num_moved == 2, step
         pool.release(pool.fill(1, f"other {step}"))
         pinned.next_step()
-    assert pool.num_touched == 4
+    assert pool.num_moved == 4
     assert cached(prefix) == [True, True]
 
 
+def test_nothing_is_moved_unless_blocks_may_be_loaded_for_a_request(pool: CountingPool) -> None:
+    """Blocks that another connector fills are not among those that a step computes."""
+    pinned = pinned_blocks(pool, 1)
+    prefix = ask(pool, pinned)
+    pinned.next_step()
+    for step in range(3):
+        pool.release(pool.fill(2, f"other {step}"))
+    pinned.before_request(BLOCK_SIZE)
+    assert pool.num_moved == 2
+    pinned.before_request(8 * BLOCK_SIZE)
+    assert pool.num_moved == 4
+    pool.get_new_blocks(8)
+    assert cached(prefix) == [True, True]
+
+
+@pytest.mark.parametrize("num_pinned", [2, 40])
+def test_a_step_costs_what_it_has_freed(num_pinned: int) -> None:
+    pool = CountingPool(100)
+    pinned = pinned_blocks(pool)
+    spec = dataclasses.replace(ONE, num_virtual_tokens=num_pinned * BLOCK_SIZE)
+    prefix = pool.fill(num_pinned, "prefix")
+    pinned.add(spec, "", (prefix,))
+    pool.release(prefix)
+    pinned.next_step()
+    for step in range(50):
+        pool.num_moved = 0
+        pool.release(pool.fill(3, f"{step}"))
+        pinned.next_step()
+        assert pool.num_moved == min(3, num_pinned)
+    assert all(cached(prefix))
+
+
+def test_others_keep_their_order() -> None:
+    pool = CountingPool(11)
+    pinned = pinned_blocks(pool)
+    prefix = pool.fill(4, "prefix")
+    pinned.add(dataclasses.replace(ONE, num_virtual_tokens=4 * BLOCK_SIZE), "", (prefix,))
+    pool.release(prefix)
+    pinned.next_step()
+    first, then = pool.fill(3, "first"), pool.fill(3, "then")
+    for blocks in (first, then):
+        pool.release(blocks)
+        pinned.next_step()
+    # One that was never used lies before them.
+    pool.get_new_blocks(3)
+    assert cached(first + then) == [True, False, False] + [True] * 3
+
+
 def test_blocks_in_use_stay_where_they_are(pool: CountingPool) -> None:
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     blocks = pool.fill(2, "prefix")
     pinned.add(ONE, "", (blocks,))
     pinned.next_step()
-    assert pool.num_touched == 0
+    assert pool.num_moved == 0
     assert [block.ref_cnt for block in blocks] == [1, 1]
     assert pool.get_num_free_blocks() == 8
 
 
 def test_those_used_least_recently_go_first(pool: CountingPool) -> None:
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     one, two = ask(pool, pinned), ask(pool, pinned, TWO)
     again(pool, pinned, one)
     pinned.next_step()
@@ -148,7 +209,7 @@ def test_those_used_least_recently_go_first(pool: CountingPool) -> None:
 
 def test_use_of_one_does_not_expose_another(pool: CountingPool) -> None:
     """Its blocks are the last of the queue before and after a request, which frees text before them."""
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     one, two = ask(pool, pinned), ask(pool, pinned, TWO)
     for step in range(5):
         pinned.next_step()
@@ -161,7 +222,7 @@ def test_use_of_one_does_not_expose_another(pool: CountingPool) -> None:
 
 
 def test_a_new_version_releases_the_one_before(pool: CountingPool) -> None:
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     before = ask(pool, pinned)
     after = ask(pool, pinned, dataclasses.replace(ONE, digest="f" * 64))
     pinned.next_step()
@@ -174,22 +235,93 @@ def test_a_new_version_releases_the_one_before(pool: CountingPool) -> None:
 
 def test_clients_cannot_pin_with_many_salts() -> None:
     pool = CountingPool()
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     for number in range(MAX_SALTS + 3):
         block = pool.fill(1, f"{number}")
         pinned.add(ONE, f"{number}", (block,))
         pool.release(block)
     pinned.next_step()
-    assert pool.num_touched == MAX_SALTS
+    assert pool.num_moved == MAX_SALTS
+
+
+def test_layers_with_a_window_keep_what_a_longer_prompt_does_not_need() -> None:
+    """A request that finds more than the prefix has no blocks of it there."""
+    pool = CountingPool(20)
+    pinned = pinned_blocks(pool, num_groups=2)
+    full, window = pool.fill(2, "prefix"), pool.fill(2, "prefix", group=1)
+    pinned.add(ONE, "", (full, [pool.null_block, window[1]]))
+    pool.release(full + window)
+    pinned.next_step()
+    pool.touch(full)
+    pinned.add(ONE, "", (full, [pool.null_block, pool.null_block]))
+    pool.release(pool.fill(4, "other"))
+    pinned.next_step()
+    pool.release(full)
+    pinned.refresh()
+    pool.release(pool.fill(4, "more"))
+    pinned.next_step()
+    pool.get_new_blocks(17)
+    assert cached(full + window) == [True, True, False, True]
+
+
+def test_blocks_that_slide_out_of_a_window_are_kept_while_their_request_runs() -> None:
+    pool = CountingPool(20)
+    pinned = pinned_blocks(pool, num_groups=2)
+    full, window = pool.fill(2, "prefix"), pool.fill(2, "prefix", group=1)
+    pinned.add(ONE, "", (full, window))
+    for block in window:
+        pool.release([block])
+        pool.release(pool.fill(4, "other"))
+        pinned.next_step()
+    pool.get_new_blocks(16)
+    assert cached(full + window) == [True] * 4
+    # In all groups, the first block stays longest.
+    pool.release(full)
+    pinned.next_step()
+    pool.get_new_blocks(2)
+    assert cached(full + window) == [True, True, False, False]
+
+
+def test_blocks_that_are_cached_later_are_learned_from_the_next_request(pool: CountingPool) -> None:
+    pinned = pinned_blocks(pool)
+    ask(pool, pinned)
+    pool.free_blocks(pool.get_new_blocks(10))
+    prefix = pool.get_new_blocks(2)
+    pinned.add(ONE, "", (prefix,))
+    for index, block in enumerate(prefix):
+        key = make_block_hash_with_group_id(f"{index}".encode(), 0)  # type: ignore[arg-type]
+        pool._insert_block_hash(key, block, num_tokens=(index + 1) * BLOCK_SIZE)
+    pool.release(prefix)
+    again(pool, pinned, prefix)
+    pool.release(pool.fill(4, "other"))
+    pinned.next_step()
+    pool.get_new_blocks(8)
+    assert cached(prefix) == [True, True]
+
+
+def test_what_a_connector_has_used_is_found_again(pool: CountingPool) -> None:
+    """One that stores blocks touches and frees them, and nothing tells of it."""
+    pinned = pinned_blocks(pool)
+    prefix = ask(pool, pinned)
+    pinned.next_step()
+    # Of the two, this is the last one of the queue.
+    pool.touch(prefix[:1])
+    pool.release(pool.fill(3, "other"))
+    pool.release(prefix[:1])
+    pinned.refresh()
+    pinned.next_step()
+    pool.get_new_blocks(8)
+    assert cached(prefix) == [True, True]
 
 
 def test_the_cache_can_be_reset(pool: CountingPool) -> None:
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     prefix = ask(pool, pinned)
     pinned.next_step()
     assert pool.reset_prefix_cache()
     pool.release(pool.fill(1, "other"))
     pinned.next_step()
+    pinned.refresh()
     assert not pinned
     assert cached(prefix) == [False, False]
     assert pool.get_num_free_blocks() == 10
@@ -197,9 +329,109 @@ def test_the_cache_can_be_reset(pool: CountingPool) -> None:
 
 def test_without_prefix_caching_there_is_nothing_to_keep() -> None:
     pool = BlockPool(num_gpu_blocks=11, enable_caching=False, hash_block_size=BLOCK_SIZE)
-    pinned = PinnedBlocks(pool, NEVER_SAFE)
+    pinned = pinned_blocks(pool)
     blocks = pool.get_new_blocks(2)
     pinned.add(ONE, "", (blocks,))
     pool.free_blocks(blocks)
     pinned.next_step()
     assert not pinned
+    assert pool.get_num_free_blocks() == 10
+
+
+class Random:
+    """Random events of an engine with three adapters, and what the queue has to look like after each step."""
+
+    SPECS = tuple(
+        dataclasses.replace(ONE, name=name, digest=name, num_virtual_tokens=number * BLOCK_SIZE)
+        for name, number in (("a", 1), ("b", 3), ("c", 6))
+    )
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.pool = CountingPool(self.random.choice([12, 30]))
+        self.pinned = pinned_blocks(self.pool, self.random.choice([1, 3, 1000]))
+        self.never_safe = self.pinned._blocks_per_step == 1000
+        self.running: list[list[Any]] = []
+        # Of each pinned prefix, the block that a request was given last at each position.
+        self.kept: dict[str, dict[int, tuple[Any, Any]]] = {}
+        self.number = 0
+
+    def admit(self) -> None:
+        spec = self.random.choice([*self.SPECS, None])
+        num_prefix = spec.num_virtual_tokens // BLOCK_SIZE if spec is not None else 0
+        num_text = self.random.randint(0, 4)
+        blocks: list[Any] = []
+        if spec is not None:
+            for index in range(num_prefix):
+                key = make_block_hash_with_group_id(f"{spec.name} {index}".encode(), 0)  # type: ignore[arg-type]
+                if (block := self.pool.cached_block_hash_to_block.get_one_block(key)) is None:
+                    break
+                blocks.append(block)
+        num_free = self.pool.get_num_free_blocks() - sum(block.ref_cnt == 0 for block in blocks)
+        if num_prefix + num_text - len(blocks) > num_free:
+            return
+        self.pinned.before_request(0)
+        self.pool.touch(blocks)
+        for index in range(len(blocks), num_prefix):
+            key = make_block_hash_with_group_id(f"{spec and spec.name} {index}".encode(), 0)  # type: ignore[arg-type]
+            (block,) = self.pool.get_new_blocks(1)
+            self.pool._insert_block_hash(key, block, num_tokens=(index + 1) * BLOCK_SIZE)
+            blocks.append(block)
+        self.number += 1
+        blocks += self.pool.fill(num_text, f"text {self.number}", behind=num_prefix)
+        self.running.append(blocks)
+        if spec is not None:
+            self.pinned.add(spec, "", (blocks,))
+            kept = self.kept.setdefault(spec.name, {})
+            kept.update({index: (blocks[index], blocks[index].block_hash) for index in range(num_prefix)})
+
+    def end(self) -> None:
+        if self.running:
+            self.pool.release(self.running.pop(self.random.randrange(len(self.running))))
+
+    def unload(self) -> None:
+        name = self.random.choice(self.SPECS).name
+        self.pinned.remove(name)
+        self.kept.pop(name, None)
+
+    def fail(self) -> None:
+        free = self.pool.free_block_queue.get_all_free_blocks()
+        self.pool.evict_blocks({block.block_id for block in free if self.random.random() < 0.2})
+        # Until then, a block without content stays among those of prefixes.
+        self.pinned.refresh()
+
+    def reset(self) -> None:
+        if not self.running:
+            assert self.pool.reset_prefix_cache()
+
+    def step(self) -> None:
+        events = [self.admit] * 6 + [self.end] * 6 + [self.unload, self.fail, self.reset, self.pinned.refresh]
+        for _ in range(self.random.randint(1, 4)):
+            self.random.choice(events)()
+        self.pinned.next_step()
+        self.check()
+
+    def check(self) -> None:
+        queue = self.pool.free_block_queue
+        free = queue.get_all_free_blocks()
+        assert len(free) == self.pool.get_num_free_blocks() == sum(block.ref_cnt == 0 for block in self.pool.blocks[1:])
+        backwards, block = [], queue.fake_free_list_tail.prev_free_block
+        while block is not queue.fake_free_list_head:
+            backwards.append(block)
+            block = block.prev_free_block
+        assert [block.block_id for block in reversed(backwards)] == [block.block_id for block in free]
+        ours = {
+            block.block_id
+            for blocks in self.kept.values()
+            for block, hash_ in blocks.values()
+            if block.ref_cnt == 0 and block.block_hash == hash_
+        }
+        if self.never_safe:
+            assert {block.block_id for block in free[len(free) - len(ours) :]} == ours
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_they_are_the_last_of_the_queue(seed: int) -> None:
+    engine = Random(seed)
+    for _ in range(100):
+        engine.step()

@@ -17,7 +17,7 @@ from vllm_plugin.adapters.pinned_names import PinnedNames
 from vllm_plugin.adapters.registry import Adapter, Registry
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.scheduler.pinned_blocks import PinnedBlocks
-from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
+from vllm_plugin.scheduler.pinned_prefixes import _REFRESH_SECONDS, PinnedPrefixes
 
 ONE = PrefixSpec("one", "", "/one", 8, "1" * 64, pinned=True)
 TWO = dataclasses.replace(ONE, name="two", digest="2" * 64, draft=PrefixSpec("two", "", "/draft", 8, "3" * 64))
@@ -30,11 +30,14 @@ class Engine:
     def __init__(self, registry: Path, names: Path) -> None:
         self.registry, self.now = Registry(registry), 0.0
         self.registry.add([Adapter(spec, None, ()) for spec in (ONE, TWO)])
-        pool = BlockPool(num_gpu_blocks=11, enable_caching=True, hash_block_size=4)
-        block = pool.get_new_blocks(1)[0]
+        self.pool = pool = BlockPool(num_gpu_blocks=11, enable_caching=True, hash_block_size=4)
+        self.block = block = pool.get_new_blocks(1)[0]
         block.set_block_hash(make_block_hash_with_group_id(b"block", 0), num_tokens=4)  # type: ignore[arg-type]
         self.pinned = PinnedPrefixes(
-            PinnedNames(str(names)), PinnedBlocks(pool, 1), lambda _: KVCacheBlocks(([block],)), lambda: self.now
+            PinnedNames(str(names)),
+            PinnedBlocks(pool, [4], 4, 0),
+            lambda _: KVCacheBlocks(([block],)),
+            lambda: self.now,
         )
         for spec in (ONE, TWO):
             self.use(spec)
@@ -104,3 +107,14 @@ def test_where_unloading_cannot_be_seen_unused_prefixes_are_forgotten(tmp_path: 
     engine.use(TWO)
     assert engine.later(2 * 3600) == ALL - {ONE.digest}
     assert engine.later(23 * 3600) == frozenset()
+
+
+def test_blocks_that_were_evicted_are_forgotten(engine: Engine) -> None:
+    engine.later(1)
+    engine.pool.free_blocks([engine.block])
+    assert engine.pool.reset_prefix_cache()
+    engine.later(_REFRESH_SECONDS - 1)
+    assert engine.pinned.blocks
+    engine.later(1)
+    assert not engine.pinned.blocks
+    assert engine.pinned
