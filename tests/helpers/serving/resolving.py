@@ -11,7 +11,7 @@ import pytest
 
 from helpers.serving import support
 from vllm_plugin import prefix_adapters
-from vllm_plugin.adapters import file_state, loading
+from vllm_plugin.adapters import file_state, loading, whole_files
 from vllm_plugin.adapters.digest_cache import DigestCache
 from vllm_plugin.adapters.loading import register_adapters
 from vllm_plugin.adapters.options import AdapterOption
@@ -35,6 +35,7 @@ def config(model: Path) -> Any:
 def settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Files are old enough for their times to be trusted, and no earlier test has read them."""
     monkeypatch.setattr(file_state, "SETTLING_NS", 0)
+    monkeypatch.setattr(whole_files, "STILL_NS", 0)
     cache = DigestCache(tmp_path / "digests.jsonl")
     monkeypatch.setattr(loading, "digest_cache", lambda: cache)
 
