@@ -238,9 +238,7 @@ class Resolver:
 
     def _read(self, name: str, found: Found, old: Adapter | None) -> Adapter:
         option = AdapterOption(name, found.path)
-        opened = read_whole(
-            name, found.path, lambda: open_adapter(option, self._config, self._registry, load_known)
-        )
+        opened = read_whole(name, found.path, lambda: open_adapter(option, self._config, self._registry, load_known))
         spec = dataclasses.replace(opened.spec, source=found.source)
         new = dataclasses.replace(opened, spec=spec, files=found.state)
         # Files that were touched, or copied again, hold what they held.

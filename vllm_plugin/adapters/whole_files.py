@@ -11,7 +11,7 @@ from vllm_plugin.errors import PrefixServeError
 
 T = TypeVar("T")
 # A program that writes a file is seldom still for so long. Longer than the steps in which a kernel keeps the time.
-STILL_NS = 100_000_000
+STILL_NS = 200_000_000
 # How long a request waits for a program that goes on writing.
 _MAX_SECONDS = 1.0
 

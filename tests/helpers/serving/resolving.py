@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,15 @@ def write(folder: Path, seed: int, *, tokens: int = 4, nan: bool = False, **over
     if nan:
         prefix[0][0][0, 0, 0] = float("nan")
     support.write_adapter(folder, CONFIG, prefix, **overrides)
+    time.sleep(0.001)
+    return folder
+
+
+def write_lookalike(folder: Path, kind: str = "PREFIX_EXT") -> Path:
+    """Writes what looks like an adapter to those who read no further than its type."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
     time.sleep(0.001)
     return folder
 
