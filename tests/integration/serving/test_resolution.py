@@ -49,15 +49,17 @@ def test_a_folder_that_changes_before_the_server_looks_again(
     client: Any, root: Path, reference: support.Reference, stream: bool
 ) -> None:
     """Its 200 tokens are read from the file for each request, so the engine is the first to notice."""
-    write(root / "long", 203, tokens=200)
-    answer(client, "long")
-    new = write(root / "long", 204, tokens=200)
-    response = complete(client, "long", PROMPT, stream=stream)
+    # A name that was refused just now is not looked for again for a second.
+    name = f"long-{stream}"
+    write(root / name, 203, tokens=200)
+    answer(client, name)
+    new = write(root / name, 204, tokens=200)
+    response = complete(client, name, PROMPT, stream=stream)
     text = "".join(chunk.choices[0].text for chunk in response) if stream else response.choices[0].text
     assert text.split() == text_of(reference.greedy(PROMPT, new, 6)).split()
-    shutil.rmtree(root / "long")
-    with pytest.raises(openai.APIError, match="`long` does not exist") as caught:
-        for _ in complete(client, "long", PROMPT, stream=stream):
+    shutil.rmtree(root / name)
+    with pytest.raises(openai.APIError, match=f"`{name}` does not exist") as caught:
+        for _ in complete(client, name, PROMPT, stream=stream):
             pass
     if not stream:
         assert isinstance(caught.value, openai.NotFoundError)
