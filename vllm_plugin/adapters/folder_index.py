@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from peft_prefix_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME
 from vllm_plugin.adapters.adapter_kinds import PREFIX_TYPES, type_at_a_glance
 from vllm_plugin.adapters.file_state import FileState, state_of
 from vllm_plugin.adapters.options import is_folder_name
+
+# More links and empty folders than these are looked at again once a second, and not for each listing.
+_MANY, _MANY_SECONDS = 1000, 1.0
 
 
 class FolderIndex:
@@ -29,6 +34,7 @@ class FolderIndex:
         # What may change without the folder's time: folders without an adapter, which may get one, and links, whose target may
         # go. The inode, and the state that it had.
         self._open: dict[str, tuple[int, tuple[FileState | None, ...] | None]] = {}
+        self._looked = -math.inf
         self._names: list[str] = []
 
     def names(self) -> list[str]:
@@ -42,7 +48,7 @@ class FolderIndex:
             if state != self._listed:
                 listed = self._list()
                 self._listed = state if listed and state is not None and state.is_settled else None
-            elif self._open:
+            elif len(self._open) <= _MANY or time.monotonic() >= self._looked + _MANY_SECONDS:
                 self._look_again()
             return self._names
 
@@ -81,6 +87,7 @@ class FolderIndex:
             self._look(name, inode, self._kinds)
         if changed:
             self._sort()
+        self._looked = time.monotonic()
 
     def _state(self, name: str) -> tuple[FileState | None, FileState | None]:
         path = os.path.join(self._folder, name)

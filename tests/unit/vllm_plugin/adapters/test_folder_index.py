@@ -97,6 +97,22 @@ def test_links_whose_target_goes_and_comes(root: Path, monkeypatch: pytest.Monke
     assert source.names() == ["b", "later"]
 
 
+def test_very_many_links_are_looked_at_once_a_second(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_index, "_MANY", 1)
+    now = [1000.0]
+    monkeypatch.setattr(folder_index.time, "monotonic", lambda: now[0])
+    for name in ("a", "b"):
+        (root / name).symlink_to(write_lookalike(root.parent / "versions" / name))
+    source = FolderSource(str(root), [str(root.parent / "versions")])
+    assert source.names() == ["a", "b"]
+    now[0] += 1
+    assert source.names() == ["a", "b"]
+    shutil.rmtree(root.parent / "versions" / "a")
+    assert source.names() == ["a", "b"]
+    now[0] += 1
+    assert source.names() == ["b"]
+
+
 def test_a_hundred_thousand_entries(root: Path) -> None:
     """Few of them adapters."""
     for number in range(100_000):
