@@ -8,7 +8,7 @@
 
 The expected answers are those of the idle server, one request at a time; for the tiny model they must be those of transformers.
 Prints a JSON report. The exit status is 1 if an answer is wrong, if a status is neither 200 nor the 404 of an adapter that is
-not loaded, or if the memory of a process grows.
+not loaded or the 400 of one that is being overwritten, or if the memory of a process grows.
 """
 
 from __future__ import annotations

@@ -15,8 +15,10 @@ from typing import Any
 
 import openai
 
+from benchmarks.load.folder_changes import link
+from benchmarks.load.name_history import BASE
 from benchmarks.load.process_memory import MemoryMonitor, is_flat
-from benchmarks.load.traffic import BASE, QUESTIONS, Question, Traffic, ask, link
+from benchmarks.load.traffic import QUESTIONS, Question, Traffic, ask
 
 # The tiny model and the reference come from the tests.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))

@@ -1,7 +1,8 @@
 """Random requests of many clients to a server whose adapters change, with a check of every answer.
 
 A model's name refers to one adapter at a time. The right answer to a request is that of the adapter that its model's name
-referred to while the request was running; either of two if the adapter was replaced meanwhile; 404 if there was none.
+referred to while the request was running; either of two if the adapter was replaced meanwhile; 404 if there was none; and,
+while its files were overwritten, also HTTP 400 that says so.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import contextlib
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
 
-BASE = "base"
+from benchmarks.load import folder_changes
+from benchmarks.load.name_history import BASE, Assignment, NameHistory
+
 # When a server has noticed a change in its folder of adapters, and the requests that began before have their adapters.
 NOTICED_SECONDS = 2.0
 # Some prompts share their beginning, and so blocks of real tokens. They have 1 to 80 tokens of the tiny model, whose
@@ -79,43 +81,6 @@ async def ask(client: openai.AsyncOpenAI, model: str, question: Question, chunks
 
 
 @dataclass
-class Assignment:
-    """The adapter that a name refers to, or None, during a period of time."""
-
-    adapter: str | None
-    begin: float = -math.inf
-    end: float = math.inf
-
-
-def link(folder: Path, name: str, path: str | None) -> None:
-    """Makes a name in a folder a link to an adapter, in one step; None removes it."""
-    if path is None:
-        (folder / name).unlink()
-        return
-    new = folder / f".new-{name}"
-    new.symlink_to(path)
-    new.replace(folder / name)
-
-
-class NameHistory:
-    """The adapters that each model name has referred to.
-
-    Args:
-        adapters: The adapters, each under its own name at the start.
-    """
-
-    def __init__(self, adapters: Sequence[str]) -> None:
-        self.assignments: dict[str, list[Assignment]] = {name: [Assignment(name)] for name in (*adapters, BASE)}
-
-    def now(self, name: str) -> str | None:
-        return self.assignments[name][-1].adapter
-
-    def during(self, name: str, begin: float, end: float) -> set[str | None]:
-        """Returns all adapters that a name referred to between two points in time."""
-        return {one.adapter for one in self.assignments[name] if one.begin <= end and begin <= one.end}
-
-
-@dataclass
 class Outcome:
     """Counts of answers, statuses and changes, and the wrong answers."""
 
@@ -126,8 +91,8 @@ class Outcome:
 
     @property
     def is_right(self) -> bool:
-        """Whether every answer is right and every status is 200, or 404 for an adapter that was not loaded."""
-        return not self.wrong and self.statuses.keys() <= {"200", "404"}
+        """Whether every answer is right and every status is 200, or that of a right refusal."""
+        return not self.wrong and self.statuses.keys() <= {"200", "400", "404"}
 
 
 class Traffic:
@@ -138,8 +103,8 @@ class Traffic:
         expected: The answer of each adapter and of the base model to each question.
         paths: The folders of the adapters by name.
         seed: The seed of requests and changes. Their order in time also depends on the server.
-        folder: The server's `--prefix-adapter-dir`, with a link to the folder of each adapter: the links change, and nothing is
-            loaded or unloaded.
+        folder: The server's `--prefix-adapter-dir`, with a link to the folder of each adapter: the links and the files change,
+            and nothing is loaded or unloaded.
     """
 
     def __init__(
@@ -155,6 +120,10 @@ class Traffic:
         self._expected, self._paths = expected, paths
         self._names = NameHistory(list(paths))
         self._seed, self._folder = seed, folder
+        # A third of the adapters change: half of them are replaced, half are unloaded and loaded. In a folder, every third one
+        # is overwritten in place.
+        self._changing = list(paths)[-max(2 if folder is None else 3, len(paths) // 3) :]
+        self._overwritten = [] if folder is None else self._changing[2::3]
 
     async def run(self, num_clients: int, seconds: float, max_requests: float = math.inf) -> Outcome:
         """Keeps all clients busy for some seconds or a number of requests, then restores all adapters.
@@ -162,10 +131,11 @@ class Traffic:
         With `max_requests`, changes are spaced by the number of requests instead of time.
         """
         self._left, self._until = max_requests, self._clock() + seconds
-        # A third of the adapters change: half of them are replaced in place, half are unloaded and loaded.
-        changing = list(self._paths)[-max(2, len(self._paths) // 3) :]
+        for name in self._overwritten:
+            assert self._folder is not None
+            folder_changes.copy(self._folder, name)
         async with asyncio.TaskGroup() as tasks:
-            operator = tasks.create_task(self._operate(changing))
+            operator = tasks.create_task(self._operate())
             clients = [
                 asyncio.create_task(self._run_client(random.Random(f"{self._seed} {index}")))
                 for index in range(num_clients)
@@ -173,7 +143,7 @@ class Traffic:
             await asyncio.gather(*clients)
             self._until = -math.inf
             await operator
-        for name in changing:
+        for name in self._changing:
             await self._change(name, name)
         await self._client.close()
         return self.outcome
@@ -198,14 +168,13 @@ class Traffic:
         except openai.APIStatusError as error:
             status = str(error.status_code)
         except openai.APIError as error:
-            # No answer, or an error in the middle of a stream.
-            status = type(error).__name__
-        adapters = self._names.during(name, begin, self._clock())
-        expected = [None if adapter is None else self._expected[adapter, question] for adapter in adapters]
+            # No answer, or an error in the middle of a stream, which has a status of its own.
+            status = str(error.code or type(error).__name__)
+        found = self._names.during(name, begin, self._clock())
+        expected = [None if one.adapter is None else self._expected[one.adapter, question] for one in found]
+        refusals = [one.refusal for one in found if one.adapter is None]
         if text is None:
-            # An answer that streams has its status already.
-            right = None in expected and (status == "404" or (self._folder is not None and status == "APIError"))
-            status = "404" if right else status
+            right = status in refusals
         elif streams and aborts:
             right = any(right_text is not None and right_text.startswith(text) for right_text in expected)
         else:
@@ -218,12 +187,12 @@ class Traffic:
                 {"model": name, **asdict(question), "status": status, "answer": text, "expected": expected}
             )
 
-    async def _operate(self, changing: list[str]) -> None:
+    async def _operate(self) -> None:
         """Replaces, unloads and loads adapters, one at a time."""
         rng = random.Random(f"{self._seed} operator")
         while self._clock() < self._until:
-            name = rng.choice(changing)
-            if changing.index(name) % 2:
+            name = rng.choice(self._changing)
+            if name in self._overwritten or self._changing.index(name) % 2:
                 other = rng.choice([adapter for adapter in self._paths if adapter != self._names.now(name)])
                 await self._change(name, other)
             else:
@@ -238,10 +207,13 @@ class Traffic:
         before = self._names.assignments[name][-1]
         if adapter == before.adapter:
             return
+        if name in self._overwritten:
+            await self._overwrite(name, adapter or name)
+            return
         self._names.assignments[name].append(Assignment(adapter, self._clock()))
         change = "unload" if adapter is None else "load" if before.adapter is None else "replace"
         if self._folder is not None:
-            link(self._folder, name, None if adapter is None else self._paths[adapter])
+            folder_changes.link(self._folder, name, None if adapter is None else self._paths[adapter])
             before.end = self._clock() + NOTICED_SECONDS
         else:
             body: dict[str, Any] = {"prefix_name": name}
@@ -252,6 +224,19 @@ class Traffic:
             )
             before.end = self._clock()
         self.outcome.changes[change] += 1
+
+    async def _overwrite(self, name: str, adapter: str) -> None:
+        """Does nothing if the change before was just made: a request that has met two of them is refused with HTTP 503."""
+        assert self._folder is not None
+        history, now = self._names.assignments[name], self._clock()
+        if now < history[-1].begin + 2 * NOTICED_SECONDS and self._until > now:
+            return
+        before, refused = history[-1], Assignment(None, now, refusal="400")
+        history += [refused, Assignment(adapter, now)]
+        # In a thread, which does not wait for the clients: a file that is still for long looks whole.
+        await asyncio.to_thread(folder_changes.overwrite, self._folder / name, self._paths[adapter])
+        before.end = refused.end = self._clock() + NOTICED_SECONDS
+        self.outcome.changes["overwrite"] += 1
 
     @staticmethod
     def _clock() -> float:

@@ -47,6 +47,8 @@ SLOW = {
         "test_the_default_of_the_trainer_warns",
         "test_the_default_of_trl_warns",
     ],
+    "vllm_plugin/adapters/test_folder_index.py": ["test_a_hundred_thousand_entries"],
+    "vllm_plugin/adapters/test_fuzzed_folders.py": ["test_any_folder"],
     "vllm_plugin/patches/test_install.py": ["test_without_adapters_nothing_changes"],
     "vllm_plugin/worker/test_device_memory.py": ["test_a_gpu_worker_is_patched_when_it_is_imported"],
     "vllm_plugin/test_torchvision_on_cpu.py": ["test_torchvision_imports", "test_without_it_torchvision_fails"],

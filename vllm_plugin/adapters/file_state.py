@@ -39,13 +39,18 @@ def state_of(path: str | Path) -> FileState | None:
     return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def file_states(folder: str | Path) -> tuple[FileState | None, FileState | None]:
+    """Returns the states of the config and of the weights of the adapter in a folder."""
+    folder = Path(folder)
+    return state_of(config_of(folder)), state_of(folder / WEIGHTS_NAME)
+
+
 def folder_state(folder: str | Path) -> str:
     """Returns a text that changes with the config or the weights of the adapter in a folder, also when one is missing.
 
     While one of them was changed just now, each call returns another text.
     """
-    folder = Path(folder)
-    states = (state_of(config_of(folder)), state_of(folder / WEIGHTS_NAME))
+    states = file_states(folder)
     texts = ["-" if state is None else ":".join(map(str, state)) for state in states]
     if any(state is not None and not state.is_settled for state in states):
         texts.append(f"read at {time.time_ns()}")

@@ -7,21 +7,23 @@ and one that lies in a source (`sources.py`) is found by its name, and looked at
 from __future__ import annotations
 
 import dataclasses
-import threading
+import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from vllm_plugin.adapters.adapter_kinds import holds_prefix
 from vllm_plugin.adapters.file_state import folder_state
 from vllm_plugin.adapters.loading import load_known, open_adapter, verify_adapter
 from vllm_plugin.adapters.options import AdapterOption, is_name
+from vllm_plugin.adapters.refusals import Refusals, without_frames
 from vllm_plugin.adapters.registry import Adapter, Registry
 from vllm_plugin.adapters.single_flight import SingleFlight
 from vllm_plugin.adapters.sources import Found, Source, make_sources
 from vllm_plugin.adapters.startup_log import log_loaded
+from vllm_plugin.adapters.whole_files import read_whole
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import FOLDERS, OWNERS, settings_in
 from vllm_plugin.logger import logger
@@ -30,29 +32,8 @@ from vllm_plugin.logger import logger
 MAX_CONCURRENT_LOADS = 4
 # The state of an adapter that the operator has named, and which was refused, is looked at this often.
 _RETRY_SECONDS = 1.0
-# Files that were refused are read again after this time, also if they are as they were: the reason may have passed, such as a
-# download that broke off, or too many open files.
-_READ_AGAIN_SECONDS = 60.0
 # A source that cannot be asked is asked again after this time at most.
 _MAX_RETRY_SECONDS = 30.0
-# Clients may send any number of names.
-_MAX_REFUSED = 10_000
-
-
-class _Refused(NamedTuple):
-    """A name without an adapter.
-
-    Args:
-        error: Why; None if nothing has this name.
-        state: The state of the files that were refused; None if there are none.
-        until: Until when this answer stands, whatever happens.
-        read_again: When the files are read again, even in the same state.
-    """
-
-    error: PrefixServeError | None
-    state: str | None
-    until: float
-    read_again: float
 
 
 class _Watched(NamedTuple):
@@ -89,8 +70,7 @@ class Resolver:
         # Looks at adapters in local folders, for which requests wait, do not wait for downloads.
         self._looks: SingleFlight[Adapter | None] = SingleFlight(MAX_CONCURRENT_LOADS)
         self._watched: dict[str, _Watched] = {}
-        self._refused: OrderedDict[str, _Refused] = OrderedDict()
-        self._lock = threading.Lock()
+        self._refusals = Refusals(clock=lambda: self._clock())
         # The lists of the sources, and all of them in one.
         self._names: tuple[list[list[str]], list[str]] | None = None
 
@@ -142,33 +122,42 @@ class Resolver:
             self._names = lists, list(dict.fromkeys(name for names in lists for name in names))
         return self._names[1]
 
+    def remove_gone(self, names: Sequence[str]) -> None:
+        """Removes the adapters whose folders are gone: there may be no further request for them that would notice.
+
+        One in remote storage waits for its next request.
+
+        Args:
+            names: What the sources list: only other names are looked for.
+        """
+        listed = set(names)
+        for adapter in self._registry.adapters():
+            is_found = adapter.files is not None and os.path.isabs(adapter.spec.source)
+            if is_found and adapter.spec.name not in listed and not self._lies_in_a_folder(adapter.spec.name):
+                self._drop(adapter)
+
     def expire(self, name: str) -> None:
         """Makes the next request look at the files of an adapter, however short ago the last one did."""
         self._watched.pop(name, None)
-        with self._lock:
-            if (refused := self._refused.get(name)) is not None:
-                self._refused[name] = refused._replace(until=self._clock())
+        self._refusals.expire(name)
 
     def forget(self, name: str) -> None:
         """Forgets why a name was refused: it was loaded or unloaded."""
-        with self._lock:
-            self._refused.pop(name, None)
+        self._refusals.forget(name)
 
     def _answer_at_once(self, name: str) -> Future[Adapter | None] | None:
         """Returns the answer to a name that nothing can have, or that was refused just now; None for any other."""
-        adapter = self._registry.get(name)
-        with self._lock:
-            refused = self._refused.get(name)
+        adapter, refused = self._registry.get(name), self._refusals.standing(name)
         answer: Future[Adapter | None] = Future()
         # What clients send as a name may be as long as a request, and is not remembered.
         if adapter is None and not (self._sources and is_name(name)):
             answer.set_result(None)
-        elif refused is None or self._clock() >= refused.until or (adapter is not None and adapter.is_verified):
+        elif refused is None or (adapter is not None and adapter.is_verified):
             return None
         elif refused.error is None:
             answer.set_result(None)
         else:
-            answer.set_exception(_copy(refused.error))
+            answer.set_exception(without_frames(refused.error))
         return answer
 
     def _resolve(self, name: str) -> Adapter | None:
@@ -183,7 +172,7 @@ class Resolver:
                 new = adapter if adapter.is_verified else self._verify(adapter)
             # If another process was faster, its adapter is looked at.
             if new is adapter or self._publish(adapter, new):
-                self.forget(name)
+                self._refusals.forget(name)
                 return new
 
     def _publish(self, old: Adapter | None, new: Adapter) -> bool:
@@ -197,12 +186,12 @@ class Resolver:
     def _verify(self, adapter: Adapter) -> Adapter:
         """Reads an adapter that the operator has named."""
         name, state = adapter.spec.name, folder_state(adapter.spec.path)
-        self._refuse_again(name, state, _RETRY_SECONDS)
+        self._refusals.raise_again(name, state, _RETRY_SECONDS)
         try:
             new = verify_adapter(adapter, self._config, self._registry)
             self._prepare(new)
         except PrefixServeError as error:
-            self._refuse(name, error, state, _RETRY_SECONDS)
+            self._refusals.add(name, error, state, _RETRY_SECONDS)
             raise
         return new
 
@@ -231,7 +220,7 @@ class Resolver:
                 continue
             if adapter is not None and adapter.files == found.state:
                 return adapter, source
-            self._refuse_again(name, found.state, source.refresh_seconds)
+            self._refusals.raise_again(name, found.state, source.refresh_seconds)
             # Other kinds of adapters are vLLM's.
             if not holds_prefix(found.path):
                 continue
@@ -239,22 +228,31 @@ class Resolver:
                 return self._read(name, found, adapter), source
             except PrefixServeError as problem:
                 self._drop(adapter)
-                self._refuse(name, problem, found.state, source.refresh_seconds)
+                self._refusals.add(name, problem, found.state, source.refresh_seconds)
                 raise
         self._drop(adapter)
-        self._refuse(name, error, None, retry)
+        self._refusals.add(name, error, None, retry)
         if error is not None:
             raise error
         return None, None
 
     def _read(self, name: str, found: Found, old: Adapter | None) -> Adapter:
-        opened = open_adapter(AdapterOption(name, found.path), self._config, self._registry, load_known)
+        option = AdapterOption(name, found.path)
+        opened = read_whole(name, found.path, lambda: open_adapter(option, self._config, self._registry, load_known))
         spec = dataclasses.replace(opened.spec, source=found.source)
         new = dataclasses.replace(opened, spec=spec, files=found.state)
         # Files that were touched, or copied again, hold what they held.
         if old is None or old.spec != new.spec:
             self._prepare(new)
         return new
+
+    def _lies_in_a_folder(self, name: str) -> bool:
+        for source in self._sources:
+            # What may not be read is no more served than what is not there.
+            with suppress(PrefixServeError):
+                if source.is_local and source.find(name) is not None:
+                    return True
+        return False
 
     def _drop(self, adapter: Adapter | None) -> None:
         """Removes an adapter whose files are gone, or are another thing."""
@@ -264,33 +262,8 @@ class Resolver:
         if self._registry.exchange(adapter, None):
             logger.info("Removed prefix adapter: name '%s'", adapter.spec.name)
 
-    def _refuse_again(self, name: str, state: str, seconds: float) -> None:
-        """Raises what an adapter was refused for, if its files are as they were then, not long ago."""
-        with self._lock:
-            refused = self._refused.get(name)
-            now = self._clock()
-            if refused is None or refused.error is None or refused.state != state or now >= refused.read_again:
-                return
-            self._refused[name] = refused._replace(until=now + seconds)
-        raise _copy(refused.error)
-
-    def _refuse(self, name: str, error: PrefixServeError | None, state: str | None, seconds: float) -> None:
-        """Remembers what a name was refused for, and logs it once."""
-        with self._lock:
-            before, now = self._refused.pop(name, None), self._clock()
-            self._refused[name] = _Refused(error and _copy(error), state, now + seconds, now + _READ_AGAIN_SECONDS)
-            if len(self._refused) > _MAX_REFUSED:
-                self._refused.popitem(last=False)
-        if error is not None and (before is None or str(before.error) != str(error)):
-            logger.warning("Refused: %s", error)
-
 
 def sources_in(vllm_config: Any) -> list[Source]:
     """Returns the sources in an engine's config."""
     settings = settings_in(vllm_config.kv_transfer_config) or {}
     return make_sources(settings.get(FOLDERS, ()), settings.get(OWNERS, ()))
-
-
-def _copy(error: PrefixServeError) -> PrefixServeError:
-    """Returns the same error without what it holds on to: the frames that it was raised in, and the tensors there."""
-    return type(error)(str(error))

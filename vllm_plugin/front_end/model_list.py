@@ -36,6 +36,8 @@ class ModelCards:
             version, names = self._registry.version, self._resolver.names()
             # The same list, if nothing has changed in the sources.
             if self._known is None or self._known[0] != version or self._known[1] is not names:
+                self._resolver.remove_gone(names)
+                version = self._registry.version
                 self._known = version, names, self._render(self._registry.adapters(), names)
             return self._known[2]
 

@@ -216,31 +216,33 @@ async def outputs_of(
     *,
     handed_over: bool = False,
 ) -> AsyncGenerator[Any]:
-    """Yields the engine's outputs of a request with a prefix. It begins again if its prefix was replaced before it was read.
+    """Yields the engine's outputs of a request with a prefix. It begins again if its files were written before they were read.
 
     Args:
         start: Begins the request with a prefix.
         spec: Its prefix.
-        look_again: Returns what is in the place of a prefix that cannot be read; None if nothing else is there.
+        look_again: Returns what may take the place of a prefix that could not be read, which may be itself; None if nothing may.
         handed_over: Whether another server prefilled the request.
 
     Raises:
         PrefixUnavailableError: If the prefix, or what the other server prefilled, could not be loaded; vLLM would report
             an internal error.
     """
-    current, has_output = spec, False
+    current, may_begin_again = spec, look_again is not None
     while True:
         # A client that disconnects closes this generator, which has to close the engine's as well.
         async with aclosing(start(current)) as outputs:
             async for output in outputs:
                 if any(completion.finish_reason == "error" for completion in output.outputs):
                     break
-                has_output = True
+                # An answer is of one prefix.
+                may_begin_again = False
                 yield output
             else:
                 return
-        # Once: files that change all the time are no reason to go on. An answer is of one prefix.
-        newer = None if look_again is None or current is not spec or has_output else await look_again(spec)
+        newer = await look_again(spec) if look_again is not None and may_begin_again else None
+        # Once: files that change all the time are no reason to go on.
+        may_begin_again = False
         if newer is None and handed_over:
             raise PrefixUnavailableError(
                 f"What another server prefilled for this request with the prefix adapter {spec.name!r} could not be loaded, and "

@@ -91,7 +91,9 @@ class PrefixModels:
             return refusal_of(error)
 
     async def look_again(self, spec: PrefixSpec) -> PrefixSpec | None:
-        """Returns what is in the place of a prefix that the engine could not read; None if nothing is that may take its place.
+        """Returns what may take the place of a prefix that the engine could not read; None if nothing may.
+
+        That is the same prefix if its files were read again now: they were being written when the engine read them.
 
         Raises:
             VLLMNotFoundError: If there is no adapter of this name any more.
@@ -104,7 +106,9 @@ class PrefixModels:
         if isinstance(adapter, ErrorResponse):
             raise PrefixRequestError(adapter.error.message)
         # The prompt was rendered behind the opening of the one before.
-        return None if adapter.spec == spec or adapter.spec.opening != spec.opening else adapter.spec
+        if adapter.spec.opening != spec.opening or (adapter.spec == spec and adapter.files is None):
+            return None
+        return adapter.spec
 
     def spec(self, name: str | None) -> PrefixSpec | None:
         """Returns the adapter called `name`; None if there is none, or none that was read yet."""

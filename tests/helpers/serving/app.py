@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from fastapi.testclient import TestClient
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.app import build_app
@@ -81,3 +82,16 @@ def assert_refused(response: Any, status: int, message: str) -> None:
     assert (response.status_code, error["code"]) == (status, status)
     assert message in error["message"]
     assert "\n" not in error["message"]
+
+
+def refused(server: TestClient, name: str) -> Any:
+    """Asks for a model as vLLM's handlers do, and returns the error."""
+    models = server.app.state.openai_serving_models
+    return asyncio.run(BaseServing(models, models.model_config)._check_model(SimpleNamespace(model=name)))
+
+
+def later(server: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets two seconds go by in one process."""
+    resolver = server.app.state.openai_serving_models.prefix_models._resolver
+    clock = resolver._clock
+    monkeypatch.setattr(resolver, "_clock", lambda: clock() + 2)

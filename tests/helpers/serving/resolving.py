@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from helpers.serving import support
 from vllm_plugin import prefix_adapters
-from vllm_plugin.adapters import file_state, loading
+from vllm_plugin.adapters import file_state, loading, whole_files
 from vllm_plugin.adapters.digest_cache import DigestCache
 from vllm_plugin.adapters.loading import register_adapters
 from vllm_plugin.adapters.options import AdapterOption
@@ -35,6 +36,7 @@ def config(model: Path) -> Any:
 def settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Files are old enough for their times to be trusted, and no earlier test has read them."""
     monkeypatch.setattr(file_state, "SETTLING_NS", 0)
+    monkeypatch.setattr(whole_files, "STILL_NS", 0)
     cache = DigestCache(tmp_path / "digests.jsonl")
     monkeypatch.setattr(loading, "digest_cache", lambda: cache)
 
@@ -44,6 +46,15 @@ def write(folder: Path, seed: int, *, tokens: int = 4, nan: bool = False, **over
     if nan:
         prefix[0][0][0, 0, 0] = float("nan")
     support.write_adapter(folder, CONFIG, prefix, **overrides)
+    time.sleep(0.001)
+    return folder
+
+
+def write_lookalike(folder: Path, kind: str = "PREFIX_EXT") -> Path:
+    """Writes what looks like an adapter to those who read no further than its type."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
     time.sleep(0.001)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from helpers.serving import support
 from helpers.serving.engines import Engine, Pool
 from helpers.serving.fixtures import adapter, log, model, options, other, server  # noqa: F401
 from helpers.serving.oracle import Oracle
-from helpers.serving.server import serve, write_models
+from helpers.serving.server import PREFIXES, serve, write_models
 
 
 @pytest.fixture(scope="package")
@@ -54,6 +55,20 @@ def client(server_folder: Path, adapters_folder: Path) -> Iterator[openai.OpenAI
     memory = ("--prefix-adapter-device-memory", "0.00018")
     with serve(server_folder, *memory, "--prefix-adapter-dir", str(adapters_folder)) as client:
         yield client
+
+
+@pytest.fixture
+def root(adapters_folder: Path, client: openai.OpenAI) -> Iterator[Path]:
+    """The folder where the server finds adapters, which is emptied after the test."""
+    yield adapters_folder
+    for path in adapters_folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    assert {each.id for each in client.models.list()} == {"base", *PREFIXES}
+
+
+@pytest.fixture(scope="package")
+def reference(server_folder: Path) -> support.Reference:
+    return support.Reference(server_folder / "model")
 
 
 @pytest.fixture(scope="package")

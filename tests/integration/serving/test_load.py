@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.load.benchmark import check_answers, expected_answers
-from benchmarks.load.traffic import BASE, Traffic
+from benchmarks.load.name_history import BASE
+from benchmarks.load.traffic import Traffic
 from helpers.serving import support
 from helpers.serving.server import CONFIG, PREFIXES, load, unload
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from helpers.serving import support
 from helpers.serving.resolving import CONFIG, Names, write
-from vllm_plugin.adapters import loading, resolver
+from vllm_plugin.adapters import loading, refusals
 from vllm_plugin.adapters.loading import load_known, open_adapter
 from vllm_plugin.adapters.options import AdapterOption
 from vllm_plugin.adapters.registry import Adapter
@@ -139,14 +139,14 @@ def test_any_name(config: Any, root: Path, name: str) -> None:
 
 
 def test_names_of_clients_do_not_fill_the_memory(config: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolver, "_MAX_REFUSED", 10)
+    monkeypatch.setattr(refusals, "_MAX_REFUSED", 10)
     names = Names(config, FolderSource(str(root)))
     for number in range(100):
         assert names.tokens(f"a{number}") is None
-    assert len(names.resolver._refused) == 10
+    assert len(names.resolver._refusals) == 10
     for name in ("a" * 10_000, "not a name", ".."):
         assert names.tokens(name) is None
-        assert name not in names.resolver._refused
+        assert name not in names.resolver._refusals
     assert not names.resolver._watched
     assert not names.resolver._flights._flights
 

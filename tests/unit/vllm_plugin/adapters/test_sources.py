@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import time
 from pathlib import Path
 
@@ -12,37 +10,24 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_plugin.adapters import file_state, folder_index
+from helpers.serving.resolving import write_lookalike
 from vllm_plugin.adapters.sources import FolderSource, HubSource, check_folders, check_owners, make_sources
 from vllm_plugin.errors import AdapterNotFoundError, PrefixServeError
 
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are old enough for their times to be trusted."""
-    monkeypatch.setattr(file_state, "SETTLING_NS", 0)
-
-
-def write(folder: Path, kind: str = "PREFIX_EXT") -> Path:
-    """Writes what looks like an adapter; no test here reads further."""
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    time.sleep(0.001)
-    return folder
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "root").mkdir()
-    write(tmp_path / "outside")
-    return tmp_path / "root"
+def root(root: Path) -> Path:
+    """With an adapter outside of it."""
+    write_lookalike(root.parent / "outside")
+    return root
 
 
 def test_a_folder_is_found_and_its_changes_are_noticed(root: Path) -> None:
     source = FolderSource(str(root))
     assert source.find("a") is None
-    write(root / "a")
+    write_lookalike(root / "a")
     first = source.find("a")
     assert first is not None
     assert (first.source, first.path) == (str(root / "a"), str(root / "a"))
@@ -52,7 +37,7 @@ def test_a_folder_is_found_and_its_changes_are_noticed(root: Path) -> None:
         lambda: (root / "a" / "adapter_model.safetensors").write_bytes(b"another"),
         lambda: (root / "a" / "adapter_config.json").write_text("{}"),
         lambda: (root / "a" / "adapter_config.json").unlink(),
-        lambda: ((root / "a").rename(root.parent / "old"), write(root / "a")),
+        lambda: ((root / "a").rename(root.parent / "old"), write_lookalike(root / "a")),
     ):
         change()
         time.sleep(0.001)
@@ -93,15 +78,15 @@ def test_no_name_leads_outside(root: Path, name: str) -> None:
 
 def test_links_lead_to_named_folders_only(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other"
-    write(other / "b")
-    (root / "inside").symlink_to(write(root / "..data" / "v1"))
+    write_lookalike(other / "b")
+    (root / "inside").symlink_to(write_lookalike(root / "..data" / "v1"))
     (root / "other").symlink_to(other / "b")
     (root / "outside").symlink_to(tmp_path / "outside")
     (root / "loop").symlink_to("loop")
     (root / "up").symlink_to("..")
     (root / "root").symlink_to(".")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        folder = write(root / name.partition(".")[0])
+        folder = write_lookalike(root / name.partition(".")[0])
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / "outside" / name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -119,7 +104,7 @@ def test_links_lead_to_named_folders_only(root: Path, tmp_path: Path, monkeypatc
     assert found is not None
     assert found.path == str(other / "b")
     # A link that is turned to another version.
-    write(root / "..data" / "v2")
+    write_lookalike(root / "..data" / "v2")
     (root / "new").symlink_to(root / "..data" / "v2")
     (root / "new").replace(root / "inside")
     turned = source.find("inside")
@@ -130,7 +115,7 @@ def test_links_lead_to_named_folders_only(root: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_special_files_are_not_waited_for(root: Path, name: str) -> None:
-    folder = write(root / "a")
+    folder = write_lookalike(root / "a")
     (folder / name).unlink()
     os.mkfifo(folder / name)
     source = FolderSource(str(root))
@@ -139,59 +124,6 @@ def test_special_files_are_not_waited_for(root: Path, name: str) -> None:
     (root / "file").write_bytes(b"")
     os.mkfifo(root / "fifo")
     assert source.find("file") is source.find("fifo") is None
-
-
-def test_names_are_those_of_prefixes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(root / "b")
-    write(root / "a", "CARTRIDGE")
-    write(root / "lora", "LORA")
-    write(root / ".hidden")
-    on_lora = {"base_adapters": [{"peft_type": "LORA"}], "init_text": '"peft_type": "LORA"', "peft_type": "PREFIX_EXT"}
-    (write(root / "on-lora") / "adapter_config.json").write_text(json.dumps(on_lora))
-    (write(root / "text") / "adapter_config.json").write_text('{"a": "\\"peft_type\\": \\"PREFIX_EXT\\""}')
-    write(root / "with space")
-    (root / "file").write_bytes(b"")
-    (root / "empty").mkdir()
-    source = FolderSource(str(root))
-    assert source.names() == ["a", "b", "on-lora"]
-    looked: list[str] = []
-    original = folder_index.type_at_a_glance
-    monkeypatch.setattr(folder_index, "type_at_a_glance", lambda path: looked.append(path) or original(path))
-    assert source.names() == ["a", "b", "on-lora"]
-    assert looked == []
-    write(root / "c")
-    (root / "b").rename(root.parent / "b")
-    assert source.names() == ["a", "c", "on-lora"]
-    # What is new, and folders without an adapter.
-    assert sorted(looked) == [str(root / name) for name in ("c", "empty", "text")]
-    (root / "empty" / "adapter_config.json").write_text('{"peft_type": "PREFIX_EXT"}')
-    assert source.names() == ["a", "c", "empty", "on-lora"]
-    assert FolderSource(str(root / "nowhere")).names() == []
-
-
-def test_a_listing_that_fails_is_made_again(root: Path) -> None:
-    source = FolderSource(str(root))
-    assert source.names() == []
-    write(root / "a")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # No file can be opened.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-    try:
-        assert source.names() == []
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert source.names() == ["a"]
-
-
-def test_names_of_very_many_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(3000):
-        (root / f"a{number}").mkdir()
-    monkeypatch.setattr(folder_index, "type_at_a_glance", lambda path: "PREFIX_EXT")
-    source = FolderSource(str(root))
-    assert len(source.names()) == 3000
-    monkeypatch.setattr(folder_index, "type_at_a_glance", None)
-    (root / "a0").rmdir()
-    assert len(source.names()) == 2999
 
 
 def test_only_allowed_repositories_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -219,7 +151,7 @@ def test_only_allowed_repositories_are_looked_for(monkeypatch: pytest.MonkeyPatc
     assert source.find("me/lora") is source.find("me/nothing") is None
     # Not the local folder of that name.
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "me" / "prefix")
+    write_lookalike(tmp_path / "me" / "prefix")
     found = source.find("me/prefix")
     assert found == ("me/prefix", str(tmp_path / "me/prefix"), str(tmp_path / "me/prefix"))
     assert source.find("you/prefix") is not None

@@ -96,6 +96,21 @@ def test_a_prefix_that_was_replaced_before_it_was_read() -> None:
     assert Engine("").ask(replaced) == ["old"] * 3
 
 
+def test_a_prefix_that_was_being_written_when_it_was_read() -> None:
+    engine = Engine("old")
+
+    async def is_whole_now(spec: PrefixSpec) -> PrefixSpec:
+        engine.unreadable = ""
+        return spec
+
+    assert engine.ask(is_whole_now) == ["old"] * 3
+    assert engine.closed == 2
+
+
+async def the_same(spec: PrefixSpec) -> PrefixSpec:
+    return spec
+
+
 @pytest.mark.parametrize(
     ("engine", "look_again"),
     [
@@ -103,6 +118,7 @@ def test_a_prefix_that_was_replaced_before_it_was_read() -> None:
         (Engine("old"), None),
         # Once: files that change all the time are no reason to go on for ever.
         (Engine("old new"), replaced),
+        (Engine("old"), the_same),
         # An answer is of one prefix.
         (Engine("old", after=1), replaced),
     ],
