@@ -23,5 +23,5 @@ def _add_member() -> PeftType:
     return member
 
 
-# There already if this module is reloaded.
-PREFIX_EXT = PeftType._member_map_.get(NAME) or _add_member()
+# It is there already if this module is reloaded.
+PREFIX_EXT = PeftType(NAME) if NAME in PeftType._member_map_ else _add_member()
