@@ -26,12 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent
-from vllm.v1.core.kv_cache_utils import (
-    BlockHash,
-    make_block_hash_with_group_id,
-    maybe_convert_block_hash,
-    resolve_block_hashes,
-)
+from vllm.v1.core.kv_cache_utils import BlockHash, maybe_convert_block_hash, resolve_block_hashes
 
 from vllm_plugin.adapters.spec import PrefixSpec, unpack
 from vllm_plugin.kv_transfer_config import ADAPTERS
@@ -159,6 +154,8 @@ class _Blocks:
             # vLLM leaves out those that have left a sliding window.
             there = set(event.block_hashes)
             kept = [index for index in kept if maybe_convert_block_hash(hashes[index]) in there]
+        group = event.group_idx
+        assert group is not None
         first, stop = max(indices.start, self._num_prefix_blocks), indices.stop
         renamed: list[tuple[Any, Any]] = []
         published: list[Any] = []
@@ -167,7 +164,7 @@ class _Blocks:
             if block_hash is not None:
                 published.append(block_hash)
             # What is not in the cache is never removed from it: vLLM reports hits in a sliding window from the first block.
-            if block_hash != engine_hash and self._is_cached(hashes[index], event.group_idx):
+            if block_hash != engine_hash and self._pool.get_cached_block(hashes[index], [group]):
                 renamed.append((engine_hash, block_hash))
         kept = [index for index in kept if index >= first]
         event.block_hashes = published
@@ -198,10 +195,6 @@ class _Blocks:
         if index < self._num_prefix_blocks:
             return None
         return self._own_hash(self._start(index + 1)) if self._has_own_hashes else engine_hash
-
-    def _is_cached(self, block_hash: BlockHash, group: int) -> bool:
-        key = make_block_hash_with_group_id(block_hash, group)
-        return self._pool.cached_block_hash_to_block.get_one_block(key) is not None
 
     def _extra_keys(self, start: int, stop: int) -> tuple[Any, ...]:
         """Returns what tells a part of the prompt from others beside its tokens, in the form in which vLLM publishes it.

@@ -34,7 +34,7 @@ class Replica:
     """A KV cache whose requests are stored whole, and a router that listens to it."""
 
     def __init__(self, unit: int = BLOCK_SIZE, num_blocks: int = 100) -> None:
-        require(server=False)
+        require(server=False, kv_events=True)
         kv_cache_utils.init_none_hash(sha256)
         self.pool = BlockPool(num_blocks, True, unit, enable_kv_cache_events=True)
         self.router = Router(BLOCK_SIZE)
