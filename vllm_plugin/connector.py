@@ -200,6 +200,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
                 self.draft_writer.write(loads)
                 # Drafts without a prefix are rejected, not wrong: their requests go on.
                 self.draft_writer.take_unwritten()
+                # Adapters are counted by their own prefix.
+                self.draft_writer.stats.reset()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         assert self.writer is not None
