@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_plugin.adapters import handover
 from vllm_plugin.adapters.spec import PrefixSpec, unpack
 from vllm_plugin.kv_transfer_config import ADAPTERS
+from vllm_plugin.logger import logger
 from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import PrefixStats
 from vllm_plugin.scheduler import media
@@ -58,6 +59,12 @@ class PrefixScheduler:
 
     def add_placeholders(self, request: Request) -> None:
         """Inserts the placeholders before a new request's prompt and salts its block hashes."""
+        if self._hands_over and request.kv_transfer_params and handover.drop_unreadable(request.kv_transfer_params):
+            logger.warning(
+                "Request %s names no blocks of another server that could be taken over: its `kv_transfer_params` lack one of %s.",
+                request.request_id,
+                ", ".join(handover.NEEDED),
+            )
         # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters,
         # so that a connector can release what it holds for the request. It never runs.
         packed = _transfer(request).get(ADAPTERS)

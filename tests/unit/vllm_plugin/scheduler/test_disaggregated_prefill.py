@@ -170,6 +170,42 @@ def test_a_request_that_never_ran_frees_the_blocks_of_the_other_server(servers: 
     assert list(nixl.reqs_to_recv[request_id].local_block_ids) == []
 
 
+@pytest.mark.parametrize("spec", [None, SPECS[32]], ids=["base", "prefix"])
+@pytest.mark.parametrize("missing", [*handover.NEEDED, "all"])
+def test_a_request_that_names_no_blocks_runs_here(servers: Servers, spec: PrefixSpec | None, missing: str) -> None:
+    """vLLM's connector would end the engine, or wait for ever."""
+    from vllm.v1.request import RequestStatus
+
+    prompt = prompt_ids(50)
+    transfer, _ = servers.prefills.prefill(prompt, spec)
+    lacks = {} if missing == "all" else {name: value for name, value in transfer.items() if name != missing}
+    lacks["do_remote_prefill"] = True
+    request_id = servers.decodes.add(prompt, spec, dict(lacks))
+    step, loads, nixl = servers.decodes.schedule()
+    assert (step.num_scheduled_tokens, nixl.reqs_to_recv) == ({request_id: 50}, {})
+    assert [(load.start, load.stop) for load in loads] == ([] if spec is None else [(0, 32)])
+    servers.decodes.finish(step, sampled=[request_id])
+    # The front end passes on the parameters of a request that it refuses.
+    refused = servers.decodes.add(prompt, None, dict(lacks))
+    servers.decodes.scheduler.finish_requests([refused], RequestStatus.FINISHED_ABORTED)
+    _, _, nixl = servers.decodes.schedule()
+    assert nixl.reqs_to_recv == {}
+
+
+def test_a_prompt_is_prefilled_again_with_what_the_first_time_answered(servers: Servers) -> None:
+    """vLLM's connector would wait for blocks that it does not read."""
+    prompt, spec = prompt_ids(150), SPECS[32]
+    for number, each in enumerate((None, spec, spec)):
+        transfer, _ = servers.prefills.prefill(prompt_ids(150, seed=number), each)
+        again = {**transfer, "do_remote_prefill": False, "do_remote_decode": True}
+        request_id = servers.prefills.add(prompt, each, again)
+        step, _, nixl = servers.prefills.schedule()
+        assert (step.num_scheduled_tokens.keys(), nixl.reqs_to_recv) == ({request_id}, {})
+        answer = servers.prefills.finish(step, sampled=[request_id])[request_id].kv_transfer_params
+        assert answer["remote_request_id"] == request_id
+        assert handover.problem(each, answer) is None
+
+
 def test_a_failed_load_fails_a_request_that_waits_for_its_text(servers: Servers) -> None:
     """It has found the blocks of the prefix in the cache, where the first request was to write them."""
     spec, prompt = SPECS[70], prompt_ids(50)
