@@ -349,6 +349,16 @@ def test_what_is_resident_is_reported_when_it_changes(adapters: Any) -> None:
     ]
 
 
+def test_a_replaced_prefix_is_counted_until_it_goes(adapters: Any) -> None:
+    """The name stays where it is, so that nothing is told of it."""
+    one, newer = adapters("one")[0], dataclasses.replace(adapters("two")[0], name="one")
+    worker = Worker(1 << 20)
+    worker.writer.write([load(one, [1, 2])])
+    worker.writer.stats.take()
+    worker.writer.write([load(newer, [1, 2])])
+    assert worker.writer.stats.take().data == {RESIDENT: 2}
+
+
 def test_the_tiers_of_prefixes_are_reported(adapters: Any) -> None:
     """Room for one on the device; the host, where there is one, has room for all."""
     one, two = adapters("one")[0], adapters("two")[0]
