@@ -8,14 +8,12 @@ as they are. A response without a prefix says nothing, as that of a server witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_plugin.adapters.spec import PrefixSpec
 
 CONTENT = "prefix_adapter_content"
-# What the NixlConnector needs of the other server, and looks up without a check.
-NEEDED = ("remote_block_ids", "remote_engine_id", "remote_request_id", "remote_host", "remote_port")
 
 
 def say(spec: PrefixSpec) -> dict[str, str]:
@@ -24,30 +22,8 @@ def say(spec: PrefixSpec) -> dict[str, str]:
 
 
 def is_handed_over(transfer: Mapping[str, Any]) -> bool:
-    """Returns whether a request shall take over blocks of another server; see `drop_unreadable`."""
+    """Returns whether a request shall take over blocks of another server."""
     return bool(transfer.get("do_remote_prefill"))
-
-
-def drop_unreadable(transfer: MutableMapping[str, Any]) -> bool:
-    """Takes out of the KV transfer parameters of a request what the NixlConnector would end the engine for, or never read.
-
-    It waits for blocks as soon as a request asks for them, whether it was told where they are or not. The same parameters
-    reach it for a request that the front end has refused, to free the blocks of the other server.
-
-    Args:
-        transfer: The parameters, as a client sent them.
-
-    Returns:
-        Whether a request to take over blocks was dropped. The prompt then runs here, as without it.
-    """
-    if not transfer.get("do_remote_prefill"):
-        # Only "bidirectional_kv_xfer" would read them.
-        transfer.pop("remote_block_ids", None)
-        return False
-    if all(transfer.get(name) for name in NEEDED):
-        return False
-    transfer["do_remote_prefill"] = False
-    return True
 
 
 def problem(spec: PrefixSpec | None, transfer: Mapping[str, Any]) -> str | None:

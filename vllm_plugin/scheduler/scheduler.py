@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_plugin.adapters import handover
 from vllm_plugin.adapters.spec import PrefixSpec, unpack
 from vllm_plugin.kv_transfer_config import ADAPTERS
-from vllm_plugin.logger import logger
 from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import PrefixStats
 from vllm_plugin.scheduler import media
+from vllm_plugin.scheduler.handovers import Handovers
 from vllm_plugin.scheduler.load_failures import BlockIds, RecentBlocks
 from vllm_plugin.scheduler.other_connectors import OtherConnectors
 from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
@@ -45,7 +45,8 @@ class PrefixScheduler:
         self.other_connectors = OtherConnectors()
         # None before vLLM has made its cache manager.
         self.pinned: PinnedPrefixes | None = None
-        self._block_size, self._hands_over = block_size, hands_over
+        self._block_size = block_size
+        self._handovers = Handovers() if hands_over else None
         # The least recently used first.
         self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
         self._specs: dict[str, PrefixSpec] = {}
@@ -59,12 +60,8 @@ class PrefixScheduler:
 
     def add_placeholders(self, request: Request) -> None:
         """Inserts the placeholders before a new request's prompt and salts its block hashes."""
-        if self._hands_over and request.kv_transfer_params and handover.drop_unreadable(request.kv_transfer_params):
-            logger.warning(
-                "Request %s names no blocks of another server that could be taken over: its `kv_transfer_params` lack one of %s.",
-                request.request_id,
-                ", ".join(handover.NEEDED),
-            )
+        if self._handovers is not None:
+            self._handovers.check(request)
         # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters,
         # so that a connector can release what it holds for the request. It never runs.
         packed = _transfer(request).get(ADAPTERS)
@@ -182,12 +179,14 @@ class PrefixScheduler:
         if spec is None:
             return None
         self.recent_blocks.add(request, block_ids)
-        return handover.say(spec) if self._hands_over and _transfer(request).get("do_remote_decode") else None
+        return (
+            handover.say(spec) if self._handovers is not None and _transfer(request).get("do_remote_decode") else None
+        )
 
     def _is_taken_over(self, request: Request) -> bool:
         """Returns whether another connector loads the whole prompt of a request, placeholders included."""
         return (
-            self._hands_over
+            self._handovers is not None
             and bool(_transfer(request).get("do_remote_prefill"))
             # vLLM loads nothing for a request that skips the prefix cache, unless it has to; see `accept_load`.
             and not request.skip_reading_prefix_cache
