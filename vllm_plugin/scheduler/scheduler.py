@@ -60,15 +60,16 @@ class PrefixScheduler:
 
     def add_placeholders(self, request: Request) -> None:
         """Inserts the placeholders before a new request's prompt and salts its block hashes."""
-        if self._handovers is not None:
-            self._handovers.check(request)
         # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters,
         # so that a connector can release what it holds for the request. It never runs.
         packed = _transfer(request).get(ADAPTERS)
-        if packed is None or getattr(request, "abort_immediately", False):
+        spec = None if packed is None or getattr(request, "abort_immediately", False) else unpack(packed)
+        p = 0 if spec is None else spec.num_virtual_tokens
+        if self._handovers is not None:
+            self._handovers.check(request, p + request.num_prompt_tokens)
+        if spec is None:
             return
-        spec = self._specs[request.request_id] = unpack(packed)
-        p = spec.num_virtual_tokens
+        self._specs[request.request_id] = spec
         request.cache_salt = spec.salt(request.cache_salt)
         request.prefill_stats = RealPrefillStats(p)
         if getattr(request.sampling_params, "prompt_logprobs", None) is not None:

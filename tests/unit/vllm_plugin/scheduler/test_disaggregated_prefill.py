@@ -224,6 +224,16 @@ def test_blocks_are_taken_over_once(servers: Servers, spec: PrefixSpec | None, m
     assert len(taken_over._taken_over) <= 3
 
 
+@pytest.mark.parametrize("spec", [None, SPECS[32]], ids=["base", "prefix"])
+def test_blocks_of_a_shorter_prompt_are_not_taken_over(servers: Servers, spec: PrefixSpec | None) -> None:
+    """Of several prompts in one request, the response has the parameters of the first only."""
+    first, second = prompt_ids(50), prompt_ids(51, seed=1)
+    transfer, _ = servers.prefills.prefill(first, spec)
+    ids = [servers.decodes.add(prompt, spec, dict(transfer)) for prompt in (second, first)]
+    step, _, nixl = servers.decodes.schedule()
+    assert (step.num_scheduled_tokens, nixl.reqs_to_recv.keys()) == ({ids[0]: 51}, {ids[1]})
+
+
 def test_a_prompt_is_prefilled_again_with_what_the_first_time_answered(servers: Servers) -> None:
     """vLLM's connector would wait for blocks that it does not read."""
     prompt, spec = prompt_ids(150), SPECS[32]
