@@ -26,7 +26,7 @@ from vllm_plugin.adapters.registry import registry_in
 from vllm_plugin.adapters.remote import use_cache
 from vllm_plugin.adapters.speculation import draft_model
 from vllm_plugin.adapters.startup_log import log_adapters, log_cache
-from vllm_plugin.adapters.validation import check_shapes, check_states
+from vllm_plugin.adapters.validation import check_shapes, check_states, publishes_events
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY, HANDOVER
 from vllm_plugin.metadata import PrefixMetadata
@@ -58,7 +58,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         # An engine in a process of its own does not create its config there.
-        require(server=False)
+        require(server=False, kv_events=publishes_events(vllm_config))
         self.scheduler: PrefixScheduler | None = None
         self.writer: PrefixWriter | None = None
         # Of prefixes that were trained on the draft model, if the engine has one.
@@ -195,6 +195,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
                 self.draft_writer.write(loads)
                 # Drafts without a prefix are rejected, not wrong: their requests go on.
                 self.draft_writer.take_unwritten()
+                # Adapters are counted by their own prefix.
+                self.draft_writer.stats.reset()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         assert self.writer is not None

@@ -22,8 +22,8 @@ def say(spec: PrefixSpec) -> dict[str, str]:
 
 
 def is_handed_over(transfer: Mapping[str, Any]) -> bool:
-    """Returns whether the KV transfer parameters of a request name blocks of another server."""
-    return bool(transfer.get("do_remote_prefill") or transfer.get("remote_block_ids"))
+    """Returns whether a request shall take over blocks of another server."""
+    return bool(transfer.get("do_remote_prefill"))
 
 
 def problem(spec: PrefixSpec | None, transfer: Mapping[str, Any]) -> str | None:

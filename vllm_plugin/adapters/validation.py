@@ -71,13 +71,18 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
+def publishes_events(vllm_config: Any) -> bool:
+    """Returns whether an engine publishes KV events."""
+    events = vllm_config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
+
+
 def _check_events(vllm_config: Any) -> None:
     """Raises `PrefixServeError` if another connector would publish placeholders as the text of a prompt.
 
     Ours rewrites the events of the KV cache. These connectors make their own, with the tokens of the request.
     """
-    events = vllm_config.kv_events_config
-    if events is None or not events.enable_kv_cache_events:
+    if not publishes_events(vllm_config):
         return
     for connector in vllm_config.kv_transfer_config.kv_connector_extra_config.get("connectors", ()):
         name, extra = connector.get("kv_connector"), connector.get("kv_connector_extra_config") or {}

@@ -185,10 +185,16 @@ def has_prefix(request: Any) -> bool:
     return extra_args is not None and ADAPTERS in (extra_args.get("kv_transfer_params") or ())
 
 
-def attach_prefix(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
+def attach_prefix(request: Any, spec: PrefixSpec, max_model_len: int, num_engines: int) -> None:
     """Attaches a prefix to a checked `EngineCoreRequest`, and limits its output to the context.
 
     vLLM limits `max_tokens` to the context for the base model, but does not count virtual tokens.
+
+    Args:
+        request: The request.
+        spec: The prefix.
+        max_model_len: The length of the context in tokens, virtual tokens included.
+        num_engines: How many data-parallel engines share the requests.
 
     Raises:
         PrefixRequestError: If it is a streaming session.
@@ -205,6 +211,9 @@ def attach_prefix(request: Any, spec: PrefixSpec, max_model_len: int) -> None:
     params.max_tokens = remaining if params.max_tokens is None else min(params.max_tokens, remaining)
     extra_args = dict(params.extra_args or {})
     transfer = extra_args.get("kv_transfer_params") or {}
+    if num_engines > 1 and params.n > 1 and handover.is_handed_over(transfer):
+        # The choices go to several engines, and only one may take over the blocks; see `scheduler/handovers.py`.
+        transfer = {**transfer, "do_remote_prefill": False}
     extra_args["kv_transfer_params"] = {**transfer, ADAPTERS: pack(spec)}
     params.extra_args = extra_args
 

@@ -60,11 +60,12 @@ def install() -> None:
         wrapt.register_post_import_hook(functools.partial(patch.attach, start_patch), start_patch.module)
 
 
-def require(*, server: bool) -> None:
+def require(*, server: bool, kv_events: bool = False) -> None:
     """Makes this process ready for prefixes. Calling it again has no effect.
 
     Args:
         server: Whether to patch the OpenAI server as well, and not only the engine.
+        kv_events: Whether the engine publishes KV events.
 
     Raises:
         PrefixServeError: If the plugin does not support this vLLM.
@@ -77,7 +78,7 @@ def require(*, server: bool) -> None:
     is_known = MIN_VERSION <= version < END_VERSION or version == patch.DEVELOPMENT
     if not is_known and os.environ.get(ANY_VERSION) != "1":
         patch.problems["version"] = f"this release was written for 0.{MIN_VERSION[1]} to 0.{END_VERSION[1] - 1}"
-    for method_patch in all_patches(server=server):
+    for method_patch in all_patches(server=server, kv_events=kv_events):
         if not method_patch.is_for(version):
             continue
         if method_patch.in_workers and method_patch.module not in sys.modules:
@@ -97,11 +98,12 @@ def require(*, server: bool) -> None:
     _register_connector()
 
 
-def all_patches(*, server: bool) -> tuple[MethodPatch, ...]:
+def all_patches(*, server: bool, kv_events: bool) -> tuple[MethodPatch, ...]:
     """Returns the patches of a process with prefixes; the wrappers import vLLM.
 
     Args:
         server: Whether to include those of the OpenAI server.
+        kv_events: Whether to include those of KV events.
     """
     from vllm_plugin.patches.engine import ENGINE_PATCHES
     from vllm_plugin.patches.kv_events import KV_EVENT_PATCHES
@@ -112,7 +114,7 @@ def all_patches(*, server: bool) -> tuple[MethodPatch, ...]:
         *START_PATCHES,
         *REQUEST_PATCHES,
         *ENGINE_PATCHES,
-        *KV_EVENT_PATCHES,
+        *(KV_EVENT_PATCHES if kv_events else ()),
         *(SERVER_PATCHES if server else ()),
     )
 
@@ -152,10 +154,14 @@ def _from_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def _create_engine_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if settings_in(instance.kv_transfer_config) is None:
         return wrapped(*args, **kwargs)
+    from vllm_plugin.adapters.validation import publishes_events
     from vllm_plugin.front_end.engine_config import create
 
     require(server=False)
-    return create(instance, functools.partial(wrapped, *args, **kwargs))
+    vllm_config = create(instance, functools.partial(wrapped, *args, **kwargs))
+    # Once more, since only the config says whether the engine publishes them.
+    require(server=False, kv_events=publishes_events(vllm_config))
+    return vllm_config
 
 
 def _validate_lora(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ def _build_block_stored_event(wrapped: Any, instance: Any, args: Any, kwargs: An
     request, start, stop = (
         argument(wrapped, args, kwargs, name) for name in ("request", "start_token_idx", "end_token_idx")
     )
-    kv_events.rewrite(instance, request, event, start, stop)
+    kv_events.rewrite(instance, request, event, start, stop, event.block_size)
     return event
 
 
@@ -26,9 +26,10 @@ def _cache_partial_block(wrapped: Any, instance: Any, args: Any, kwargs: Any) ->
     key = wrapped(*args, **kwargs)
     for event in instance.kv_event_queue[num_events:]:
         if isinstance(event, BlockStored):
-            stop = argument(wrapped, args, kwargs, "num_tokens")
-            request = argument(wrapped, args, kwargs, "request")
-            kv_events.rewrite(instance, request, event, stop - event.block_size, stop)
+            request, stop, block_size = (
+                argument(wrapped, args, kwargs, name) for name in ("request", "num_tokens", "block_size")
+            )
+            kv_events.rewrite(instance, request, event, stop - event.block_size, stop, block_size)
     return key
 
 
@@ -45,6 +46,6 @@ KV_EVENT_PATCHES = (
         ("request", "start_token_idx", "end_token_idx"),
         _build_block_stored_event,
     ),
-    MethodPatch(_POOL, "BlockPool.cache_partial_block", ("request", "num_tokens"), _cache_partial_block),
+    MethodPatch(_POOL, "BlockPool.cache_partial_block", ("request", "num_tokens", "block_size"), _cache_partial_block),
     MethodPatch(_POOL, "BlockPool.take_events", (), _take_events),
 )

@@ -28,7 +28,7 @@ def _process_inputs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         # The prompt was raw, and the call has rendered it.
         requests.check(spec, requests.Prompt.of_request(request), params, max_model_len)
     if spec is not None:
-        requests.attach_prefix(request, spec, max_model_len)
+        requests.attach_prefix(request, spec, max_model_len, config.parallel_config.data_parallel_size)
     return request
 
 

@@ -11,6 +11,9 @@ If p is a multiple of the block size, both kinds of blocks are the same. If not,
 last one, r tokens of the prompt. Block n + j of the cache ends r tokens behind block j of the prompt. It is published as
 that one, and several blocks of the cache may be, which differ in the r tokens only. So block j has a hash of its own, which
 depends on nothing behind it, and is removed with the last of them.
+
+With `--prefix-match-unit` and recurrent layers, vLLM publishes the end of a prompt in units smaller than a block. The hashes
+of our own go on in these units, so that the end follows the blocks before it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,10 +35,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.request import Request
 
-_EVENTS, _HASHES = "prefix_events", "prefix_event_hashes"
+_EVENTS, _DIGESTS = "prefix_events", "prefix_event_digests"
 
 
-def rewrite(pool: BlockPool, request: Request, event: BlockStored, start: int, stop: int) -> None:
+def rewrite(pool: BlockPool, request: Request, event: BlockStored, start: int, stop: int, block_size: int) -> None:
     """Rewrites an event that vLLM made of a request, if the request has a prefix.
 
     Args:
@@ -44,10 +47,11 @@ def rewrite(pool: BlockPool, request: Request, event: BlockStored, start: int, s
         event: The event; without block hashes if no block of it is to be published.
         start: The position of the first token of the event's blocks.
         stop: One past the position of the last.
+        block_size: Tokens per block of the cache. The event may be of a part of one.
     """
     packed = (request.kv_transfer_params or {}).get(ADAPTERS)
     if packed is not None:
-        blocks = _Blocks(pool, request, unpack(packed), event.block_size)
+        blocks = _Blocks(pool, request, unpack(packed), event.block_size, block_size)
         _events(pool).add(event, blocks.publish(event, range(start // event.block_size, stop // event.block_size)))
 
 
@@ -66,8 +70,8 @@ class PrefixEvents:
 
     def __init__(self) -> None:
         # Of each event in the queue, vLLM's hashes and the published ones, None for a block that is not published. Only
-        # the order of the queue says which blocks are there.
-        self._queued: dict[int, list[tuple[Any, Any]]] = {}
+        # the order of the queue says which blocks are there. By the event's id, which is its own as long as it is kept.
+        self._queued: dict[int, tuple[BlockStored, list[tuple[Any, Any]]]] = {}
         self._published: dict[Any, Any] = {}
         self._num_blocks: Counter[Any] = Counter()
 
@@ -76,14 +80,14 @@ class PrefixEvents:
 
     def add(self, event: BlockStored, renamed: list[tuple[Any, Any]]) -> None:
         """Adds an event that goes into the queue, with vLLM's hash of each block that has another one, or None, outside."""
-        self._queued[id(event)] = renamed
+        self._queued[id(event)] = event, renamed
 
     def take(self, events: Iterable[KVCacheEvent]) -> list[KVCacheEvent]:
         """Returns the events of the queue that are to be published."""
         taken = []
         for event in events:
             if isinstance(event, BlockStored):
-                renamed = self._queued.pop(id(event), None)
+                _, renamed = self._queued.pop(id(event), (event, None))
                 self._stored(renamed or (), event.group_idx)
                 if renamed is not None and not event.block_hashes:
                     continue
@@ -95,6 +99,8 @@ class PrefixEvents:
                 self._published.clear()
                 self._num_blocks.clear()
             taken.append(event)
+        # What is left was in no queue.
+        self._queued.clear()
         return taken
 
     def _stored(self, renamed: Iterable[tuple[Any, Any]], group: int | None) -> None:
@@ -122,48 +128,54 @@ class _Blocks:
         pool: The pool of the blocks.
         request: The request.
         spec: Its prefix.
-        size: Tokens per block.
+        size: Tokens per block as published.
+        block_size: Tokens per block of the cache, a multiple of it.
     """
 
-    def __init__(self, pool: BlockPool, request: Request, spec: PrefixSpec, size: int) -> None:
+    def __init__(self, pool: BlockPool, request: Request, spec: PrefixSpec, size: int, block_size: int) -> None:
         self._pool, self._request, self._spec, self._size = pool, request, spec, size
         p = spec.num_virtual_tokens
         # How many blocks hold virtual tokens (n), and how many tokens of the prompt the last of them holds (r).
         self._num_prefix_blocks = -(-p // size)
         self._shift = self._num_prefix_blocks * size - p
+        self._has_own_hashes = p % block_size != 0
         # vLLM 0.33 may hash the tokens behind a block as well.
         self._lookahead = getattr(pool, "num_hash_lookahead_tokens", 0)
 
-    def publish(self, event: BlockStored, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+    def publish(self, event: BlockStored, indices: range) -> list[tuple[Any, Any]]:
         """Rewrites an event of the blocks `indices` of the cache.
 
         Returns:
             vLLM's hash of each block that is published under another one, and that one, or None if it is not published.
         """
-        if len(event.block_hashes) < len(indices):
+        hashes = resolve_block_hashes(self._request.block_hashes, self._pool.hash_block_size, self._size)
+        kept = list(indices)
+        if len(event.block_hashes) < len(kept):
             # vLLM leaves out those that have left a sliding window.
-            hashes = resolve_block_hashes(self._request.block_hashes, self._pool.hash_block_size, self._size)
-            cached = set(event.block_hashes)
-            kept = [index for index in indices if maybe_convert_block_hash(hashes[index]) in cached]
-        else:
-            kept = list(indices)
-        first, stop = max(indices[0], self._num_prefix_blocks), indices[-1] + 1
-        engine_hashes, skipped = event.block_hashes, sum(index < first for index in kept)
-        kept = kept[skipped:]
-        renamed: list[tuple[Any, Any]] = [(block_hash, None) for block_hash in engine_hashes[:skipped]]
-        event.block_hashes = engine_hashes[skipped:]
+            there = set(event.block_hashes)
+            kept = [index for index in kept if maybe_convert_block_hash(hashes[index]) in there]
+        group = event.group_idx
+        assert group is not None
+        first, stop = max(indices.start, self._num_prefix_blocks), indices.stop
+        renamed: list[tuple[Any, Any]] = []
+        published: list[Any] = []
+        for index, engine_hash in zip(kept, event.block_hashes, strict=True):
+            block_hash = self._published_hash(index, engine_hash)
+            if block_hash is not None:
+                published.append(block_hash)
+            # What is not in the cache is never removed from it: vLLM reports hits in a sliding window from the first block.
+            if block_hash != engine_hash and self._pool.get_cached_block(hashes[index], [group]):
+                renamed.append((engine_hash, block_hash))
+        kept = [index for index in kept if index >= first]
+        event.block_hashes = published
         if first == self._num_prefix_blocks:
             event.parent_block_hash = None
-        if self._shift and kept:
-            own = self._own_hashes(stop)
-            event.block_hashes = [own[index - self._num_prefix_blocks] for index in kept]
-            renamed += zip(engine_hashes[skipped:], event.block_hashes, strict=True)
-            if first > self._num_prefix_blocks:
-                event.parent_block_hash = own[first - 1 - self._num_prefix_blocks]
+        else:
+            event.parent_block_hash = self._published_hash(first - 1, event.parent_block_hash)
         # Readers that know the number only must not take these blocks for those of the base model.
         event.lora_name, event.lora_id = self._spec.name, zlib.crc32(self._spec.name.encode()) or 1
-        event.token_ids = self._tokens(first, stop) if first < stop else []
-        event.extra_keys = [self._extra_keys(index) or None for index in kept] or None
+        event.token_ids = self._request.all_token_ids[self._start(first) : self._start(stop)] if first < stop else []
+        event.extra_keys = [self._extra_keys(*self._bounds(index)) or None for index in kept] or None
         if getattr(event, "lookahead_token_ids", None) is not None:
             # A field of vLLM 0.33.
             event.lookahead_token_ids = [  # type: ignore[attr-defined, unused-ignore]
@@ -176,36 +188,41 @@ class _Blocks:
         """Returns where the block of the prompt starts that block `index` of the cache completes."""
         return index * self._size - self._shift
 
-    def _tokens(self, first: int, stop: int) -> list[int]:
-        return self._request.all_token_ids[self._start(first) : self._start(stop)]
+    def _bounds(self, index: int) -> tuple[int, int]:
+        return self._start(index), self._start(index + 1)
 
-    def _extra_keys(self, index: int) -> tuple[Any, ...]:
-        """Returns what tells a block of the prompt from others beside its tokens, in the form in which vLLM publishes it.
+    def _published_hash(self, index: int, engine_hash: Any) -> Any:
+        """Returns the hash that block `index` of the cache is published under; None if it is not published."""
+        if index < self._num_prefix_blocks:
+            return None
+        return self._own_hash(self._start(index + 1)) if self._has_own_hashes else engine_hash
+
+    def _extra_keys(self, start: int, stop: int) -> tuple[Any, ...]:
+        """Returns what tells a part of the prompt from others beside its tokens, in the form in which vLLM publishes it.
 
         The adapter's name is not among it: routers take a lone string for an image.
         """
-        start, stop = self._start(index), self._start(index + 1) + self._lookahead
+        stop += self._lookahead
         media = (
             (feature.identifier, feature.mm_position.offset - start)
             for feature in self._request.mm_features
             if feature.mm_position.offset < stop and start < feature.mm_position.offset + feature.mm_position.length
         )
         client_salt = (self._request.cache_salt or "").removeprefix(self._spec.salt(None))
-        return (*media, *([client_salt] if client_salt and index == self._num_prefix_blocks else []))
+        return (*media, *([client_salt] if client_salt and start == self._spec.num_virtual_tokens else []))
 
-    def _own_hashes(self, stop: int) -> list[Any]:
-        """Returns hashes of the blocks of the prompt up to the one that block `stop - 1` of the cache completes."""
-        request, size = self._request, self._size
-        # The digests of this request so far, and the hashes as vLLM publishes them.
-        digests, hashes = vars(request).setdefault(_HASHES, {}).setdefault(size, ([], []))
+    def _own_hash(self, stop: int) -> Any:
+        """Returns a hash of the prompt up to a position, as vLLM publishes it: equal on all replicas for equal adapters."""
+        request, unit, p = self._request, self._pool.hash_block_size, self._spec.num_virtual_tokens
+        # Those of this request so far: of its adapter, and of the prompt up to the end of each unit.
+        digests: list[bytes] = vars(request).setdefault(_DIGESTS, [])
         if not digests:
-            # Equal on all replicas, for equal adapters.
             lora = request.lora_request
-            digests.append(_digest(request.cache_salt, size, lora and (lora.lora_name, lora.lora_path)))
-        for index in range(self._num_prefix_blocks + len(hashes), stop):
-            digests.append(_digest(digests[-1], self._tokens(index, index + 1), self._extra_keys(index)))
-            hashes.append(maybe_convert_block_hash(BlockHash(digests[-1])))
-        return hashes
+            digests.append(_digest(request.cache_salt, unit, lora and (lora.lora_name, lora.lora_path)))
+        for start in range(p + (len(digests) - 1) * unit, stop, unit):
+            tokens = request.all_token_ids[start : start + unit + self._lookahead]
+            digests.append(_digest(digests[-1], tokens, self._extra_keys(start, start + unit)))
+        return maybe_convert_block_hash(BlockHash(digests[(stop - p) // unit]))
 
 
 def _digest(*content: Any) -> bytes:

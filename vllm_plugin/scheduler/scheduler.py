@@ -18,6 +18,7 @@ from vllm_plugin.kv_transfer_config import ADAPTERS
 from vllm_plugin.metadata import PrefixLoad
 from vllm_plugin.metrics import PrefixStats
 from vllm_plugin.scheduler import media
+from vllm_plugin.scheduler.handovers import Handovers
 from vllm_plugin.scheduler.load_failures import BlockIds, RecentBlocks
 from vllm_plugin.scheduler.other_connectors import OtherConnectors
 from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
@@ -44,7 +45,8 @@ class PrefixScheduler:
         self.other_connectors = OtherConnectors()
         # None before vLLM has made its cache manager.
         self.pinned: PinnedPrefixes | None = None
-        self._block_size, self._hands_over = block_size, hands_over
+        self._block_size = block_size
+        self._handovers = Handovers() if hands_over else None
         # The least recently used first.
         self._hashes: OrderedDict[Any, tuple[Any, ...]] = OrderedDict()
         self._specs: dict[str, PrefixSpec] = {}
@@ -61,10 +63,13 @@ class PrefixScheduler:
         # vLLM passes a request that the front end refused here as well, aborted and with the client's own parameters,
         # so that a connector can release what it holds for the request. It never runs.
         packed = _transfer(request).get(ADAPTERS)
-        if packed is None or getattr(request, "abort_immediately", False):
+        spec = None if packed is None or getattr(request, "abort_immediately", False) else unpack(packed)
+        p = 0 if spec is None else spec.num_virtual_tokens
+        if self._handovers is not None:
+            self._handovers.check(request, p + request.num_prompt_tokens)
+        if spec is None:
             return
-        spec = self._specs[request.request_id] = unpack(packed)
-        p = spec.num_virtual_tokens
+        self._specs[request.request_id] = spec
         request.cache_salt = spec.salt(request.cache_salt)
         request.prefill_stats = RealPrefillStats(p)
         if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
@@ -175,12 +180,14 @@ class PrefixScheduler:
         if spec is None:
             return None
         self.recent_blocks.add(request, block_ids)
-        return handover.say(spec) if self._hands_over and _transfer(request).get("do_remote_decode") else None
+        return (
+            handover.say(spec) if self._handovers is not None and _transfer(request).get("do_remote_decode") else None
+        )
 
     def _is_taken_over(self, request: Request) -> bool:
         """Returns whether another connector loads the whole prompt of a request, placeholders included."""
         return (
-            self._hands_over
+            self._handovers is not None
             and bool(_transfer(request).get("do_remote_prefill"))
             # vLLM loads nothing for a request that skips the prefix cache, unless it has to; see `accept_load`.
             and not request.skip_reading_prefix_cache

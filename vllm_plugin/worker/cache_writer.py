@@ -42,7 +42,8 @@ class PrefixWriter:
             (stack, [_checked_module(layer, modules) for layer in stack.layers]) for stack in manager.stacks
         ]
         self._unwritten: set[int] = set()
-        self.stats = PrefixStats({RESIDENT: manager.num_resident})
+        self._num_resident = manager.num_resident
+        self.stats = PrefixStats({RESIDENT: self._num_resident})
 
     def write(self, loads: Sequence[PrefixLoad]) -> None:
         """Copies the prefixes of one step's loads, with one cache update per layer."""
@@ -81,8 +82,9 @@ class PrefixWriter:
 
     def _report_residency(self) -> None:
         if changes := self._manager.take_residency():
-            self.stats.data[RESIDENT] = self._manager.num_resident
             self.stats.change_residency(changes)
+        if self._num_resident != self._manager.num_resident:
+            self._num_resident = self.stats.data[RESIDENT] = self._manager.num_resident
 
     def _write_stack(
         self, index: int, stack: LayerStack, modules: Sequence[Any], ready: Sequence[tuple[PrefixLoad, PrefixKV]]

@@ -32,6 +32,7 @@ CALLED = {
     "vllm.v1.request:Request.update_block_hashes",
     "vllm.v1.core.kv_cache_utils:maybe_convert_block_hash",
     "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
+    "vllm.v1.core.block_pool:BlockPool.get_cached_block",
     "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
     "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.append_n",
     "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.remove",
@@ -69,7 +70,7 @@ def overridden() -> set[str]:
 
 def all_method_patches() -> tuple[MethodPatch, ...]:
     """Returns all patches of the plugin."""
-    return (parser_patch(), *all_patches(server=True))
+    return (parser_patch(), *all_patches(server=True, kv_events=True))
 
 
 def wrapped() -> set[str]:

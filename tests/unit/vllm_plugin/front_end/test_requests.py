@@ -44,6 +44,21 @@ def test_checks(prompt: Any, params: Any, message: str) -> None:
         requests.check(spec, prompt(), params(), 512)
 
 
+@pytest.mark.parametrize(("n", "num_engines", "takes_over"), [(1, 1, True), (2, 1, True), (1, 2, True), (2, 2, False)])
+def test_choices_in_several_engines_take_over_nothing(n: int, num_engines: int, takes_over: bool) -> None:
+    """Each engine lets one request take over what another server prefilled, and knows nothing of the others."""
+    from vllm import SamplingParams
+
+    transfer = {"do_remote_prefill": True, "remote_block_ids": [[1]]}
+    params = SamplingParams(n=n, extra_args={"kv_transfer_params": transfer})
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1, 2])
+    spec = PrefixSpec(name="p7", source="", path="", num_virtual_tokens=7, digest="1")
+    requests.attach_prefix(request, spec, 512, num_engines)
+    sent = request.sampling_params.extra_args["kv_transfer_params"]
+    assert (sent["do_remote_prefill"], sent["remote_block_ids"]) == (takes_over, [[1]])
+    assert transfer["do_remote_prefill"]
+
+
 def test_prefixes_are_unknown_to_an_engine_without_them() -> None:
     class Config:
         kv_transfer_config = None

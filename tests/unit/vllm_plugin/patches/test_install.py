@@ -18,10 +18,12 @@ def test_without_adapters_nothing_changes(model: Path, adapter: Path) -> None:
     code = """
 import sys
 import wrapt
+from vllm.config import KVEventsConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm_plugin import prefix_adapters, register
 from vllm_plugin.patches.patch import vllm_version
 from vllm_plugin.patches.engine import ENGINE_PATCHES
+from vllm_plugin.patches.kv_events import KV_EVENT_PATCHES
 from vllm_plugin.patches.requests import REQUEST_PATCHES
 from vllm_plugin.patches.server import SERVER_PATCHES
 
@@ -29,7 +31,7 @@ def needed(*patches):
     return [patch for patch in patches if patch.is_for(vllm_version())]
 
 def wrapped():
-    patches = needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *SERVER_PATCHES)
+    patches = needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *KV_EVENT_PATCHES, *SERVER_PATCHES)
     return [patch.method for patch in patches if isinstance(resolve(patch), wrapt.FunctionWrapper)]
 
 def resolve(patch):
@@ -39,12 +41,17 @@ def resolve(patch):
 register()
 args = {"model": sys.argv[1], "skip_tokenizer_init": True, "max_model_len": 256}
 without = EngineArgs(**args).create_engine_config().kv_transfer_config, wrapped()
-EngineArgs(**args, **prefix_adapters(one=sys.argv[2])).create_engine_config()
-print(without, wrapped() == [patch.method for patch in needed(*REQUEST_PATCHES, *ENGINE_PATCHES)])
+served = {**args, **prefix_adapters(one=sys.argv[2])}
+found = [without]
+for events, patches in ((False, ()), (True, KV_EVENT_PATCHES)):
+    events_config = KVEventsConfig(enable_kv_cache_events=events, publisher="null")
+    EngineArgs(**served, kv_events_config=events_config).create_engine_config()
+    found.append(wrapped() == [patch.method for patch in needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *patches)])
+print(*found)
 """
     command = [sys.executable, "-c", code, str(model), str(adapter)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert output.splitlines()[-1] == "(None, []) True"
+    assert output.splitlines()[-1] == "(None, []) True True"
 
 
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

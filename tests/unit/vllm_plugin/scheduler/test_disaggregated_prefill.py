@@ -17,6 +17,8 @@ from helpers.serving.disaggregated import Server, engine_config
 from helpers.serving.support import BLOCK_SIZE, prompt_ids
 from vllm_plugin.adapters import handover
 from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.scheduler import handovers
+from vllm_plugin.scheduler.handovers import NEEDED
 
 LENGTHS = (4, 32, 70)
 SPECS = {p: PrefixSpec(f"p{p}", "", f"/p{p}", p, f"{p:064}") for p in LENGTHS}
@@ -134,9 +136,9 @@ def test_a_request_that_is_not_handed_over_loads_its_prefix(servers: Servers, p:
 def test_prompt_log_probabilities_run_the_text_here(servers: Servers, p: int) -> None:
     """vLLM then takes over nothing, so the prefix is loaded, and the other server may free its blocks."""
     prompt = prompt_ids(50)
-    transfer, _ = servers.prefills.prefill(prompt, SPECS[p])
     for _ in range(2):
-        request_id = servers.decodes.add(prompt, SPECS[p], dict(transfer), prompt_logprobs=1)
+        transfer, _ = servers.prefills.prefill(prompt, SPECS[p])
+        request_id = servers.decodes.add(prompt, SPECS[p], transfer, prompt_logprobs=1)
         step, loads, nixl = servers.decodes.schedule()
         assert [(load.start, load.stop) for load in loads] == [(0, p)]
         assert step.num_scheduled_tokens == {request_id: 50}
@@ -168,6 +170,82 @@ def test_a_request_that_never_ran_frees_the_blocks_of_the_other_server(servers: 
     _, loads, nixl = servers.decodes.schedule()
     assert (loads, list(nixl.reqs_to_recv)) == ([], [request_id])
     assert list(nixl.reqs_to_recv[request_id].local_block_ids) == []
+
+
+@pytest.mark.parametrize("spec", [None, SPECS[32]], ids=["base", "prefix"])
+@pytest.mark.parametrize("missing", [*NEEDED, "all"])
+def test_a_request_that_names_no_blocks_runs_here(servers: Servers, spec: PrefixSpec | None, missing: str) -> None:
+    """vLLM's connector would end the engine, or wait for ever."""
+    from vllm.v1.request import RequestStatus
+
+    prompt = prompt_ids(50)
+    transfer, _ = servers.prefills.prefill(prompt, spec)
+    lacks = {} if missing == "all" else {name: value for name, value in transfer.items() if name != missing}
+    lacks["do_remote_prefill"] = True
+    request_id = servers.decodes.add(prompt, spec, dict(lacks))
+    step, loads, nixl = servers.decodes.schedule()
+    assert (step.num_scheduled_tokens, nixl.reqs_to_recv) == ({request_id: 50}, {})
+    assert [(load.start, load.stop) for load in loads] == ([] if spec is None else [(0, 32)])
+    servers.decodes.finish(step, sampled=[request_id])
+    # The front end passes on the parameters of a request that it refuses.
+    refused = servers.decodes.add(prompt, None, dict(lacks))
+    servers.decodes.scheduler.finish_requests([refused], RequestStatus.FINISHED_ABORTED)
+    _, _, nixl = servers.decodes.schedule()
+    assert nixl.reqs_to_recv == {}
+
+
+@pytest.mark.parametrize("spec", [None, SPECS[32]], ids=["base", "prefix"])
+def test_blocks_are_taken_over_once(servers: Servers, spec: PrefixSpec | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other server frees them when they were read: with `n`, and with a router that tries again, they hold anything."""
+    from vllm.v1.request import RequestStatus
+
+    prompt = prompt_ids(50)
+    transfer, _ = servers.prefills.prefill(prompt, spec)
+    # The choices of a request share their parameters, in an engine of the front end's process.
+    first, second = (servers.decodes.add(prompt, spec, transfer) for _ in range(2))
+    step, loads, nixl = servers.decodes.schedule()
+    assert nixl.reqs_to_recv.keys() == {first}
+    assert step.num_scheduled_tokens == {second: 50}
+    assert [(load.start, load.stop) for load in loads] == ([] if spec is None else [(0, 32)])
+    servers.decodes.finish(step, sampled=[second], finished_recving={first})
+    decode(servers.decodes, first)
+    # Nor does one that is refused free them, which the first one may be reading.
+    refused = servers.decodes.add(prompt, None, transfer)
+    servers.decodes.scheduler.finish_requests([refused], RequestStatus.FINISHED_ABORTED)
+    other, _ = servers.prefills.prefill(prompt, spec)
+    takes_over = servers.decodes.add(prompt, spec, other)
+    _, _, nixl = servers.decodes.schedule()
+    assert nixl.reqs_to_recv.keys() == {takes_over}
+    # Not for ever.
+    monkeypatch.setattr(handovers, "MAX_TAKEN_OVER", 2)
+    taken_over = servers.decodes.scheduler.connector.sub_connectors[0].scheduler._handovers
+    for _ in range(3):
+        servers.decodes.add(prompt, spec, servers.prefills.prefill(prompt, spec)[0])
+    assert len(taken_over._taken_over) <= 3
+
+
+@pytest.mark.parametrize("spec", [None, SPECS[32]], ids=["base", "prefix"])
+def test_blocks_of_a_shorter_prompt_are_not_taken_over(servers: Servers, spec: PrefixSpec | None) -> None:
+    """Of several prompts in one request, the response has the parameters of the first only."""
+    first, second = prompt_ids(50), prompt_ids(51, seed=1)
+    transfer, _ = servers.prefills.prefill(first, spec)
+    ids = [servers.decodes.add(prompt, spec, dict(transfer)) for prompt in (second, first)]
+    step, _, nixl = servers.decodes.schedule()
+    assert (step.num_scheduled_tokens, nixl.reqs_to_recv.keys()) == ({ids[0]: 51}, {ids[1]})
+
+
+def test_a_prompt_is_prefilled_again_with_what_the_first_time_answered(servers: Servers) -> None:
+    """vLLM's connector would wait for blocks that it does not read."""
+    prompt, spec = prompt_ids(150), SPECS[32]
+    for number, each in enumerate((None, spec, spec)):
+        transfer, _ = servers.prefills.prefill(prompt_ids(150, seed=number), each)
+        again = {**transfer, "do_remote_prefill": False, "do_remote_decode": True}
+        request_id = servers.prefills.add(prompt, each, again)
+        step, _, nixl = servers.prefills.schedule()
+        assert (step.num_scheduled_tokens.keys(), nixl.reqs_to_recv) == ({request_id}, {})
+        answer = servers.prefills.finish(step, sampled=[request_id])[request_id].kv_transfer_params
+        assert answer["remote_request_id"] == request_id
+        assert handover.problem(each, answer) is None
 
 
 def test_a_failed_load_fails_a_request_that_waits_for_its_text(servers: Servers) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.distributed.kv_events import BlockStored
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.utils.hashing import sha256
@@ -34,7 +34,7 @@ class Replica:
     """A KV cache whose requests are stored whole, and a router that listens to it."""
 
     def __init__(self, unit: int = BLOCK_SIZE, num_blocks: int = 100) -> None:
-        require(server=False)
+        require(server=False, kv_events=True)
         kv_cache_utils.init_none_hash(sha256)
         self.pool = BlockPool(num_blocks, True, unit, enable_kv_cache_events=True)
         self.router = Router(BLOCK_SIZE)
@@ -232,6 +232,75 @@ def test_hits_that_end_within_a_block(p: int) -> None:
     assert events[1].parent_block_hash == events[0].block_hashes[0]
 
 
+@pytest.mark.parametrize("p", SPECS)
+def test_the_end_of_a_prompt_follows_its_blocks(p: int) -> None:
+    """A part of a block comes after whole ones, and whole ones replace it, in vLLM's own chain of hashes as in ours."""
+    replica, prompt = Replica(UNIT), prompt_ids(170)
+    request = replica.request(prompt, p)
+    blocks = replica.store(request)
+    (event,) = replica.publish()
+    # The first unit behind the last block.
+    end = len(event.token_ids)
+    stop = -(-p // UNIT) * UNIT + end + UNIT
+    (tail,) = replica.pool.get_new_blocks(1)
+    replica.pool.cache_partial_block(request, tail, stop, 0, BLOCK_SIZE)
+    (part,) = replica.pool.take_events()
+    assert part.token_ids == prompt[end : end + UNIT]
+    assert part.parent_block_hash == event.block_hashes[-1]
+    # A unit that ends where a block of the prompt does stays as long as one of them does. If a block of the cache ends there
+    # as well, vLLM has one hash for both, and publishes that it is removed with the first.
+    is_one = -p % UNIT == -p % BLOCK_SIZE
+    replica.pool.cache_partial_block(request, tail, stop - UNIT, 0, BLOCK_SIZE)
+    replica.pool.evict_blocks({block.block_id for block in blocks})
+    removals = [each for each in replica.pool.take_events() if isinstance(each, BlockRemoved)]
+    removed = {block_hash for each in removals for block_hash in each.block_hashes}
+    assert removed == set(event.block_hashes if is_one else event.block_hashes[:-1])
+
+
+@pytest.mark.parametrize("p", SPECS)
+def test_hits_that_are_reported_again(replica: Replica, p: int) -> None:
+    """`kv_cache_report_mode`: vLLM reports the whole prompt for a group that has the end of it only."""
+    request = replica.request(prompt_ids(170), p)
+    num_blocks = request.num_tokens // BLOCK_SIZE
+    blocks = [replica.pool.null_block] * (num_blocks - 2) + replica.pool.get_new_blocks(2)
+    replica.pool.cache_full_blocks(request, blocks, 0, num_blocks, BLOCK_SIZE, 1)
+    for _ in range(2):
+        replica.pool.emit_cached_block_events(request, num_blocks, BLOCK_SIZE, 1)
+    _, *reported = replica.pool.take_events()
+    count = num_matched(p, 170)
+    assert [event.token_ids for event in reported] == [prompt_ids(170)[: count * BLOCK_SIZE]] * 2
+    assert [len(event.block_hashes) for event in reported] == [count] * 2
+    # What was never there is never removed, and must not stay with us.
+    replica.pool.evict_blocks({block.block_id for block in blocks[-2:]})
+    removed = replica.pool.take_events()
+    assert [event.block_hashes[0] for event in removed] == reported[0].block_hashes[-2:]
+    assert len(vars(replica.pool)["prefix_events"]) == 0
+
+
+def test_events_that_are_dropped_are_forgotten(replica: Replica) -> None:
+    """A later event may have their place in memory."""
+    replica.store(replica.request(prompt_ids(100), 70))
+    kept = vars(replica.pool)["prefix_events"]
+    assert len(kept) > 0
+    replica.pool.kv_event_queue.clear()
+    for seed in range(20):
+        replica.store(replica.request(prompt_ids(100, seed=seed)))
+        assert all(len(event.block_hashes) == 3 for event in replica.publish())
+    assert len(kept) == 0
+
+
+def test_tokens_behind_a_block_are_part_of_its_hash(replica: Replica) -> None:
+    """vLLM 0.33 hashes them where a draft model reads ahead, and publishes them."""
+    replica.pool.num_hash_lookahead_tokens = 1
+    prompt = prompt_ids(2 * BLOCK_SIZE)
+    # They differ in the token behind the first block of the prompt.
+    for token in (5, 6):
+        replica.store(replica.request([*prompt[:BLOCK_SIZE], token, *prompt[BLOCK_SIZE + 1 :]], 31))
+    first, second = replica.pool.take_events()
+    assert first.token_ids[:BLOCK_SIZE] == second.token_ids[:BLOCK_SIZE]
+    assert first.block_hashes[0] != second.block_hashes[0]
+
+
 def test_equal_adapters_are_published_alike_by_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     # As operators set it, since vLLM's own hashes start from it.
     monkeypatch.setenv("PYTHONHASHSEED", "0")
@@ -250,4 +319,4 @@ def test_without_events_nothing_is_kept(replica: Replica) -> None:
     replica.remove(replica.store(request))
     assert replica.publish() == []
     assert "prefix_events" not in vars(replica.pool)
-    assert "prefix_event_hashes" not in vars(request)
+    assert "prefix_event_digests" not in vars(request)

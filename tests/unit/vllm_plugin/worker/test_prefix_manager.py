@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -18,8 +19,9 @@ from vllm_plugin.adapters.cache_layout import CacheLayout, halves_to_pairs
 from vllm_plugin.adapters.loading import digest_of
 from vllm_plugin.adapters.loading import load as load_adapter
 from vllm_plugin.adapters.spec import PrefixSpec
+from vllm_plugin.connector import PrefixConnector
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.metadata import PrefixLoad
+from vllm_plugin.metadata import PrefixLoad, PrefixMetadata
 from vllm_plugin.metrics import RESIDENCY, RESIDENT
 from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
@@ -347,6 +349,16 @@ def test_what_is_resident_is_reported_when_it_changes(adapters: Any) -> None:
     ]
 
 
+def test_a_replaced_prefix_is_counted_until_it_goes(adapters: Any) -> None:
+    """The name stays where it is, so that nothing is told of it."""
+    one, newer = adapters("one")[0], dataclasses.replace(adapters("two")[0], name="one")
+    worker = Worker(1 << 20)
+    worker.writer.write([load(one, [1, 2])])
+    worker.writer.stats.take()
+    worker.writer.write([load(newer, [1, 2])])
+    assert worker.writer.stats.take().data == {RESIDENT: 2}
+
+
 def test_the_tiers_of_prefixes_are_reported(adapters: Any) -> None:
     """Room for one on the device; the host, where there is one, has room for all."""
     one, two = adapters("one")[0], adapters("two")[0]
@@ -362,6 +374,19 @@ def test_the_tiers_of_prefixes_are_reported(adapters: Any) -> None:
         {"device": {"one": 0, "two": 1}, "host": {"two": 1}},
         {"device": {"two": 0}},
     ]
+
+
+def test_prefixes_of_the_draft_model_are_not_counted(adapters: Any) -> None:
+    """Nobody would take what a writer of drafts has to report, and adapters come and go for ever."""
+    connector = PrefixConnector.__new__(PrefixConnector)
+    connector.scheduler = None
+    connector.writer, connector.draft_writer = Worker(1 << 20).writer, Worker(1 << 20).writer
+    spec, draft = adapters("one")[0], adapters("draft")[0]
+    connector.bind_connector_metadata(PrefixMetadata([load(dataclasses.replace(spec, draft=draft), [1, 2])]))
+    connector.start_load_kv(None)
+    assert connector.draft_writer._manager.num_resident == 1
+    assert connector.draft_writer.stats.is_empty()
+    assert connector.get_kv_connector_stats().data == {RESIDENT: 1, RESIDENCY: {"device": {"one": 1}}}
 
 
 def test_a_prefix_that_cannot_be_read_is_nowhere(adapters: Any) -> None:
