@@ -166,7 +166,7 @@ def test_what_cannot_be_served_is_refused_when_it_is_loaded(
     front_end: RustFrontEnd, server_folder: Path, tmp_path: Path, pirate: list[Any]
 ) -> None:
     prefix = support.random_prefix(CONFIG, 4)
-    chat = support.write_adapter(tmp_path / "chat", CONFIG, prefix, chat_template="{{ messages }}")
+    chat = support.write_adapter(tmp_path / "chat", CONFIG, prefix, context={"chat_template": "{{ messages }}"})
     lora = support.write_adapter(tmp_path / "lora", CONFIG, prefix, peft_type="LORA")
     for path, message in (
         (chat, "brings its own chat template, and vLLM's Rust front end cannot serve it; unset VLLM_USE_RUST_FRONTEND"),

@@ -22,6 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_plugin import prefix_adapters, register
 from vllm_plugin.patches.patch import vllm_version
 from vllm_plugin.patches.engine import ENGINE_PATCHES
+from vllm_plugin.patches.engine_core import ENGINE_CORE_PATCHES
 from vllm_plugin.patches.requests import REQUEST_PATCHES
 from vllm_plugin.patches.server import SERVER_PATCHES
 
@@ -29,7 +30,7 @@ def needed(*patches):
     return [patch for patch in patches if patch.is_for(vllm_version())]
 
 def wrapped():
-    patches = needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *SERVER_PATCHES)
+    patches = needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *ENGINE_CORE_PATCHES, *SERVER_PATCHES)
     return [patch.method for patch in patches if isinstance(resolve(patch), wrapt.FunctionWrapper)]
 
 def resolve(patch):
@@ -40,17 +41,11 @@ register()
 args = {"model": sys.argv[1], "skip_tokenizer_init": True, "max_model_len": 256}
 without = EngineArgs(**args).create_engine_config().kv_transfer_config, wrapped()
 EngineArgs(**args, **prefix_adapters(one=sys.argv[2])).create_engine_config()
-print(without, wrapped() == [patch.method for patch in needed(*REQUEST_PATCHES, *ENGINE_PATCHES)])
+print(without, wrapped() == [patch.method for patch in needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *ENGINE_CORE_PATCHES)])
 """
     command = [sys.executable, "-c", code, str(model), str(adapter)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "(None, []) True"
-
-
-def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-    with pytest.raises(PrefixServeError, match="unset VLLM_USE_RUST_FRONTEND"):
-        install.require(server=True)
 
 
 @pytest.mark.parametrize(
