@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequestType, FinishReason
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.executor import Executor
 
-_RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "rust_front_end.json").read_text(encoding="utf-8"))
+RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "rust_front_end.json").read_text(encoding="utf-8"))
 # Where they stand in a request.
 _ID, _PROMPT, _PARAMS, _ADAPTER, _SALT, _CLIENTS_ID = 0, 1, 3, 6, 7, 16
 
@@ -59,7 +59,7 @@ class RustFrontEnd:
     def load(self, name: str, path: Any, *, load_inplace: bool = False) -> list[Any]:
         """Loads an adapter, and returns what its requests send of it."""
         number = self._numbers.setdefault(name, len(self._numbers) + 1)
-        adapter = [name, number, str(path), _RECORDED["add_lora"][3], load_inplace, _RECORDED["add_lora"][5]]
+        adapter = [name, number, str(path), RECORDED["add_lora"][3], load_inplace, RECORDED["add_lora"][5]]
         assert self.client.call_utility("add_lora", adapter) is True
         return adapter
 
@@ -83,7 +83,7 @@ class RustFrontEnd:
 
     @staticmethod
     def request(adapter: list[Any] | None, prompt: list[int], *, salt: str | None = None, **params: Any) -> list[Any]:
-        request = copy.deepcopy(_RECORDED["request"])
+        request = copy.deepcopy(RECORDED["request"])
         request[_CLIENTS_ID] = f"cmpl-{uuid.uuid4().hex[:8]}"
         request[_ID] = f"{request[_CLIENTS_ID]}-{uuid.uuid4().hex[:8]}"
         request[_PROMPT], request[_ADAPTER], request[_SALT] = prompt, adapter, salt
