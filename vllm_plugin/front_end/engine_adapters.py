@@ -105,10 +105,13 @@ class EngineAdapters:
         # Python's front end has attached and checked it. No client can: what it sends is JSON, which has no bytes.
         if isinstance(transfer, Mapping) and isinstance(transfer.get(ADAPTERS), bytes):
             return
+        base_lora.check(params, self._config)
+        if request.lora_request is None and transfer is None and request.cache_salt is None:
+            # The common request beside adapters.
+            return
         spec = None if request.lora_request is None else self._spec_of(request.lora_request)
         max_model_len = self._config.model_config.max_model_len
         requests.check(spec, requests.Prompt.of_request(request), params, max_model_len)
-        base_lora.check(params, self._config)
         if spec is not None:
             request.lora_request = None
             requests.attach_prefix(request, spec, max_model_len)
