@@ -10,7 +10,7 @@ from typing import Any
 from vllm_plugin.adapters.adapter_kinds import is_prefix_path
 from vllm_plugin.adapters.loading import open_adapter, verify_adapter
 from vllm_plugin.adapters.options import AdapterOption, check_name
-from vllm_plugin.adapters.registry import Adapter, Registry, registry_in
+from vllm_plugin.adapters.registry import Adapter, NameTakenError, Registry, registry_in
 from vllm_plugin.adapters.request import PrefixAdapterRequest
 from vllm_plugin.adapters.resolver import Resolver
 from vllm_plugin.adapters.spec import PrefixSpec
@@ -164,7 +164,11 @@ def _load(request: PrefixAdapterRequest, registry: Registry, vllm_config: Any) -
         adapter = open_adapter(option, vllm_config, registry)
     except PrefixServeError as error:
         raise PrefixRequestError(str(error)) from error
-    publish(adapter, registry, vllm_config, replace=request.load_inplace)
+    try:
+        publish(adapter, registry, vllm_config, replace=request.load_inplace)
+    except NameTakenError:
+        # Another engine of this server was faster.
+        return _load(request, registry, vllm_config)
     return adapter
 
 

@@ -1,16 +1,16 @@
-"""Patches of the scheduler, the worker's batch and the log-probabilities, in processes that serve prefixes."""
+"""Patches of the scheduler, the worker's batch and the metrics, in processes that serve prefixes."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-from vllm_plugin.front_end import adapters_in_use, prompt_logprobs
+from vllm_plugin.front_end import adapters_in_use
 from vllm_plugin.front_end.requests import has_prefix
 from vllm_plugin.kv_transfer_config import CONNECTOR, settings_in
 from vllm_plugin.patches.arguments import argument
 from vllm_plugin.patches.patch import MethodPatch
-from vllm_plugin.scheduler import load_failures
+from vllm_plugin.scheduler import load_failures, prompt_logprobs
 from vllm_plugin.worker import logits_processors
 
 
@@ -58,7 +58,6 @@ def _new_state(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     request = kwargs["request"] if "request" in kwargs else args[1]
     if has_prefix(request):
         adapters_in_use.name_adapter(state, request)
-        prompt_logprobs.expect(state.logprobs_processor, request)
     return state
 
 
@@ -72,8 +71,11 @@ def _record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     wrapped(*args, **kwargs)
 
 
-def _update_prompt_logprobs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    return wrapped(prompt_logprobs.real_rows(instance, kwargs["prompt_logprobs_tensors"] if kwargs else args[0]))
+def _update_from_output(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    output = kwargs["model_runner_output"] if "model_runner_output" in kwargs else args[1]
+    if output.prompt_logprobs_dict:
+        prompt_logprobs.keep_real_rows(instance.requests, output.prompt_logprobs_dict)
+    return wrapped(*args, **kwargs)
 
 
 _SCHEDULER, _LOGGERS = "vllm.v1.core.sched.scheduler", "vllm.v1.metrics.loggers"
@@ -83,13 +85,10 @@ ENGINE_PATCHES = (
     ),
     MethodPatch(_LOGGERS, "PrometheusStatLogger.__init__", ("vllm_config",), _new_prometheus_logger),
     MethodPatch(_LOGGERS, "PrometheusStatLogger.record", ("scheduler_stats",), _record),
-    MethodPatch(
-        "vllm.v1.engine.logprobs",
-        "LogprobsProcessor._update_prompt_logprobs",
-        ("prompt_logprobs_tensors",),
-        _update_prompt_logprobs,
-    ),
     MethodPatch(_SCHEDULER, "Scheduler.__init__", ("vllm_config",), _new_scheduler),
+    MethodPatch(
+        _SCHEDULER, "Scheduler.update_from_output", ("scheduler_output", "model_runner_output"), _update_from_output
+    ),
     MethodPatch(_SCHEDULER, "Scheduler._handle_invalid_blocks", ("invalid_block_ids",), _handle_invalid_blocks),
     MethodPatch(
         "vllm.v1.core.single_type_kv_cache_manager",

@@ -71,7 +71,6 @@ def require(*, server: bool, kv_events: bool = False) -> None:
         PrefixServeError: If the plugin does not support this vLLM.
     """
     import vllm
-    from vllm import envs
 
     install()
     version = patch.vllm_version()
@@ -93,8 +92,6 @@ def require(*, server: bool, kv_events: bool = False) -> None:
             f"Prefix adapters do not work with vLLM {vllm.__version__} ({'; '.join(patch.problems.values())}); install a "
             "supported version of vLLM or upgrade peft-prefix-ext."
         )
-    if server and getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
-        raise PrefixServeError("Prefix adapters need vLLM's Python front end; unset VLLM_USE_RUST_FRONTEND.")
     _register_connector()
 
 
@@ -106,6 +103,7 @@ def all_patches(*, server: bool, kv_events: bool) -> tuple[MethodPatch, ...]:
         kv_events: Whether to include those of KV events.
     """
     from vllm_plugin.patches.engine import ENGINE_PATCHES
+    from vllm_plugin.patches.engine_core import ENGINE_CORE_PATCHES
     from vllm_plugin.patches.kv_events import KV_EVENT_PATCHES
     from vllm_plugin.patches.requests import REQUEST_PATCHES
     from vllm_plugin.patches.server import SERVER_PATCHES
@@ -114,6 +112,7 @@ def all_patches(*, server: bool, kv_events: bool) -> tuple[MethodPatch, ...]:
         *START_PATCHES,
         *REQUEST_PATCHES,
         *ENGINE_PATCHES,
+        *ENGINE_CORE_PATCHES,
         *(KV_EVENT_PATCHES if kv_events else ()),
         *(SERVER_PATCHES if server else ()),
     )
@@ -143,11 +142,18 @@ def _from_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
         take_prefixes(options)
     if any(getattr(options, name, None) not in (None, False) for name in OPTIONS):
+        from vllm_plugin.front_end import rust
         from vllm_plugin.front_end.engine_config import configure
 
-        require(server=True)
+        in_rust = rust.is_used(options)
+        require(server=not in_rust)
+        if in_rust:
+            rust.check_options(options)
         engine_args.kv_transfer_config = configure(engine_args.kv_transfer_config, options)
-        options.prefix_registry = SharedFolder(options.prefix_registry)
+        if in_rust:
+            rust.hand_over(options)
+        else:
+            options.prefix_registry = SharedFolder(options.prefix_registry)
     return engine_args
 
 

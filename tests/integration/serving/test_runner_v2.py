@@ -24,7 +24,7 @@ ALL = [
     f"{ENGINES}/test_architectures.py::test_same_tokens_after_chunks_preemption_and_reset",
     f"{ENGINES}/test_logits_processors.py",
     f"{ENGINES}/test_multimodal.py",
-    f"{UNIT}/front_end/test_prompt_logprobs.py",
+    f"{UNIT}/scheduler/test_prompt_logprobs.py",
     f"{UNIT}/scheduler/test_scheduler.py",
 ]
 SHORT = [

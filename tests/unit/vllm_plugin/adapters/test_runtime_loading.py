@@ -124,3 +124,25 @@ def test_an_adapter_is_removed(model: Path, tmp_path: Path) -> None:
     assert support.specs_in(Engine.vllm_config.kv_transfer_config) == {}
     with pytest.raises(PrefixServeError, match="'one' cannot be removed; this engine has: none"):
         remove_prefix_adapter(Engine, "one")
+
+
+def test_another_engine_of_the_server_may_be_faster(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_plugin.adapters import runtime_loading
+    from vllm_plugin.adapters.registry import Registry
+
+    config = config_of(model, {})
+    opened = []
+
+    def open_twice(option: Any, config: Any, registry: Any) -> Any:
+        adapter = open_adapter(option, config, registry)
+        opened.append(adapter)
+        Registry(registry.folder).add([adapter])
+        return adapter
+
+    open_adapter = runtime_loading.open_adapter
+    monkeypatch.setattr(runtime_loading, "open_adapter", open_twice)
+    one = write(tmp_path / "one", 1)
+    assert adapter_of(PrefixAdapterRequest("one", lora_path=one), config) == opened[0].spec
+    assert len(opened) == 1

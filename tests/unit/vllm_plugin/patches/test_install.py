@@ -23,6 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_plugin import prefix_adapters, register
 from vllm_plugin.patches.patch import vllm_version
 from vllm_plugin.patches.engine import ENGINE_PATCHES
+from vllm_plugin.patches.engine_core import ENGINE_CORE_PATCHES
 from vllm_plugin.patches.kv_events import KV_EVENT_PATCHES
 from vllm_plugin.patches.requests import REQUEST_PATCHES
 from vllm_plugin.patches.server import SERVER_PATCHES
@@ -31,7 +32,7 @@ def needed(*patches):
     return [patch for patch in patches if patch.is_for(vllm_version())]
 
 def wrapped():
-    patches = needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *KV_EVENT_PATCHES, *SERVER_PATCHES)
+    patches = needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *ENGINE_CORE_PATCHES, *KV_EVENT_PATCHES, *SERVER_PATCHES)
     return [patch.method for patch in patches if isinstance(resolve(patch), wrapt.FunctionWrapper)]
 
 def resolve(patch):
@@ -46,18 +47,12 @@ found = [without]
 for events, patches in ((False, ()), (True, KV_EVENT_PATCHES)):
     events_config = KVEventsConfig(enable_kv_cache_events=events, publisher="null")
     EngineArgs(**served, kv_events_config=events_config).create_engine_config()
-    found.append(wrapped() == [patch.method for patch in needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *patches)])
+    found.append(wrapped() == [patch.method for patch in needed(*REQUEST_PATCHES, *ENGINE_PATCHES, *ENGINE_CORE_PATCHES, *patches)])
 print(*found)
 """
     command = [sys.executable, "-c", code, str(model), str(adapter)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "(None, []) True True"
-
-
-def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-    with pytest.raises(PrefixServeError, match="unset VLLM_USE_RUST_FRONTEND"):
-        install.require(server=True)
 
 
 @pytest.mark.parametrize(
