@@ -8,7 +8,7 @@ the step finds them, and it reads them after the write as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,12 +21,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from vllm_plugin.adapters.cache_layout import cache_layout, total_num_kv_heads
-from vllm_plugin.adapters.registry import registry_in
+from vllm_plugin.adapters.cache_layout import cache_layout
 from vllm_plugin.adapters.remote import use_cache
 from vllm_plugin.adapters.speculation import draft_model
-from vllm_plugin.adapters.startup_log import log_adapters, log_cache
-from vllm_plugin.adapters.validation import check_shapes, check_states, publishes_events
+from vllm_plugin.adapters.validation import publishes_events
 from vllm_plugin.errors import PrefixServeError
 from vllm_plugin.kv_transfer_config import CACHE_SIZE, DEFAULT_DEVICE_MEMORY, DEVICE_MEMORY, HANDOVER
 from vllm_plugin.metadata import PrefixMetadata
@@ -34,11 +32,12 @@ from vllm_plugin.metrics import PrefixPromMetrics, PrefixStats
 from vllm_plugin.patches.install import require
 from vllm_plugin.scheduler.pinned_prefixes import PinnedPrefixes
 from vllm_plugin.scheduler.scheduler import PrefixScheduler
-from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, model_shapes, stacks_of
+from vllm_plugin.worker.cache_layers import CacheLayer, cache_layers, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
 from vllm_plugin.worker.draft_layers import draft_layer_names, draft_loads, share_memory
 from vllm_plugin.worker.prefix_manager import PrefixManager
-from vllm_plugin.worker.state_layers import StateLayer, model_states, state_layers
+from vllm_plugin.worker.published_layers import check_and_publish
+from vllm_plugin.worker.state_layers import state_layers
 from vllm_plugin.worker.state_writer import StateWriter
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         recurrent = state_layers(
             kv_cache_config, modules, model.hf_text_config.num_hidden_layers, leave_out=draft_names
         )
-        _check_and_publish(vllm_config, layers, recurrent, tp_rank)
+        check_and_publish(vllm_config, layers, recurrent, tp_rank)
         draft_layers: list[CacheLayer] = []
         if (draft := draft_model(vllm_config)) is not None:
             draft_layers = cache_layers(kv_cache_config, cache_layout(draft), leave_out=names - draft_names)
@@ -269,36 +268,6 @@ def _check_only_engine(vllm_config: VllmConfig) -> None:
             "Another engine with a KV connector runs in this process, and vLLM supports only one; shut it down, or leave "
             "VLLM_ENABLE_V1_MULTIPROCESSING on."
         )
-
-
-def _check_and_publish(
-    vllm_config: VllmConfig, layers: Sequence[CacheLayer], recurrent: Sequence[StateLayer], tp_rank: int
-) -> None:
-    """Checks the adapters against a worker's layers, and publishes the layers for adapters that are loaded later.
-
-    Raises:
-        PrefixServeError: If an adapter does not fit this model.
-    """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    try:
-        registry = registry_in(vllm_config.kv_transfer_config)
-    except FileNotFoundError:
-        # This worker runs on another machine than the server. The workers on the server's machine check the adapters.
-        return
-    assert registry is not None
-    shapes = model_shapes(layers, parallel.tensor_parallel_size, total_num_kv_heads(model))
-    states = model_states(recurrent)
-    adapters, whole_model = registry.adapters(), parallel.pipeline_parallel_size == 1
-    for adapter in adapters:
-        check_shapes(adapter.spec.name, adapter.shapes, shapes, whole_model)
-        check_states(adapter.spec.name, adapter.states, states, whole_model)
-    if tp_rank == 0:
-        block_size = math.lcm(*(layer.block_size for layer in layers))
-        registry.add_layers(shapes, block_size, states)
-        # One worker of the first pipeline stage logs for all.
-        if parallel.data_parallel_index == 0 and shapes[0][0] == 0:
-            log_cache(block_size, is_hybrid=bool(states))
-            log_adapters(adapters, block_size, cast(torch.dtype, model.dtype).itemsize)
 
 
 def _block_size(kv_cache_config: KVCacheConfig) -> int:

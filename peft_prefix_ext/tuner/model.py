@@ -9,8 +9,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import register_peft_method
 from torch import nn
 
 from peft_prefix_ext.attention.grouped_query import register_grouped_query_attention
@@ -19,7 +17,7 @@ from peft_prefix_ext.checkpoint.local_paths import absolute_if_local
 from peft_prefix_ext.config import PrefixExtConfig
 from peft_prefix_ext.injection.decoder_hook import PrefixDecoderHook, decoder_hooks_of
 from peft_prefix_ext.injection.tuner_layer import PrefixTunerLayer
-from peft_prefix_ext.peft_type import PREFIX_EXT
+from peft_prefix_ext.peft_type import PREFIX_EXT, register
 from peft_prefix_ext.tuner.adapter_names import use_adapter_names
 from peft_prefix_ext.tuner.injection_plan import InjectionPlan, create_hook, create_layer, make_injection_plan
 from peft_prefix_ext.tuner.learning_rate import raise_low_learning_rates
@@ -295,14 +293,6 @@ class PrefixExtModel(UnmergeableTuner):
         return from_checkpoint(model, config, adapter_name, rename_to_model_modules(config, saved))
 
 
-def _register() -> None:
-    """Registers the method with PEFT, again when this module is reloaded, as notebooks do by `%autoreload`."""
-    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PREFIX_EXT), "__module__", None) == __name__:
-        for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
-            del mapping[PREFIX_EXT]
-    register_peft_method(name="prefix_ext", config_cls=PrefixExtConfig, model_cls=PrefixExtModel)
-
-
-_register()
+register(PrefixExtConfig, PrefixExtModel)
 wrap_peft_model()
 register_grouped_query_attention()

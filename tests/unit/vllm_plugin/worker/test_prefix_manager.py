@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,87 +13,18 @@ import pytest
 import torch
 
 from helpers.serving import support
+from helpers.serving.worker import BLOCK_SIZE, BYTES_PER_TOKEN, CONFIG, CPU, NUM_BLOCKS, Cache, Worker, layer, load
 from vllm_plugin.adapters.cache_layout import CacheLayout, halves_to_pairs
 from vllm_plugin.adapters.loading import digest_of
 from vllm_plugin.adapters.loading import load as load_adapter
 from vllm_plugin.adapters.spec import PrefixSpec
 from vllm_plugin.connector import PrefixConnector
 from vllm_plugin.errors import PrefixServeError
-from vllm_plugin.metadata import PrefixLoad, PrefixMetadata
+from vllm_plugin.metadata import PrefixMetadata
 from vllm_plugin.metrics import RESIDENCY, RESIDENT
 from vllm_plugin.worker.cache_layers import CacheLayer, stacks_of
 from vllm_plugin.worker.cache_writer import PrefixWriter
 from vllm_plugin.worker.prefix_manager import HOST_FACTOR, PrefixManager
-
-CONFIG = support.llama_config()
-BLOCK_SIZE, NUM_BLOCKS = 4, 12
-CPU = torch.device("cpu")
-# Two layers, keys and values, two heads of 32 floats.
-BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 4
-
-
-class Cache:
-    """An attention layer with a cache by slot, `[NUM_BLOCKS * BLOCK_SIZE, H, D]`, NaN where nothing was written."""
-
-    def __init__(self, layer: CacheLayer) -> None:
-        self.impl = self
-        sizes = layer.key_size, layer.value_size
-        self.kv_cache = [torch.full((NUM_BLOCKS * BLOCK_SIZE, 2, size), torch.nan) for size in sizes]
-        self.num_writes = 0
-
-    def do_kv_cache_update(self, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
-        self.num_writes += 1
-        kv_cache[0][slots], kv_cache[1][slots] = key, value
-
-
-def layer(index: int, group: int = 0, value_size: int = 32) -> CacheLayer:
-    return CacheLayer(f"model.layers.{index}.self_attn.attn", index, group, BLOCK_SIZE, 2, 32, value_size)
-
-
-class Worker:
-    """A manager and a writer over two layers."""
-
-    def __init__(
-        self,
-        device_memory: int,
-        device: torch.device = CPU,
-        groups: tuple[int, int] = (0, 0),
-        value_sizes: tuple[int, int] = (32, 32),
-    ) -> None:
-        layers = [layer(index, groups[index], value_sizes[index]) for index in (0, 1)]
-        self.caches = {each.name: Cache(each) for each in layers}
-        stacks = stacks_of(layers)
-        self.manager = PrefixManager(
-            stacks, tp_rank=0, tp_size=1, dtype=torch.float32, device=device, device_memory=device_memory
-        )
-        self.writer = PrefixWriter(self.manager, self.caches)
-        self.opened: list[str] = []
-        original = self.manager.open
-        self.manager.open = lambda spec: (self.opened.append(spec.name), original(spec))[1]
-
-    def holds(self, prefix: support.Prefix, blocks: list[int], start: int, stop: int) -> bool:
-        slots = [blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, stop)]
-        return all(
-            cache.kv_cache[kind][slots].equal(prefix[index][kind][:, start:stop].transpose(0, 1))
-            for index, cache in enumerate(self.caches.values())
-            for kind in (0, 1)
-        )
-
-
-@pytest.fixture
-def adapters(tmp_path: Path) -> Callable[..., tuple[PrefixSpec, support.Prefix]]:
-    """Writes an adapter of `p` virtual tokens."""
-
-    def write(name: str, p: int = 6) -> tuple[PrefixSpec, support.Prefix]:
-        prefix = support.random_prefix(CONFIG, p, seed=sum(map(ord, name)))
-        folder = support.write_adapter(tmp_path / name, CONFIG, prefix)
-        return PrefixSpec(name, str(folder), str(folder), p, digest_of(load_adapter(name, str(folder)))), prefix
-
-    return write
-
-
-def load(spec: PrefixSpec, *block_ids: list[int], start: int = 0) -> PrefixLoad:
-    return PrefixLoad(spec, start, spec.num_virtual_tokens, block_ids)
 
 
 def test_all_loads_of_a_step_are_one_write_per_layer(adapters: Any) -> None:
@@ -253,86 +182,6 @@ def test_the_same_content_is_there_once(adapters: Any, tmp_path: Path) -> None:
     worker = Worker(1 << 20)
     worker.writer.write([load(spec, [1, 2]), load(copy, [3, 4])])
     assert worker.manager._on_device.used == 6 * BYTES_PER_TOKEN
-
-
-def replaced(folder: Path) -> None:
-    support.write_adapter(folder, CONFIG, support.random_prefix(CONFIG, 6, seed=99))
-
-
-def overwritten(folder: Path) -> None:
-    weights = folder / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-
-
-def truncated(folder: Path) -> None:
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-
-
-def renumbered(folder: Path) -> None:
-    """Swaps the layer indices of the same weights."""
-    config = folder / "adapter_config.json"
-    fields = json.loads(config.read_text())
-    fields["prefix_layers"][0]["index"], fields["prefix_layers"][1]["index"] = 1, 0
-    config.write_text(json.dumps(fields))
-
-
-def not_a_number(folder: Path) -> None:
-    prefix = support.random_prefix(CONFIG, 6)
-    prefix[1][1][0, 0, 0] = torch.nan
-    support.write_adapter(folder, CONFIG, prefix)
-
-
-@pytest.mark.parametrize("damage", [shutil.rmtree, replaced, overwritten, renumbered, truncated, not_a_number])
-def test_changed_files_fail_only_their_loads(
-    adapters: Any, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
-) -> None:
-    (bad, _), (good, good_kv) = adapters("bad"), adapters("good")
-    worker = Worker(1 << 20)
-    damage(Path(bad.path))
-    with caplog.at_level(logging.ERROR, "vllm.prefix_adapters"):
-        # All blocks from the first one of the load: those after it are computed from it.
-        worker.writer.write([load(bad, [1, 2, 9]), load(good, [3, 4]), load(bad, [5, 6, 7], start=4)])
-    assert worker.writer.take_unwritten() == {1, 2, 9, 6, 7}
-    assert worker.writer.take_unwritten() == set()
-    assert worker.holds(good_kv, [3, 4], 0, 6)
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("Prefix adapter 'bad'") or "of prefix adapter 'bad'" in message or "in bad" in message
-    assert message.endswith("Its requests fail.")
-
-
-def test_resident_prefixes_survive_changes_of_their_file(adapters: Any) -> None:
-    spec, kv = adapters("one")
-    worker = Worker(1 << 20)
-    worker.writer.write([load(spec, [1, 2])])
-    overwritten(Path(spec.path))
-    worker.writer.write([load(spec, [3, 4])])
-    assert worker.holds(kv, [3, 4], 0, 6)
-
-
-@pytest.mark.parametrize("change", [overwritten, truncated, shutil.rmtree])
-def test_what_is_served_is_what_was_checked(
-    adapters: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
-) -> None:
-    """A file that changes behind the check of its digest; a memory mapping would change with it, or end the process."""
-    from vllm_plugin.worker import prefix_manager
-
-    spec, kv = adapters("one")
-    original = prefix_manager.reload
-    monkeypatch.setattr(prefix_manager, "reload", lambda spec: (original(spec), change(Path(spec.path)))[0])
-    worker = Worker(1 << 20)
-    worker.writer.write([load(spec, [1, 2])])
-    assert worker.holds(kv, [1, 2], 0, 6)
-
-
-def test_an_unexpected_error_does_not_end_the_engine(adapters: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker = Worker(1 << 20)
-    worker.manager.open = lambda spec: 1 / 0
-    worker.writer.write([load(adapters("one")[0], [1, 2])])
-    assert worker.writer.take_unwritten() == {1, 2}
-    assert "ZeroDivisionError" in caplog.text
 
 
 def test_what_is_resident_is_reported_when_it_changes(adapters: Any) -> None:
