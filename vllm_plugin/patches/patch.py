@@ -30,7 +30,7 @@ class MethodPatch:
         wrapper: Runs instead of the method, with the arguments that `wrapt` passes.
         in_workers: Whether only workers use the module, which no other process should have to import.
         since: The first release of vLLM that has the method; older ones do without the patch.
-        before: The first release that does no longer.
+        before: The first release that no longer has it, or needs no patch.
     """
 
     module: str

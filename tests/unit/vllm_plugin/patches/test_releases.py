@@ -49,7 +49,8 @@ def test_every_release_has_what_the_plugin_needs(release: dict[str, Any]) -> Non
 def test_patched_methods_have_the_expected_parameters(version: str, patch: Any) -> None:
     release = RELEASES[version]
     if not patch.is_for(order(version)[:2]):
-        assert not release["signatures"][f"{patch.module}:{patch.method}"]
+        # A newer release may have the method and need no patch.
+        assert order(version)[:2] >= patch.before or not release["signatures"][f"{patch.module}:{patch.method}"]
         return
     arguments = parameters(release["signatures"][f"{patch.module}:{patch.method}"])
     names = {argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
