@@ -1,4 +1,7 @@
-"""`prefix-ext distill`: a context as a short prefix, trained to answer like the model with the context in its prompt."""
+"""`prefix-ext distill`: a context as a short prefix, trained to answer like the model with the context in its prompt.
+
+`accelerate launch -m peft_prefix_ext distill SOURCE --base BASE --out DIR` trains in several processes.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +74,11 @@ def run(args: argparse.Namespace) -> None:
     from peft_prefix_ext.checkpoint.writer import check_place
     from peft_prefix_ext.distillation.distill import Distillation
     from peft_prefix_ext.distillation.questions import read_questions
+    from peft_prefix_ext.training.processes import processes
 
     settings = settings_of(DistillationSettings, args)
+    # Each process has a device of its own from here on.
+    state = processes({})
     check_place(args.out, ["PREFIX_EXT"])
     tokenizer, context = load_context(args, chat=True)
     model = load_base(args)
@@ -90,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     )
     try:
         distillation.save(args.out)
+        if not state.is_main_process:
+            return
         print_summary(read_prefix(args.out))
         print(f"  {'stands for':<12}{len(context.token_ids)} tokens")
         if not args.no_report:

@@ -1,13 +1,16 @@
-"""Distils a context into a short prefix, in stages: compile, questions, targets, training, on-policy rounds, report."""
+"""Distils a context into a short prefix, in stages: compile, questions, targets, training, on-policy rounds, report.
+
+Of several processes the first makes the targets, and the others wait for its files. All of them train.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +42,9 @@ from peft_prefix_ext.distillation.work_folder import DistillationFolder
 from peft_prefix_ext.generation.generator import Generator, pad_token_of
 from peft_prefix_ext.generation.prompts import prompt_ids
 from peft_prefix_ext.generation.transformers_generator import TransformersGenerator
+from peft_prefix_ext.training.processes import processes
+
+_POLL_SECONDS = 1.0
 
 
 @dataclass
@@ -72,9 +78,9 @@ class Distillation:
     def __post_init__(self) -> None:
         if not self.context.chat_template:
             raise ValueError("A context to distil must be the opening of a chat: make it with `chat_context`.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if self.settings.on_policy_rounds and processes(self.arguments).num_processes > 1:
             raise ValueError(
-                "The stages of a distillation run in one process; train on its targets in several with `DistillationTrainer`."
+                "On-policy rounds run in one process: set `on_policy_rounds` to 0, or leave out `accelerate launch`."
             )
         check_length(self.context, self.settings)
         if self.questions is not None:
@@ -82,7 +88,8 @@ class Distillation:
             self.questions = list({json.dumps(each.messages): each for each in self.questions}.values())
             for question in self.questions:
                 prompt_ids(self.tokenizer, question.messages, self.context.chat_template)
-        self.folder = DistillationFolder(self.work, self._inputs())
+        with processes(self.arguments).main_process_first():
+            self.folder = DistillationFolder(self.work, self._inputs())
 
     def compile(self) -> Path:
         """Returns the folder of the exact prefix of the context, which the teacher answers with."""
@@ -116,6 +123,8 @@ class Distillation:
         """Trains, and saves the best student as an adapter."""
         check_place(out, ["PREFIX_EXT"])
         best = next(iter(self.train().values()))
+        if not processes(self.arguments).is_main_process:
+            return Path(out)
         with replacing(Path(out)) as new:
             for path in best.iterdir():
                 if path.is_file() and path.name.startswith(("adapter_", "README")):
@@ -127,7 +136,8 @@ class Distillation:
     ) -> Report:
         """Compares the students with the full context, with nothing, and with other openings of their length.
 
-        Writes the report into the work folder and, if there is one, into the adapter's folder and its model card.
+        Writes the report into the work folder and, if there is one, into the adapter's folder and its model card. Call it in the
+        first process only.
 
         Args:
             out: The folder that `save` wrote the adapter to.
@@ -170,9 +180,13 @@ class Distillation:
         }
 
     def _targets(self) -> list[Target]:
-        questions, path = self.folder.questions(), self.folder.targets
-        if questions is not None and len(found := read_targets(path)) == len(questions):
-            return used_targets(found)
+        path = self.folder.targets
+        # A barrier would give up long before all answers are there.
+        while not (is_answered := self.folder.is_answered()) and not processes(self.arguments).is_main_process:
+            time.sleep(_POLL_SECONDS)
+        if is_answered:
+            return used_targets(read_targets(path))
+        questions = self.folder.questions()
         self.compile()
         with self.folder.timed("targets"), self._generator() as generator:
             if questions is None:
@@ -201,7 +215,8 @@ class Distillation:
             return float(result["divergence"])
         companions = Companions(self.companions, self.model, seed=seed) if self.companions else None
         pad = pad_token_of(self.tokenizer)
-        with self.folder.timed(f"train {folder.name}"):
+        is_main = processes(self.arguments).is_main_process
+        with self.folder.timed(f"train {folder.name}") if is_main else nullcontext():
             student = make_student(self.model, self.context, self.settings, seed)
             try:
                 loss = train_student(
@@ -219,6 +234,8 @@ class Distillation:
                 student.unload()
             for number in range(self.settings.on_policy_rounds):
                 loss = self._on_policy(number, seed, training, held_out, folder, companions)
+        if not is_main:
+            return loss
         self.folder.write_result(folder, {"divergence": loss, **self.settings.to_dict()})
         for checkpoints in folder.glob("checkpoints-*"):
             shutil.rmtree(checkpoints, ignore_errors=True)

@@ -24,6 +24,7 @@ from peft_prefix_ext.distillation.settings import DistillationSettings
 from peft_prefix_ext.distillation.targets import Target
 from peft_prefix_ext.distillation.trainer import DistillationTrainer, Divergence, TargetCollator
 from peft_prefix_ext.training.checkpoints import last_whole_checkpoint
+from peft_prefix_ext.training.processes import needs_cpu, processes
 from peft_prefix_ext.training.progress import show_loss_bar
 from peft_prefix_ext.tuner.learning_rate import RECOMMENDED
 
@@ -105,7 +106,7 @@ def train_student(
     Returns:
         The mean divergence from the teacher on the held-out questions.
     """
-    steps_per_epoch = max(1, -(-len(targets) // settings.batch_size))
+    steps_per_epoch = max(1, -(-len(targets) // (settings.batch_size * processes(arguments).num_processes)))
     interval = max(1, steps_per_epoch // EVALUATIONS_PER_EPOCH)
     checkpoints = folder / f"checkpoints-{stage}"
     options: dict[str, Any] = {
@@ -129,6 +130,7 @@ def train_student(
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "prediction_loss_only": True,
+        "use_cpu": needs_cpu(),
         "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "seed": seed,
@@ -154,5 +156,6 @@ def train_student(
     show_loss_bar(trainer, "divergence")
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     loss = float(trainer.evaluate()["eval_loss"])
-    student.save_pretrained(str(folder))
+    if trainer.is_world_process_zero():
+        student.save_pretrained(str(folder))
     return loss

@@ -63,6 +63,13 @@ class DistillationFolder(WorkFolder):
         )
         write_text(self.path / _QUESTIONS, "\n".join(rows) + "\n")
 
+    def is_answered(self) -> bool:
+        """Returns whether every question has its answer. Another process may write them meanwhile."""
+        questions = self.questions()
+        return (
+            questions is not None and self.targets.exists() and self.targets.read_bytes().count(b"\n") == len(questions)
+        )
+
     def result(self, student: Path) -> dict[str, Any] | None:
         """Returns what was recorded of a student whose training ended, else `None`."""
         found: dict[str, Any] | None = read_json(student / _RESULT)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
+from peft_prefix_ext.training.processes import needs_cpu
 from peft_prefix_ext.tuner.learning_rate import RECOMMENDED
 
 # Few rows are repeated until they make so many steps, unless early stopping ends them before.
@@ -68,8 +69,9 @@ def defaults(num_rows: int, reparam: str) -> dict[str, Any]:
     """
     batch_size = 4 if num_rows < FEW_ROWS else 8
     steps_per_epoch = max(1, -(-num_rows // batch_size))
-    on_accelerator = torch.accelerator.is_available()
+    on_accelerator = not needs_cpu()
     return {
+        "use_cpu": not on_accelerator,
         "learning_rate": RECOMMENDED[reparam],
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,

@@ -174,10 +174,6 @@ def test_what_cannot_be_distilled_is_refused(distillation, tokenizer, tmp_path, 
     run.context = text_context(tokenizer, ["Aromi"])
     with pytest.raises(ValueError, match="must be the opening of a chat"):
         replace(run, work=tmp_path / "text")
-    with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="run in one process"):
-            distillation()
     tokenizer.chat_template = "{{ raise_exception('no x') if messages[-1].content == 'x' }}" + CHATML
     with pytest.raises(ValueError, match="does not take the message 'x'"):
         distillation(work=tmp_path / "other", questions=[Question([{"role": "user", "content": "x"}])])
