@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = settings_of(DistillationSettings, args)
     # Each process has a device of its own from here on.
-    state = processes({})
+    is_main = processes({}).is_main_process
     check_place(args.out, ["PREFIX_EXT"])
     tokenizer, context = load_context(args, chat=True)
     model = load_base(args)
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     )
     try:
         distillation.save(args.out)
-        if not state.is_main_process:
+        if not is_main:
             return
         print_summary(read_prefix(args.out))
         print(f"  {'stands for':<12}{len(context.token_ids)} tokens")
